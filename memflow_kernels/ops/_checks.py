@@ -1,0 +1,132 @@
+"""Argument checks shared by the ops. Every error names the argument, what came and what is needed.
+
+Shapes, dtypes and devices are checked before an op is called, also while it is traced. The values of index tensors are
+checked by the backend, and only on the CPU: on a GPU the host would have to wait for them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..dtypes import SUPPORTED
+from ..pool import Pool
+
+MAX_HEAD_DIM = 256
+
+
+def tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """x must have exactly the `expected` shape; `meaning` spells it out, e.g. "[B, F, H, D]"."""
+    tensor(name, x)
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name} must be {meaning} = {list(expected)}, got {list(x.shape)}")
+
+
+def states(name: str, x: Tensor, meaning: str, *, empty_tokens: bool = False) -> None:
+    """Queries, keys, values or means: 4 dimensions, a supported dtype, sizes of at least 1, dense last dimension."""
+    tensor(name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be {meaning}, 4 dimensions, got shape {list(x.shape)}")
+    if x.dtype not in SUPPORTED:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if any(size < 1 for index, size in enumerate(x.shape) if not (empty_tokens and index == 1)):
+        raise ValueError(f"{name} must be {meaning} with sizes of at least 1, got shape {list(x.shape)}")
+    if x.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"{name} has head size D = {x.shape[3]}; at most {MAX_HEAD_DIM} is supported")
+    if x.shape[3] > 1 and x.stride(3) != 1:
+        raise ValueError(f"{name} must have a dense last dimension (stride 1), got stride {x.stride(3)}")
+
+
+def same_kind(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """The same dtype and device."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
+    same_device(name, x, other_name, other)
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
+
+
+def of_dtype(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
+    tensor(name, x)
+    if x.dtype not in dtypes:
+        raise TypeError(
+            f"{name} must be {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got {x.dtype}"
+        )
+
+
+def integer(name: str, value: object, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def frame_count(name: str, tokens: int, tokens_per_frame: int) -> int:
+    """Number of frames in `tokens` tokens, which must be whole frames."""
+    integer("tokens_per_frame", tokens_per_frame, 1)
+    if tokens % tokens_per_frame:
+        raise ValueError(f"{name} has {tokens} tokens, not a multiple of tokens_per_frame = {tokens_per_frame}")
+    return tokens // tokens_per_frame
+
+
+def scale(value: float | None, head_dim: int) -> float:
+    """The given scale, or D^-1/2."""
+    if value is None:
+        return head_dim**-0.5
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+        raise TypeError(f"scale must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be finite, got {value}")
+    return float(value)
+
+
+def pool(value: object, other_name: str, other: Tensor) -> None:
+    """A pool that fits `other` [B, L, H, D] in batch, heads, head size, dtype and device."""
+    if not isinstance(value, Pool):
+        raise TypeError(f"pool must be a memflow_kernels.Pool, got {type(value).__name__}")
+    states("pool.key", value.key, "[B, S*N, H, D]")
+    same_kind("pool.key", value.key, other_name, other)
+    batch, _, heads, head_dim = other.shape
+    shape("pool.key", value.key, (batch, value.key.shape[1], heads, head_dim), "[B, S*N, H, D]")
+    pool_parts(value)
+
+
+def pool_parts(value: Pool) -> None:
+    """The parts of a pool fit one another."""
+    states("pool.value", value.value, "[B, S*N, H, D]")
+    shape("pool.value", value.value, tuple(value.key.shape), "[B, S*N, H, D] like pool.key")
+    same_kind("pool.value", value.value, "pool.key", value.key)
+    states("pool.frame_mean", value.frame_mean, "[B, S, H, D]")
+    batch, tokens, heads, head_dim = value.key.shape
+    slots = value.frame_mean.shape[1]
+    shape("pool.frame_mean", value.frame_mean, (batch, slots, heads, head_dim), "[B, S, H, D]")
+    statistics("pool.frame_mean", value.frame_mean, "pool.key", value.key)
+    if tokens % slots:
+        raise ValueError(f"pool.key has {tokens} tokens, not a multiple of the {slots} slots of pool.frame_mean")
+
+
+def statistics(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """float32 (float64 where `other` is float64), on the device of `other`."""
+    needed = torch.float64 if other.dtype == torch.float64 else torch.float32
+    if x.dtype != needed:
+        raise TypeError(f"{name} must be {needed} for {other_name} in {other.dtype}, got {x.dtype}")
+    same_device(name, x, other_name, other)
+
+
+def no_gradients(op_name: str, *tensors: Tensor) -> None:
+    """An op that writes into its arguments cannot be differentiated through."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise RuntimeError(
+            f"{op_name} writes into the pool and has no gradient, but an argument requires one: "
+            "call it under torch.no_grad(), or use qk_norm_rope, which is differentiable"
+        )

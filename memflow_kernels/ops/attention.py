@@ -1,0 +1,166 @@
+"""memory_attention: exact attention over the frames a head chose and over the frames always attended to."""
+
+import torch
+from torch import Tensor
+
+from ..backends import dispatch
+from ..dtypes import statistics_dtype
+from . import _checks
+from .means import frame_means
+from .selection import select_frames
+
+
+@torch.library.custom_op("memflow::memory_attention", mutates_args=())
+def _memory_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_table: Tensor | None,
+    tokens_per_frame: int,
+    candidate_frames: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    run = dispatch("memory_attention", query.device)
+    return run(query, key, value, frame_table, tokens_per_frame, candidate_frames, scale)
+
+
+@_memory_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_table: Tensor | None,
+    tokens_per_frame: int,
+    candidate_frames: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = query.shape
+    lse = query.new_empty((batch, heads, queries), dtype=statistics_dtype(query.dtype))
+    return query.new_empty(query.shape), lse
+
+
+@torch.library.custom_op("memflow::memory_attention_backward", mutates_args=())
+def _memory_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    frame_table: Tensor | None,
+    tokens_per_frame: int,
+    candidate_frames: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = dispatch("memory_attention_backward", query.device)
+    states = (grad_out, grad_lse, query, key, value, out, lse)
+    return run(*states, frame_table, tokens_per_frame, candidate_frames, scale)
+
+
+@_memory_attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    frame_table: Tensor | None,
+    tokens_per_frame: int,
+    candidate_frames: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, frame_table, ctx.tokens_per_frame, ctx.candidate_frames, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, frame_table)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    sizes = (ctx.tokens_per_frame, ctx.candidate_frames, ctx.scale)
+    grads = _memory_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *sizes)
+    return *grads, None, None, None, None
+
+
+_memory_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check_frames(
+    query: Tensor,
+    candidate_frames: int,
+    frames: int,
+    top_k: int | None,
+    frame_table: Tensor | None,
+    frame_mean: Tensor | None,
+) -> None:
+    batch, _, heads, head_dim = query.shape
+    _checks.integer("candidate_frames", candidate_frames, 0)
+    if candidate_frames > frames:
+        raise ValueError(f"candidate_frames must be at most the {frames} frames of key, got {candidate_frames}")
+    if top_k is not None:
+        _checks.integer("top_k", top_k, 1)
+    if frame_table is not None:
+        if top_k is not None:
+            raise ValueError(f"frame_table replaces the choice: top_k must be None with it, got {top_k}")
+        _checks.of_dtype("frame_table", frame_table, torch.int32)
+        places = frame_table.shape[-1] if frame_table.dim() else 0
+        _checks.shape("frame_table", frame_table, (batch, heads, places), "[B, H, n]")
+        _checks.same_device("frame_table", frame_table, "query", query)
+    if frame_mean is not None:
+        _checks.states("frame_mean", frame_mean, "[B, candidate_frames, H, D]", empty_tokens=True)
+        needed = (batch, candidate_frames, heads, head_dim)
+        _checks.shape("frame_mean", frame_mean, needed, "[B, candidate_frames, H, D]")
+        _checks.statistics("frame_mean", frame_mean, "query", query)
+
+
+def memory_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    tokens_per_frame: int,
+    candidate_frames: int = 0,
+    top_k: int | None = None,
+    frame_table: Tensor | None = None,
+    frame_mean: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention in which every head attends to its own choice of the candidate frames and to all later frames.
+
+    query: [B, Lq, H, D]; key, value: [B, F*N, H, D]; any strides with a dense last dimension, one dtype.
+    tokens_per_frame: N. candidate_frames: the first that many frames of key compete for top_k places per batch row and
+    head, by <mean query, mean frame key> (see select_frames); later frames are always attended to.
+    top_k: at least 1; None, or at least candidate_frames, keeps all candidates (dense attention).
+    frame_table: [B, H, n] int32, candidates per head in place of the choice; -1 = empty place, a frame named
+    twice counts twice.
+    frame_mean: [B, candidate_frames, H, D] float32 (float64 for float64), the candidates' means where known.
+    scale: D^-1/2 by default.
+
+    Returns out [B, Lq, H, D] in the dtype of query, exact over the chosen keys; with return_lse also lse [B, H, Lq],
+    the natural log-sum-exp of the scaled logits, float32 (float64 for float64). A head without any key gives out 0 and
+    lse -inf. Differentiable in query, key and value, through out and lse; the choice itself is not differentiated.
+    Forward and backward are deterministic. Source: arXiv 2512.14699, equations 2 to 4.
+    Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes, and on the CPU for a table value outside
+    -1 to candidate_frames - 1 (on a GPU the table is not read on the host).
+    """
+    _checks.states("query", query, "[B, Lq, H, D]")
+    batch, _, heads, head_dim = query.shape
+    for name, x in (("key", key), ("value", value)):
+        _checks.states(name, x, "[B, F*N, H, D]")
+        _checks.shape(name, x, (batch, key.shape[1], heads, head_dim), "[B, F*N, H, D]")
+        _checks.same_kind(name, x, "query", query)
+    frames = _checks.frame_count("key", key.shape[1], tokens_per_frame)
+    _check_frames(query, candidate_frames, frames, top_k, frame_table, frame_mean)
+    scale = _checks.scale(scale, head_dim)
+
+    if top_k is not None and top_k < candidate_frames:
+        if frame_mean is None:
+            frame_mean = frame_means(key[:, : candidate_frames * tokens_per_frame].detach(), tokens_per_frame)
+        frame_table = select_frames(query, frame_mean, top_k)
+    out, lse = _memory_attention(query, key, value, frame_table, tokens_per_frame, candidate_frames, scale)
+    return (out, lse) if return_lse else out

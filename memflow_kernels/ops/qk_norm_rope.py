@@ -1,0 +1,213 @@
+"""qk_norm_rope and qk_norm_rope_write: RMS norm over all heads, 3-axis rotary, and the write into the pool."""
+
+import torch
+from torch import Tensor
+
+from ..backends import dispatch
+from ..dtypes import SUPPORTED
+from ..pool import Pool
+from . import _checks
+
+
+@torch.library.custom_op("memflow::qk_norm_rope", mutates_args=())
+def _qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    eps: float,
+    rows: int,
+    cols: int,
+    start_frame: int,
+    start: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    run = dispatch("qk_norm_rope", query.device)
+    return run(query, key, weight_q, weight_k, eps, rows, cols, start_frame, start)
+
+
+@_qk_norm_rope.register_fake
+def _(query, key, weight_q, weight_k, eps, rows, cols, start_frame, start):
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+@torch.library.custom_op("memflow::qk_norm_rope_backward", mutates_args=())
+def _qk_norm_rope_backward(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    query: Tensor,
+    key: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    eps: float,
+    rows: int,
+    cols: int,
+    start_frame: int,
+    start: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = dispatch("qk_norm_rope_backward", query.device)
+    return run(grad_query, grad_key, query, key, weight_q, weight_k, eps, rows, cols, start_frame, start)
+
+
+@_qk_norm_rope_backward.register_fake
+def _(grad_query, grad_key, query, key, weight_q, weight_k, eps, rows, cols, start_frame, start):
+    return tuple(x.new_empty(x.shape) for x in (query, key, weight_q, weight_k))
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, weight_q, weight_k, ctx.eps, ctx.rows, ctx.cols, ctx.start_frame, start = inputs
+    ctx.save_for_backward(query, key, weight_q, weight_k, start)
+
+
+def _backward(ctx, grad_query, grad_key):
+    *states, start = ctx.saved_tensors
+    place = (ctx.eps, ctx.rows, ctx.cols, ctx.start_frame, start)
+    return *_qk_norm_rope_backward(grad_query, grad_key, *states, *place), None, None, None, None, None
+
+
+_qk_norm_rope.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("memflow::qk_norm_rope_write", mutates_args=("pool_key", "pool_value", "pool_frame_mean"))
+def _qk_norm_rope_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    eps: float,
+    rows: int,
+    cols: int,
+    start_frame: int,
+    start: Tensor | None,
+    pool_key: Tensor,
+    pool_value: Tensor,
+    pool_frame_mean: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    run = dispatch("qk_norm_rope_write", query.device)
+    place = (eps, rows, cols, start_frame, start)
+    return run(query, key, value, weight_q, weight_k, *place, pool_key, pool_value, pool_frame_mean, slots)
+
+
+@_qk_norm_rope_write.register_fake
+def _(
+    query,
+    key,
+    value,
+    weight_q,
+    weight_k,
+    eps,
+    rows,
+    cols,
+    start_frame,
+    start,
+    pool_key,
+    pool_value,
+    pool_frame_mean,
+    slots,
+):
+    return query.new_empty(query.shape)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    eps: float,
+    grid: tuple[int, int],
+    start_frame: int | Tensor,
+) -> tuple[int, Tensor | None]:
+    """Returns (start_frame, start): the number where it is known on the host, the tensor where it is not."""
+    _checks.states("query", query, "[B, L, H, D]")
+    _checks.states("key", key, "[B, L, H, D]")
+    _checks.shape("key", key, tuple(query.shape), "[B, L, H, D] like query")
+    _checks.same_kind("key", key, "query", query)
+    _, tokens, heads, head_dim = query.shape
+    if head_dim % 2:
+        raise ValueError(f"query has head size D = {head_dim}; the rotation turns channel pairs and needs an even one")
+    for name, weight in (("weight_q", weight_q), ("weight_k", weight_k)):
+        _checks.of_dtype(name, weight, *SUPPORTED)
+        _checks.shape(name, weight, (heads * head_dim,), "[H*D]")
+        _checks.same_device(name, weight, "query", query)
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    if not isinstance(grid, tuple | list) or len(grid) != 2:
+        raise TypeError(f"grid must be (rows, cols), got {grid!r}")
+    rows, cols = grid
+    _checks.integer("grid rows", rows, 1)
+    _checks.integer("grid cols", cols, 1)
+    if tokens % (rows * cols):
+        raise ValueError(f"query has {tokens} tokens, not a multiple of rows * cols = {rows} * {cols}")
+    if isinstance(start_frame, Tensor):
+        _checks.of_dtype("start_frame", start_frame, torch.int32, torch.int64)
+        if start_frame.numel() != 1:
+            raise ValueError(f"start_frame must hold one number, got shape {list(start_frame.shape)}")
+        _checks.same_device("start_frame", start_frame, "query", query)
+        return 0, start_frame
+    _checks.integer("start_frame", start_frame, 0)
+    return start_frame, None
+
+
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    *,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    eps: float,
+    grid: tuple[int, int],
+    start_frame: int | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of query and key over all heads together, then rotary embedding over (frame, row, column).
+
+    query, key: [B, L, H, D], L whole frames of rows*cols tokens (frame-major, then row, then column), D even;
+    weight_q, weight_k: [H*D]; eps: added to the mean square; grid: (rows, cols); start_frame: absolute number of the
+    first frame, an int or an int32/int64 tensor of one element on the device (which neither recompiles nor waits).
+    Statistics in float32 (float64 for float64); the normalised value is rounded to the dtype, then multiplied by the
+    weight. Angles in float64: right at any frame number.
+    Returns (query, key), new tensors [B, L, H, D]. Differentiable in query, key and the weights.
+    Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes.
+    """
+    first, start = _check(query, key, weight_q, weight_k, eps, grid, start_frame)
+    return _qk_norm_rope(query, key, weight_q, weight_k, float(eps), *grid, first, start)
+
+
+def qk_norm_rope_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    eps: float,
+    grid: tuple[int, int],
+    start_frame: int | Tensor,
+    pool: Pool,
+    slots: Tensor,
+) -> Tensor:
+    """qk_norm_rope, with key, value and the mean key of every frame written straight into its slot of the pool.
+
+    Arguments as for qk_norm_rope, and: value: [B, L, H, D]; pool: a Pool of rows*cols tokens per slot, changed in
+    place; slots: [n] int32 on the device, n = L / (rows*cols): the slot of each frame, -1 = not stored; no slot twice.
+    Returns the normed and rotated query [B, L, H, D]. Slots that are not named keep their content.
+    Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes, and on the CPU for slots outside the pool
+    (on a GPU they are not read on the host); RuntimeError where gradients are asked for: it writes in place.
+    """
+    first, start = _check(query, key, weight_q, weight_k, eps, grid, start_frame)
+    _checks.states("value", value, "[B, L, H, D]")
+    _checks.shape("value", value, tuple(query.shape), "[B, L, H, D] like query")
+    _checks.same_kind("value", value, "query", query)
+    _checks.pool(pool, "query", query)
+    rows, cols = grid
+    if pool.tokens_per_frame != rows * cols:
+        raise ValueError(f"pool has {pool.tokens_per_frame} tokens per slot; grid {rows} x {cols} needs {rows * cols}")
+    _checks.of_dtype("slots", slots, torch.int32)
+    _checks.shape("slots", slots, (query.shape[1] // (rows * cols),), "[n], one slot per frame")
+    _checks.same_device("slots", slots, "query", query)
+    _checks.no_gradients("qk_norm_rope_write", query, key, value, weight_q, weight_k, *pool)
+    return _qk_norm_rope_write(
+        query, key, value, weight_q, weight_k, float(eps), rows, cols, first, start, *pool, slots
+    )

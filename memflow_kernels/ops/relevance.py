@@ -1,0 +1,128 @@
+"""prompt_relevance: how much the prompt calls for each remembered frame."""
+
+import torch
+from torch import Tensor
+
+from ..backends import dispatch
+from ..dtypes import statistics_dtype
+from ..reference.relevance import prompt_relevance_mean_backward
+from . import _checks
+from .means import frame_means
+
+
+@torch.library.custom_op("memflow::prompt_relevance_mean", mutates_args=())
+def _relevance_mean(text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float) -> Tensor:
+    return dispatch("prompt_relevance_mean", text_key.device)(text_key, frame_mean, text_mask, scale)
+
+
+@_relevance_mean.register_fake
+def _(text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float) -> Tensor:
+    return frame_mean.new_empty(frame_mean.shape[:2], dtype=statistics_dtype(text_key.dtype))
+
+
+@torch.library.custom_op("memflow::prompt_relevance_softmax", mutates_args=())
+def _relevance_softmax(
+    text_key: Tensor, key: Tensor, text_mask: Tensor | None, tokens_per_frame: int, scale: float
+) -> Tensor:
+    run = dispatch("prompt_relevance_softmax", text_key.device)
+    return run(text_key, key, text_mask, tokens_per_frame, scale)
+
+
+@_relevance_softmax.register_fake
+def _(text_key: Tensor, key: Tensor, text_mask: Tensor | None, tokens_per_frame: int, scale: float) -> Tensor:
+    return key.new_empty((key.shape[0], key.shape[1] // tokens_per_frame), dtype=statistics_dtype(key.dtype))
+
+
+@torch.library.custom_op("memflow::prompt_relevance_softmax_backward", mutates_args=())
+def _relevance_softmax_backward(
+    grad: Tensor, text_key: Tensor, key: Tensor, text_mask: Tensor | None, tokens_per_frame: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    run = dispatch("prompt_relevance_softmax_backward", text_key.device)
+    return run(grad, text_key, key, text_mask, tokens_per_frame, scale)
+
+
+@_relevance_softmax_backward.register_fake
+def _(
+    grad: Tensor, text_key: Tensor, key: Tensor, text_mask: Tensor | None, tokens_per_frame: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return text_key.new_empty(text_key.shape), key.new_empty(key.shape)
+
+
+def _setup_mean(ctx, inputs, output):
+    text_key, frame_mean, text_mask, ctx.scale = inputs
+    ctx.save_for_backward(text_key, frame_mean, text_mask)
+
+
+def _backward_mean(ctx, grad):
+    return *prompt_relevance_mean_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+
+
+def _setup_softmax(ctx, inputs, output):
+    text_key, key, text_mask, ctx.tokens_per_frame, ctx.scale = inputs
+    ctx.save_for_backward(text_key, key, text_mask)
+
+
+def _backward_softmax(ctx, grad):
+    text_key, key, text_mask = ctx.saved_tensors
+    grads = _relevance_softmax_backward(grad, text_key, key, text_mask, ctx.tokens_per_frame, ctx.scale)
+    return *grads, None, None, None
+
+
+_relevance_mean.register_autograd(_backward_mean, setup_context=_setup_mean)
+_relevance_softmax.register_autograd(_backward_softmax, setup_context=_setup_softmax)
+
+
+def prompt_relevance(
+    text_key: Tensor,
+    key: Tensor | None = None,
+    *,
+    frame_mean: Tensor | None = None,
+    tokens_per_frame: int | None = None,
+    text_mask: Tensor | None = None,
+    aggregate: str = "mean",
+    scale: float | None = None,
+) -> Tensor:
+    """How much the prompt calls for each frame: one score per frame, shared by all heads.
+
+    text_key: [B, T, H, D], the cross-attention keys of the prompt; key: [B, F*N, H, D], the frames' keys;
+    tokens_per_frame: N, needed with key; frame_mean: [B, F, H, D] float32 (float64 for float64), the frames' mean keys;
+    text_mask: [B, T] bool, True = the token counts; scale: D^-1/2 by default.
+
+    aggregate "mean": mean over heads of <mean text key, mean frame key> * scale. It needs the frame means alone: they
+    are taken from key unless frame_mean is given.
+    aggregate "softmax": the share of the attention mass on each frame when every text token of every head attends to
+    the tokens of all frames together, mean over tokens and heads. Needs key; the shares of a row add up to 1.
+
+    Returns [B, F] in float32 (float64 for float64). A row whose text_mask is all False scores 0 everywhere.
+    Differentiable in text_key, key and frame_mean. Source: arXiv 2512.14699, equation 1.
+    Raises TypeError or ValueError for wrong dtypes, devices or shapes, or where what the aggregate needs is missing.
+    """
+    if aggregate not in ("mean", "softmax"):
+        raise ValueError(f'aggregate must be "mean" or "softmax", got {aggregate!r}')
+    _checks.states("text_key", text_key, "[B, T, H, D]")
+    batch, tokens, heads, head_dim = text_key.shape
+    scale = _checks.scale(scale, head_dim)
+    if text_mask is not None:
+        _checks.of_dtype("text_mask", text_mask, torch.bool)
+        _checks.shape("text_mask", text_mask, (batch, tokens), "[B, T]")
+        _checks.same_device("text_mask", text_mask, "text_key", text_key)
+    if key is not None:
+        _checks.states("key", key, "[B, F*N, H, D]", empty_tokens=True)
+        _checks.shape("key", key, (batch, key.shape[1], heads, head_dim), "[B, F*N, H, D]")
+        _checks.same_kind("key", key, "text_key", text_key)
+        if tokens_per_frame is None:
+            raise ValueError("tokens_per_frame is needed together with key, got None")
+        _checks.frame_count("key", key.shape[1], tokens_per_frame)
+
+    if aggregate == "softmax":
+        if key is None:
+            raise ValueError('key is needed for aggregate="softmax", got None')
+        return _relevance_softmax(text_key, key, text_mask, tokens_per_frame, scale)
+    if frame_mean is None:
+        if key is None:
+            raise ValueError('frame_mean, or key and tokens_per_frame, is needed for aggregate="mean", got neither')
+        frame_mean = frame_means(key, tokens_per_frame)
+    _checks.states("frame_mean", frame_mean, "[B, F, H, D]", empty_tokens=True)
+    _checks.shape("frame_mean", frame_mean, (batch, frame_mean.shape[1], heads, head_dim), "[B, F, H, D]")
+    _checks.statistics("frame_mean", frame_mean, "text_key", text_key)
+    return _relevance_mean(text_key, frame_mean, text_mask, scale)

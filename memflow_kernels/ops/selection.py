@@ -1,0 +1,42 @@
+"""select_frames: the candidate frames that each head attends to."""
+
+import torch
+from torch import Tensor
+
+from ..backends import dispatch
+from . import _checks
+
+
+@torch.library.custom_op("memflow::select_frames", mutates_args=())
+def _select_frames(query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None) -> Tensor:
+    return dispatch("select_frames", query.device)(query, frame_mean, top_k, valid)
+
+
+@_select_frames.register_fake
+def _(query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None) -> Tensor:
+    places = min(top_k, frame_mean.shape[1])
+    return query.new_empty((query.shape[0], query.shape[2], places), dtype=torch.int32)
+
+
+def select_frames(query: Tensor, frame_mean: Tensor, top_k: int, *, valid: Tensor | None = None) -> Tensor:
+    """The top_k candidate frames of every head, by <mean query, mean frame key>, unscaled.
+
+    query: [B, Lq, H, D], all of whose tokens are averaged; frame_mean: [B, F, H, D] float32 (float64 for float64);
+    top_k: at least 1; valid: [B, F] bool, True where a frame may be chosen (all of them by default).
+    Returns [B, H, min(top_k, F)] int32 in ascending order; of equal scores the lower index is chosen. Places that no
+    valid frame fills are -1, at the end. The choice has no gradient.
+    Source: arXiv 2512.14699, equations 2 to 4, per head.
+    Raises TypeError or ValueError for wrong dtypes, devices, shapes or top_k < 1.
+    """
+    _checks.states("query", query, "[B, Lq, H, D]")
+    _checks.states("frame_mean", frame_mean, "[B, F, H, D]", empty_tokens=True)
+    batch, _, heads, head_dim = query.shape
+    frames = frame_mean.shape[1]
+    _checks.shape("frame_mean", frame_mean, (batch, frames, heads, head_dim), "[B, F, H, D]")
+    _checks.statistics("frame_mean", frame_mean, "query", query)
+    _checks.integer("top_k", top_k, 1)
+    if valid is not None:
+        _checks.of_dtype("valid", valid, torch.bool)
+        _checks.shape("valid", valid, (batch, frames), "[B, F]")
+        _checks.same_device("valid", valid, "query", query)
+    return _select_frames(query.detach(), frame_mean.detach(), top_k, valid)

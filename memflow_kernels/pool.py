@@ -1,0 +1,52 @@
+"""The frame pool: where the keys and values of remembered frames live."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dtypes import statistics_dtype
+
+
+class Pool(NamedTuple):
+    """Keys, values and frame means of the frames that one attention layer holds; slot s owns tokens s*N to (s+1)*N.
+
+    key, value: [B, S*N, H, D], S slots of N tokens per frame; keys are normalised and rotated.
+    frame_mean: [B, S, H, D], the mean key of every slot; float32 (float64 where key is float64).
+    """
+
+    key: Tensor
+    value: Tensor
+    frame_mean: Tensor
+
+    @classmethod
+    def zeros(
+        cls,
+        batch: int,
+        slots: int,
+        tokens_per_frame: int,
+        heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Pool:
+        """A pool of empty slots."""
+        shape = (batch, slots * tokens_per_frame, heads, head_dim)
+        return cls(
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros((batch, slots, heads, head_dim), dtype=statistics_dtype(dtype), device=device),
+        )
+
+    @property
+    def slots(self) -> int:
+        """S, the number of frames that fit."""
+        return self.frame_mean.shape[1]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """N."""
+        return self.key.shape[1] // self.frame_mean.shape[1]

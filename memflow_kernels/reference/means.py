@@ -1,0 +1,16 @@
+"""frame_means: the mean key of every frame, per head."""
+
+import torch
+from torch import Tensor
+
+from ..dtypes import statistics_dtype
+
+
+def frame_means(key: Tensor, tokens_per_frame: int) -> Tensor:
+    """key [B, F*N, H, D] -> [B, F, H, D]."""
+    return key.unflatten(1, (-1, tokens_per_frame)).mean(2, dtype=statistics_dtype(key.dtype))
+
+
+def frame_means_backward(grad: Tensor, tokens_per_frame: int, dtype: torch.dtype) -> Tensor:
+    """Every token of a frame bears an equal part of grad [B, F, H, D]."""
+    return (grad / tokens_per_frame).to(dtype).repeat_interleave(tokens_per_frame, dim=1)

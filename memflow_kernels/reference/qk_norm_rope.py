@@ -1,0 +1,124 @@
+"""qk_norm_rope and qk_norm_rope_write: RMS norm over all heads, 3-axis rotary, and the write into the pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dtypes import statistics_dtype
+from .means import frame_means
+from .rotary import inverse_rms, rms_norm_heads, rotate, rotation_table
+
+
+def _table(x: Tensor, rows: int, cols: int, start_frame: int, start: Tensor | None) -> Tensor:
+    """Turns for x [B, L, H, D], rounded once to the precision of the arithmetic (float32; float64 for float64)."""
+    first = start_frame if start is None else start + start_frame
+    table = rotation_table(x.shape[-1], x.shape[1] // (rows * cols), (rows, cols), first, x.device)
+    return table if x.dtype == torch.float64 else table.to(torch.complex64)
+
+
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    eps: float,
+    rows: int,
+    cols: int,
+    start_frame: int,
+    start: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """query, key [B, L, H, D], weight_* [H*D] -> the same; the first frame has number start_frame + start."""
+    table = _table(query, rows, cols, start_frame, start)
+    return rotate(rms_norm_heads(query, weight_q, eps), table), rotate(rms_norm_heads(key, weight_k, eps), table)
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, inverse_table: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight for y = rotate(x r w), r = 1 / rms(x); the roundings count as the identity."""
+    wide = statistics_dtype(x.dtype)
+    grad = rotate(grad.to(wide), inverse_table)
+    inverse = inverse_rms(x, (-2, -1), eps)
+    normed = x * inverse
+    grad_weight = (grad * normed).sum((0, 1)).flatten()
+    grad = grad * weight.view(x.shape[-2:])
+    grad_x = inverse * (grad - normed * (grad * normed).mean((-2, -1), keepdim=True))
+    return grad_x.to(x.dtype).contiguous(), grad_weight.to(weight.dtype)
+
+
+def qk_norm_rope_backward(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    query: Tensor,
+    key: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    eps: float,
+    rows: int,
+    cols: int,
+    start_frame: int,
+    start: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, weight_q, weight_k."""
+    inverse_table = _table(query, rows, cols, start_frame, start).conj().resolve_conj()
+    grad_query, grad_weight_q = _backward(grad_query, query, weight_q, eps, inverse_table)
+    grad_key, grad_weight_k = _backward(grad_key, key, weight_k, eps, inverse_table)
+    return grad_query, grad_key, grad_weight_q, grad_weight_k
+
+
+def _check_slots(slots: list[int], available: int) -> None:
+    if any(not -1 <= slot < available for slot in slots):
+        raise ValueError(f"slots is {slots}: each must be -1 (not stored) or a slot of the pool, 0 to {available - 1}")
+    stored = [slot for slot in slots if slot >= 0]
+    if len(set(stored)) < len(stored):
+        raise ValueError(f"slots is {slots}: two frames cannot take the same slot")
+
+
+def _store_by_index(new: Tensor, held: Tensor, slots: Tensor) -> None:
+    """Write new [B, n, ...] to the places `slots` of held [B, S, ...] without reading them on the host.
+
+    A frame with slot -1 writes what slot 0 already holds. One frame after the other, since -1 and 0 may both occur.
+    """
+    for frame in range(new.shape[1]):
+        slot = slots[frame : frame + 1].clamp(min=0).long()
+        kept = torch.where(slots[frame] >= 0, new[:, frame : frame + 1], held.index_select(1, slot))
+        held.index_copy_(1, slot, kept)
+
+
+def qk_norm_rope_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    eps: float,
+    rows: int,
+    cols: int,
+    start_frame: int,
+    start: Tensor | None,
+    pool_key: Tensor,
+    pool_value: Tensor,
+    pool_frame_mean: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Norm and rotate query and key; key, value and the mean key of every frame go to its slot of the pool."""
+    tokens = rows * cols
+    table = _table(query, rows, cols, start_frame, start)
+    normed_key = rms_norm_heads(key, weight_k, eps)
+    if query.device.type != "cpu":
+        new_key = rotate(normed_key, table)
+        _store_by_index(new_key.unflatten(1, (-1, tokens)), pool_key.unflatten(1, (-1, tokens)), slots)
+        _store_by_index(value.unflatten(1, (-1, tokens)), pool_value.unflatten(1, (-1, tokens)), slots)
+        _store_by_index(frame_means(new_key, tokens), pool_frame_mean, slots)
+        return rotate(rms_norm_heads(query, weight_q, eps), table)
+
+    places = slots.tolist()
+    _check_slots(places, pool_frame_mean.shape[1])
+    for frame, slot in enumerate(places):
+        if slot < 0:
+            continue
+        source = slice(frame * tokens, (frame + 1) * tokens)
+        target = pool_key[:, slot * tokens : (slot + 1) * tokens]
+        rotate(normed_key[:, source], table[source], out=target)
+        pool_value[:, slot * tokens : (slot + 1) * tokens].copy_(value[:, source])
+        pool_frame_mean[:, slot : slot + 1].copy_(frame_means(target, tokens))
+    return rotate(rms_norm_heads(query, weight_q, eps), table)

@@ -1,0 +1,95 @@
+"""RMS norm over all heads together and rotary embedding over (frame, row, column), as Wan 2.1 defines them."""
+
+from __future__ import annotations
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from ..dtypes import statistics_dtype
+
+BASE = 10000.0
+
+
+def inverse_rms(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over `dims`, which stay with size 1; float32 (float64 for float64)."""
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
+    # vector_norm reads x once; squaring first would write a tensor of its size
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=statistics_dtype(x.dtype))
+    return torch.rsqrt(norm.square() / count + eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last dimension: x [..., C], weight [C].
+
+    Statistics in float32 (float64 for float64); the normalised value is rounded to x.dtype before it is multiplied by
+    the weight and rounded again, as the published models do.
+    """
+    return ((x * inverse_rms(x, (-1,), eps)).to(x.dtype) * weight).to(x.dtype)
+
+
+def rms_norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same over all heads together: x [B, L, H, D] of any strides, weight [H*D]."""
+    return ((x * inverse_rms(x, (-2, -1), eps)).to(x.dtype) * weight.view(x.shape[-2:])).to(x.dtype)
+
+
+def rotation_table(
+    head_dim: int, frames: int, grid: tuple[int, int], start_frame: int | Tensor, device: torch.device
+) -> Tensor:
+    """exp(i angle) of every token and channel pair: complex128 [frames*rows*cols, 1, D/2].
+
+    floor(p/3) of the p = D/2 pairs turn with the row, as many with the column and the rest, which come first, with the
+    frame. Pair i of an axis with m pairs turns by position * 10000^(-i/m). Angles are float64, so that they are right
+    at any frame: float32 would be off by 0.004 rad at frame 100,000.
+    """
+    rows, cols = grid
+    pairs = head_dim // 2
+    third = pairs // 3
+
+    def turns(count: int, position: int | Tensor, size: int) -> Tensor:  # [size, count]
+        index = torch.arange(count, dtype=torch.float64, device=device)
+        angle = (torch.arange(size, dtype=torch.float64, device=device) + position)[:, None] * BASE ** (-index / count)
+        return torch.polar(torch.ones_like(angle), angle)
+
+    axes = (
+        repeat(turns(pairs - 2 * third, start_frame, frames), "f p -> f r c p", r=rows, c=cols),
+        repeat(turns(third, 0, rows), "r p -> f r c p", f=frames, c=cols) if third else None,
+        repeat(turns(third, 0, cols), "c p -> f r c p", f=frames, r=rows) if third else None,
+    )
+    return torch.cat([axis for axis in axes if axis is not None], -1).flatten(0, 2).unsqueeze(1)
+
+
+def as_pairs(x: Tensor) -> Tensor | None:
+    """The channel pairs (2i, 2i+1) of x [..., D] as a complex view [..., D/2]; None where memory does not allow it."""
+    if x.dtype not in (torch.float32, torch.float64) or x.stride(-1) != 1 or x.storage_offset() % 2:
+        return None
+    if any(stride % 2 for stride in x.stride()[:-1]):
+        return None
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def rotate(x: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [B, L, H, D] turned by table [L, 1, D/2], in the precision of the table; written to `out` where given."""
+    wide = x.to(torch.float64 if table.dtype == torch.complex128 else torch.float32)
+    pairs = as_pairs(wide)
+    if pairs is None:
+        pairs = torch.view_as_complex(wide.contiguous().unflatten(-1, (-1, 2)))
+    if out is None:
+        return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    target = as_pairs(out) if out.dtype == wide.dtype else None
+    if target is None:
+        return out.copy_(torch.view_as_real(pairs * table).flatten(-2))
+    torch.mul(pairs, table, out=target)
+    return out
+
+
+def rotate_3d(x: Tensor, grid: tuple[int, int], start_frame: int | Tensor = 0) -> Tensor:
+    """Rotary embedding over (frame, row, column): x [B, L, H, D] with L a multiple of rows*cols, D even.
+
+    grid: (rows, cols) of one frame; start_frame: absolute number of the first frame, an int or an integer tensor of one
+    element. Angles and arithmetic in float64, then cast back.
+    """
+    frames = x.shape[1] // (grid[0] * grid[1])
+    return rotate(x, rotation_table(x.shape[-1], frames, grid, start_frame, x.device))

@@ -1,0 +1,99 @@
+import loops
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import cases
+
+from memflow_kernels import merge_attention
+from memflow_kernels.testing import assert_close, poisoned_memory, states
+
+KERNELS = settings.get_profile("kernels")
+
+
+def parts(case, split):
+    """Attention over the first `split` tokens and over the rest, and over all, from the loop; rounded to the dtype."""
+    query, key, value = case.query(), case.key(), case.value()
+    scale = case.head_dim**-0.5
+    pieces = []
+    for tokens in (slice(0, split), slice(split, None), slice(None)):
+        out, lse = loops.attention(query, key[:, tokens], value[:, tokens], 1, scale)
+        wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+        pieces += [torch.from_numpy(out).to(case.dtype), torch.from_numpy(lse).to(wide)]
+    return pieces
+
+
+@KERNELS
+@given(cases(), st.floats(0, 1))
+def test_equals_attention_over_the_union(case, share):
+    """Also where one side has no key: share 0 and 1."""
+    split = round(share * case.frames * case.tokens_per_frame)
+    out_a, lse_a, out_b, lse_b, expected, expected_lse = parts(case, split)
+    with poisoned_memory():
+        out, lse = merge_attention(out_a, lse_a, out_b, lse_b)
+    assert out.dtype == case.dtype
+    assert_close(out, expected, roundings=3)
+    assert_close(lse, expected_lse)
+
+
+def test_no_key_on_either_side():
+    out, lse = torch.zeros(1, 3, 2, 4), torch.full((1, 2, 3), -torch.inf)
+    merged, merged_lse = merge_attention(out, lse, out, lse)
+    assert torch.equal(merged, out)
+    assert torch.equal(merged_lse, lse)
+
+
+def test_a_key_in_both_sets_counts_twice():
+    out, lse = states(1, 3, 2, 4), torch.zeros(1, 2, 3)
+    merged, merged_lse = merge_attention(out, lse, out, lse)
+    torch.testing.assert_close(merged, out)
+    torch.testing.assert_close(merged_lse, torch.full((1, 2, 3), 2.0).log())
+
+
+def inputs(dtype):
+    out_a, out_b = states(2, 3, 2, 4, dtype=dtype), states(2, 3, 2, 4, dtype=dtype, seed=1)
+    lse_a, lse_b = states(2, 2, 3, 1, dtype=dtype, seed=2)[..., 0], states(2, 2, 3, 1, dtype=dtype, seed=3)[..., 0]
+    return [x.contiguous().requires_grad_() for x in (out_a, lse_a, out_b, lse_b)]
+
+
+def test_gradient():
+    assert torch.autograd.gradcheck(merge_attention, inputs(torch.float64))
+
+
+def test_gradient_is_finite_where_a_side_is_empty():
+    out_a, lse_a, out_b, _ = inputs(torch.float64)
+    empty = torch.full((2, 2, 3), -torch.inf, dtype=torch.float64, requires_grad=True)
+    out, lse = merge_attention(out_a, lse_a, out_b, empty)
+    grads = torch.autograd.grad(out.sum() + lse.sum(), (out_a, lse_a, out_b, empty))
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert torch.equal(grads[0], torch.ones_like(out_a))
+    assert torch.equal(grads[2], torch.zeros_like(out_b))
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.memflow.merge_attention, inputs(torch.float32))
+
+
+def test_compiles_to_one_graph():
+    arguments = inputs(torch.float32)
+    compiled = torch.compile(merge_attention, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(*arguments), merge_attention(*arguments), strict=True):
+        assert torch.equal(actual, expected)
+
+
+OUT, LSE = torch.zeros(2, 3, 2, 4), torch.zeros(2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((OUT, LSE, OUT[:1], LSE), ValueError, r"out_b must be .* like out_a = \[2, 3, 2, 4\], got \[1, 3, 2, 4\]"),
+        ((OUT, LSE, OUT.bfloat16(), LSE), TypeError, "out_b must have the dtype of out_a"),
+        ((OUT, LSE.mT, OUT, LSE), ValueError, r"lse_a must be \[B, H, Lq\] = \[2, 2, 3\], got \[2, 3, 2\]"),
+        ((OUT, LSE, OUT, LSE.bfloat16()), TypeError, "lse_b must be torch.float32"),
+        ((OUT, LSE, OUT, None), TypeError, "lse_b must be a torch.Tensor, got NoneType"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        merge_attention(*arguments)

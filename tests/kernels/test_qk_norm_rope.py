@@ -1,0 +1,296 @@
+import loops
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import cases
+
+from memflow_kernels import Pool, frame_means, qk_norm_rope, qk_norm_rope_write
+from memflow_kernels.reference import qk_norm_rope_write as write_reference
+from memflow_kernels.reference import rms_norm, rotate_3d
+from memflow_kernels.reference.qk_norm_rope import _store_by_index
+from memflow_kernels.testing import Traffic, assert_close, poisoned_memory, states
+
+KERNELS = settings.get_profile("kernels")
+ROUNDINGS = 3  # norm, weight, rotation
+STARTS = st.sampled_from([0, 1, 57, 1023, 1024, 100_000])
+
+
+def weights(case):
+    generator = torch.Generator().manual_seed(case.seed)
+    drawn = torch.randn(2, case.heads * case.head_dim, dtype=torch.float64, generator=generator) + 1
+    return drawn.to(case.dtype)
+
+
+def grid_of(case):
+    """(rows, cols) of tokens_per_frame tokens."""
+    rows = 2 if case.tokens_per_frame % 2 == 0 else 1
+    return rows, case.tokens_per_frame // rows
+
+
+def slot_tensor(*slots):
+    return torch.tensor(slots, dtype=torch.int32)
+
+
+@KERNELS
+@given(cases(head_dims=(2, 4, 8, 20, 24)), STARTS, st.booleans())
+def test_equals_the_loop(case, start_frame, on_device):
+    query, key = case.key(), case.states(case.frames * case.tokens_per_frame, 3)
+    weight_q, weight_k = weights(case)
+    options = {"weight_q": weight_q, "weight_k": weight_k, "eps": 1e-6, "grid": grid_of(case)}
+    start = torch.tensor(start_frame) if on_device else start_frame
+    with poisoned_memory():
+        new_query, new_key = qk_norm_rope(query, key, start_frame=start, **options)
+    for actual, x, weight in ((new_query, query, weight_q), (new_key, key, weight_k)):
+        assert actual.dtype == case.dtype
+        expected = loops.norm_rope(x, weight, 1e-6, grid_of(case), start_frame)
+        assert_close(actual, torch.from_numpy(expected), roundings=ROUNDINGS)
+
+
+@KERNELS
+@given(cases(head_dims=(2, 4, 8, 20, 24)), STARTS, st.data())
+def test_write_equals_the_functional_op(case, start_frame, data):
+    tokens = case.frames * case.tokens_per_frame
+    query, key, value = (case.states(tokens, salt) for salt in (1, 3, 4))
+    weight_q, weight_k = weights(case)
+    slots = data.draw(st.permutations(range(case.frames + 2)))[: case.frames]
+    stored = data.draw(st.lists(st.booleans(), min_size=case.frames, max_size=case.frames))
+    slots = [slot if keep else -1 for slot, keep in zip(slots, stored, strict=True)]
+    pool = Pool(
+        case.states((case.frames + 2) * case.tokens_per_frame, 5).contiguous(),
+        case.states((case.frames + 2) * case.tokens_per_frame, 6).contiguous(),
+        states(case.batch, case.frames + 2, case.heads, case.head_dim, dtype=case_statistics(case), seed=7),
+    )
+    before = Pool(*(part.clone() for part in pool))
+    options = {"weight_q": weight_q, "weight_k": weight_k, "eps": 1e-6, "grid": grid_of(case)}
+    with poisoned_memory():
+        written = qk_norm_rope_write(
+            query, key, value, start_frame=start_frame, pool=pool, slots=slot_tensor(*slots), **options
+        )
+    new_query, new_key = qk_norm_rope(query, key, start_frame=start_frame, **options)
+    assert torch.equal(written, new_query)
+    by_frame = (-1, case.tokens_per_frame)
+    for slot in range(case.frames + 2):
+        parts = [pool.key.unflatten(1, by_frame)[:, slot], pool.value.unflatten(1, by_frame)[:, slot]]
+        if slot in slots:
+            frame = slots.index(slot)
+            new = new_key.unflatten(1, by_frame)[:, frame]
+            assert_close(parts[0], new)
+            assert torch.equal(parts[1], value.unflatten(1, by_frame)[:, frame])
+            assert torch.equal(pool.frame_mean[:, slot], frame_means(parts[0], case.tokens_per_frame)[:, 0])
+        else:
+            assert torch.equal(parts[0], before.key.unflatten(1, by_frame)[:, slot])
+            assert torch.equal(parts[1], before.value.unflatten(1, by_frame)[:, slot])
+            assert torch.equal(pool.frame_mean[:, slot], before.frame_mean[:, slot])
+
+
+def case_statistics(case):
+    return torch.float64 if case.dtype == torch.float64 else torch.float32
+
+
+@KERNELS
+@given(st.lists(st.integers(-1, 4), min_size=1, max_size=5, unique_by=lambda slot: slot if slot >= 0 else object()))
+def test_the_store_of_other_devices(slots):
+    """Index operations in place of a loop over slots read on the host."""
+    new, held = states(2, len(slots), 3, 4), states(2, 5, 3, 4, seed=1)
+    expected = held.clone()
+    for frame, slot in enumerate(slots):
+        if slot >= 0:
+            expected[:, slot] = new[:, frame]
+    _store_by_index(new, held, slot_tensor(*slots))
+    assert torch.equal(held, expected)
+
+
+@pytest.mark.parametrize(("dtype", "units"), [(torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 3)], ids=str)
+def test_within_few_units_of_the_specification(dtype, units):
+    """The op rotates in float32 with turns from float64; the specification rotates in float64 throughout.
+
+    In half precision that is the last rounding at most; in float32 the turn, the product and the norm round as well.
+    """
+    query, key = (states(1, 30, 2, 128, dtype=dtype, seed=seed) for seed in (0, 1))
+    weight = states(1, 1, 1, 256, dtype=dtype, seed=2).flatten()
+    options = {"weight_q": weight, "weight_k": weight, "eps": 1e-6, "grid": (3, 5), "start_frame": 1022}
+    for actual, x in zip(qk_norm_rope(query, key, **options), (query, key), strict=True):
+        exact = rotate_3d(rms_norm(x.flatten(2), weight, 1e-6).view(x.shape), (3, 5), 1022)
+        pair = exact.double().unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True).expand(-1, -1, -1, -1, 2).flatten(-2)
+        assert ((actual.double() - exact.double()).abs() <= units * torch.finfo(dtype).eps * pair).all()
+
+
+def test_frame_100000_is_as_exact_as_frame_0():
+    x = states(1, 1, 1, 128)
+    for start_frame in (0, 1024, 100_000):
+        expected = loops.norm_rope(x, torch.ones(128), 0.0, (1, 1), start_frame)
+        options = {"weight_q": torch.ones(128), "weight_k": torch.ones(128), "eps": 0.0, "grid": (1, 1)}
+        actual, _ = qk_norm_rope(x, x, start_frame=start_frame, **options)
+        assert (actual.double() - torch.from_numpy(expected)).abs().max() < 1e-6
+
+
+def test_zero_rows_stay_zero():
+    x = torch.zeros(1, 4, 2, 4)
+    weight = torch.ones(8)
+    new, _ = qk_norm_rope(x, x, weight_q=weight, weight_k=weight, eps=1e-6, grid=(2, 2), start_frame=3)
+    assert torch.equal(new, x)
+
+
+def test_write_moves_one_frame_at_a_time():
+    """Values are copied once, straight into the pool, and nothing of the size of the pool is ever made."""
+    tokens = 3 * 60
+    query, key, value = (states(1, tokens, 2, 32, seed=seed) for seed in range(3))
+    pool = Pool.zeros(1, 15, 60, 2, 32)
+    weight = torch.ones(64)
+    place = (1e-6, 6, 10, 3, None)
+    with Traffic() as traffic:
+        write_reference(query, key, value, weight, weight, *place, *pool, slot_tensor(12, 13, 14))
+    frame = value[:, :60].nbytes
+    copies = [size for name, size in traffic.written if name == "aten::copy_"]
+    assert copies == [frame, pool.frame_mean[:, :1].nbytes] * 3
+    assert max(size for _, size in traffic.written) <= query.nbytes
+
+
+def test_stored_means_are_the_means_of_stored_keys():
+    pool = Pool.zeros(2, 3, 4, 2, 8, dtype=torch.bfloat16)
+    x, weight = states(2, 8, 2, 8, dtype=torch.bfloat16), torch.ones(16, dtype=torch.bfloat16)
+    options = {"weight_q": weight, "weight_k": weight, "eps": 1e-6, "grid": (2, 2), "start_frame": 0}
+    qk_norm_rope_write(x, x, x, pool=pool, slots=slot_tensor(2, 0), **options)
+    assert torch.equal(pool.frame_mean, frame_means(pool.key, 4))
+
+
+def gradient_inputs(dtype=torch.float64):
+    query, key = (states(2, 4, 2, 4, dtype=dtype, seed=seed).requires_grad_() for seed in (0, 1))
+    weight_q, weight_k = (states(1, 1, 1, 8, dtype=dtype, seed=seed)[0, 0, 0].requires_grad_() for seed in (2, 3))
+    return query, key, weight_q, weight_k
+
+
+def normed(query, key, weight_q, weight_k, start_frame=7):
+    return qk_norm_rope(
+        query, key, weight_q=weight_q, weight_k=weight_k, eps=1e-6, grid=(1, 2), start_frame=start_frame
+    )
+
+
+def test_gradient():
+    assert torch.autograd.gradcheck(normed, gradient_inputs())
+
+
+def test_gradient_of_one_output():
+    query, key, weight_q, weight_k = gradient_inputs()
+    normed(query, key, weight_q, weight_k)[0].square().sum().backward()
+    assert query.grad.abs().sum() > 0
+    assert key.grad is None or not key.grad.any()
+
+
+def test_gradients_have_the_dtypes_of_the_inputs():
+    leaves = gradient_inputs(torch.bfloat16)
+    query, key = normed(*leaves)
+    grads = torch.autograd.grad(query.sum() + key.sum(), leaves)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    query, key = normed(*wide)
+    for grad, expected in zip(grads, torch.autograd.grad(query.sum() + key.sum(), wide), strict=True):
+        assert grad.dtype == torch.bfloat16
+        assert_close(grad, expected, roundings=ROUNDINGS)
+
+
+def test_opcheck():
+    place = (1e-6, 1, 2, 0, torch.tensor(3))
+    arguments = gradient_inputs(torch.float32)
+    torch.library.opcheck(torch.ops.memflow.qk_norm_rope, (*arguments, *place))
+    query, key, weight_q, weight_k = (x.detach() for x in arguments)
+    states_ = (query, key, key.clone(), weight_q, weight_k)
+    pool = Pool.zeros(2, 5, 2, 2, 4)
+    torch.library.opcheck(torch.ops.memflow.qk_norm_rope_write, (*states_, *place, *pool, slot_tensor(4, -1)))
+    backward = (query, key, query.clone(), key.clone(), weight_q, weight_k, *place)
+    torch.library.opcheck(torch.ops.memflow.qk_norm_rope_backward, backward, test_utils="test_faketensor")
+
+
+def test_compiles_to_one_graph_for_every_start_and_slot():
+    query, key, weight_q, weight_k = (x.detach() for x in gradient_inputs(torch.float32))
+
+    def write(start, slots, pool):
+        options = {"weight_q": weight_q, "weight_k": weight_k, "eps": 1e-6, "grid": (1, 2)}
+        written = qk_norm_rope_write(query, key, key * 2, start_frame=start, pool=pool, slots=slots, **options)
+        return written, pool.key + 1
+
+    compiled = torch.compile(write, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for start, slots in ((0, (0, 1)), (3, (4, -1)), (5000, (-1, 2))):
+            pools = [Pool.zeros(2, 5, 2, 2, 4) for _ in range(2)]
+            expected = write(torch.tensor(start), slot_tensor(*slots), pools[0])
+            actual = compiled(torch.tensor(start), slot_tensor(*slots), pools[1])
+            pairs = zip((*actual, *pools[1]), (*expected, *pools[0]), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_gradients_compile():
+    leaves = gradient_inputs(torch.float32)
+    compiled = torch.compile(normed, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(sum(x.square().sum() for x in run(*leaves)), leaves) for run in (normed, compiled)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+X, W = torch.zeros(2, 8, 2, 4), torch.zeros(8)
+GOOD = {"weight_q": W, "weight_k": W, "eps": 1e-6, "grid": (2, 2), "start_frame": 0}
+
+
+@pytest.mark.parametrize(
+    ("states_", "options", "error", "message"),
+    [
+        ((X, X[:, :4]), {}, ValueError, r"key must be .* like query = \[2, 8, 2, 4\], got \[2, 4, 2, 4\]"),
+        ((X, X.half()), {}, TypeError, "key must have the dtype of query"),
+        ((X[..., :3], X[..., :3]), {"weight_q": W[:6], "weight_k": W[:6]}, ValueError, "needs an even one"),
+        ((X, X), {"weight_q": W[:4]}, ValueError, r"weight_q must be \[H\*D\] = \[8\], got \[4\]"),
+        ((X, X), {"weight_k": W.int()}, TypeError, "weight_k must be float32.*got torch.int32"),
+        ((X, X), {"weight_k": None}, TypeError, "weight_k must be a torch.Tensor, got NoneType"),
+        ((X, X), {"eps": -1.0}, ValueError, "eps must be at least 0, got -1.0"),
+        ((X, X), {"eps": float("nan")}, ValueError, "eps must be at least 0, got nan"),
+        ((X, X), {"grid": (3, 1)}, ValueError, r"query has 8 tokens, not a multiple of rows \* cols = 3 \* 1"),
+        ((X, X), {"grid": (0, 4)}, ValueError, "grid rows must be at least 1, got 0"),
+        ((X, X), {"grid": 4}, TypeError, r"grid must be \(rows, cols\), got 4"),
+        ((X, X), {"start_frame": -1}, ValueError, "start_frame must be at least 0, got -1"),
+        ((X, X), {"start_frame": 0.5}, TypeError, "start_frame must be an int, got float"),
+        ((X, X), {"start_frame": torch.tensor(0.5)}, TypeError, "start_frame must be int32 or int64"),
+        ((X, X), {"start_frame": torch.tensor([1, 2])}, ValueError, r"start_frame must hold one number.*\[2\]"),
+    ],
+)
+def test_bad_input(states_, options, error, message):
+    with pytest.raises(error, match=message):
+        qk_norm_rope(*states_, **{**GOOD, **options})
+
+
+POOL = Pool.zeros(2, 5, 4, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"value": X[:, :4]}, ValueError, "value must be .* like query"),
+        ({"pool": tuple(POOL)}, TypeError, "pool must be a memflow_kernels.Pool, got tuple"),
+        (
+            {"pool": Pool.zeros(1, 5, 4, 2, 4)},
+            ValueError,
+            r"pool.key must be .* = \[2, 20, 2, 4\], got \[1, 20, 2, 4\]",
+        ),
+        ({"pool": Pool.zeros(2, 5, 3, 2, 4)}, ValueError, "pool has 3 tokens per slot; grid 2 x 2 needs 4"),
+        ({"pool": Pool.zeros(2, 5, 4, 2, 4, dtype=torch.float16)}, TypeError, "pool.key must have the dtype of query"),
+        ({"pool": POOL._replace(value=X)}, ValueError, "pool.value must be .* like pool.key"),
+        ({"pool": POOL._replace(frame_mean=X.half())}, TypeError, "pool.frame_mean must be torch.float32"),
+        ({"pool": POOL._replace(frame_mean=torch.zeros(2, 3, 2, 4))}, ValueError, "not a multiple of the 3 slots"),
+        ({"slots": slot_tensor(0)}, ValueError, r"slots must be \[n\], one slot per frame = \[2\], got \[1\]"),
+        ({"slots": slot_tensor(0, 1).long()}, TypeError, "slots must be int32, got torch.int64"),
+        ({"slots": [0, 1]}, TypeError, "slots must be a torch.Tensor, got list"),
+        ({"slots": slot_tensor(0, 5)}, ValueError, r"slots is \[0, 5\]: each must be -1 .* 0 to 4"),
+        ({"slots": slot_tensor(-2, 0)}, ValueError, r"slots is \[-2, 0\]"),
+        ({"slots": slot_tensor(3, 3)}, ValueError, "two frames cannot take the same slot"),
+    ],
+)
+def test_bad_write(options, error, message):
+    options = {"value": X, "pool": POOL, "slots": slot_tensor(0, 1), **GOOD, **options}
+    with pytest.raises(error, match=message):
+        qk_norm_rope_write(X, X, options.pop("value"), **options)
+
+
+def test_write_refuses_gradients():
+    options = {"pool": Pool.zeros(2, 5, 4, 2, 4), "slots": slot_tensor(0, 1), **GOOD}
+    options["weight_q"] = W.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="use qk_norm_rope, which is differentiable"):
+        qk_norm_rope_write(X, X, X, **options)
+    with torch.no_grad():
+        qk_norm_rope_write(X, X, X, **options)

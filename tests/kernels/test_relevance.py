@@ -1,0 +1,161 @@
+import loops
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import cases
+
+from memflow_kernels import frame_means, prompt_relevance
+from memflow_kernels.testing import Traffic, poisoned_memory, relative_error, states
+
+KERNELS = settings.get_profile("kernels")
+
+
+def text_mask(case, share):
+    generator = torch.Generator().manual_seed(case.seed)
+    return torch.rand(case.batch, case.queries, generator=generator) < share
+
+
+def largest_product(text, key, scale):
+    """A sum of products near 0 has no relative accuracy: bilinear errors are measured by the size of the products."""
+    return text.double().norm(dim=-1).mean() * key.double().norm(dim=-1).mean() * abs(scale)
+
+
+@KERNELS
+@given(cases(), st.sampled_from([None, 0.0, 0.6]), st.sampled_from([None, 0.3]))
+def test_mean_equals_the_loop(case, share, scale):
+    text, key = case.query(), case.key()
+    mask = None if share is None else text_mask(case, share)
+    with poisoned_memory():
+        options = {"text_mask": mask, "scale": scale, "tokens_per_frame": case.tokens_per_frame}
+        actual = prompt_relevance(text, key, **options)
+        from_means = prompt_relevance(
+            text, frame_mean=frame_means(key, case.tokens_per_frame), text_mask=mask, scale=scale
+        )
+    scale = case.head_dim**-0.5 if scale is None else scale
+    expected = torch.from_numpy(loops.relevance_mean(text, key, case.tokens_per_frame, scale, mask))
+    allowed = (1e-12 if case.dtype == torch.float64 else 1e-5) * largest_product(text, key, scale)
+    assert actual.shape == expected.shape
+    assert (actual.double() - expected).abs().max() <= allowed
+    assert torch.equal(actual, from_means)
+
+
+@KERNELS
+@given(cases(), st.sampled_from([None, 0.0, 0.6]), st.sampled_from([None, 0.3]))
+def test_softmax_equals_the_loop(case, share, scale):
+    text, key = case.query(), case.key()
+    mask = None if share is None else text_mask(case, share)
+    options = {"text_mask": mask, "scale": scale, "tokens_per_frame": case.tokens_per_frame}
+    with poisoned_memory():
+        actual = prompt_relevance(text, key, aggregate="softmax", **options)
+    scale = case.head_dim**-0.5 if scale is None else scale
+    expected = torch.from_numpy(loops.relevance_softmax(text, key, case.tokens_per_frame, scale, mask))
+    assert relative_error(actual, expected) <= (1e-12 if case.dtype == torch.float64 else 1e-5)
+    scored = torch.ones(case.batch) if mask is None else mask.any(1).float()
+    torch.testing.assert_close(actual.sum(1).float(), scored)  # the shares of a row add up to 1
+
+
+def test_softmax_survives_large_logits():
+    text, key = states(1, 3, 2, 8, seed=1) * 100, states(1, 6, 2, 8, seed=2) * 100
+    share = prompt_relevance(text, key, tokens_per_frame=2, aggregate="softmax")
+    assert torch.isfinite(share).all()
+    torch.testing.assert_close(share.sum(1), torch.ones(1))
+
+
+def test_softmax_reads_strided_keys_in_place():
+    """What it writes are logits and shares: nothing as large as the keys, however they lie in memory."""
+    key = states(2, 4 * 50, 2, 64, layout="sliced")
+    text = states(2, 3, 2, 64, seed=1)
+    with Traffic() as traffic:
+        prompt_relevance(text, key, tokens_per_frame=50, aggregate="softmax")
+    assert traffic.written
+    assert max(size for _, size in traffic.written) < key[:1, :50].nbytes
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "softmax"])
+def test_empty_bank(aggregate):
+    text, key = states(2, 3, 2, 4), torch.zeros(2, 0, 2, 4)
+    assert prompt_relevance(text, key, tokens_per_frame=5, aggregate=aggregate).shape == (2, 0)
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "softmax"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradient(aggregate, masked):
+    text = states(2, 4, 2, 3, dtype=torch.float64, seed=1).requires_grad_()
+    key = states(2, 6, 2, 3, dtype=torch.float64, seed=2).requires_grad_()
+    mask = torch.tensor([[True, False, True, True], [False] * 4]) if masked else None
+
+    def score(text, key):
+        return prompt_relevance(text, key, tokens_per_frame=2, text_mask=mask, aggregate=aggregate)
+
+    assert torch.autograd.gradcheck(score, (text, key))
+
+
+def test_gradient_of_frame_means():
+    text = states(2, 4, 2, 3, dtype=torch.float64, seed=1).requires_grad_()
+    mean = states(2, 5, 2, 3, dtype=torch.float64, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda text, mean: prompt_relevance(text, frame_mean=mean), (text, mean))
+
+
+def test_opcheck():
+    text, key = states(2, 3, 2, 4, seed=1).requires_grad_(), states(2, 6, 2, 4, seed=2).requires_grad_()
+    mask = torch.tensor([[True, False, True]] * 2)
+    torch.library.opcheck(torch.ops.memflow.prompt_relevance_mean, (text, key, mask, 0.5))
+    torch.library.opcheck(torch.ops.memflow.prompt_relevance_softmax, (text, key, None, 3, 0.5))
+    grad = torch.ones(2, 2)
+    torch.library.opcheck(
+        torch.ops.memflow.prompt_relevance_softmax_backward, (grad, text.detach(), key.detach(), mask, 3, 0.5)
+    )
+
+
+def test_compiles_to_one_graph():
+    text, key = states(2, 3, 2, 4, seed=1).requires_grad_(), states(2, 6, 2, 4, seed=2).requires_grad_()
+
+    def score(text, key):
+        options = {"tokens_per_frame": 3}
+        return prompt_relevance(text, key, **options) * prompt_relevance(text, key, aggregate="softmax", **options)
+
+    eager = score(text, key)
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")(text, key)
+    assert torch.equal(compiled, eager)
+    expected = torch.autograd.grad(eager.sum(), (text, key))
+    actual = torch.autograd.grad(compiled.sum(), (text, key))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+TEXT, KEY = torch.zeros(2, 3, 2, 4), torch.zeros(2, 6, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((TEXT, KEY), {"aggregate": "max"}, ValueError, 'aggregate must be "mean" or "softmax", got \'max\''),
+        ((TEXT,), {}, ValueError, "frame_mean, or key and tokens_per_frame, is needed"),
+        ((TEXT, KEY), {}, ValueError, "tokens_per_frame is needed together with key, got None"),
+        ((TEXT,), {"aggregate": "softmax", "frame_mean": KEY}, ValueError, "key is needed for"),
+        ((TEXT, KEY[:1]), {"tokens_per_frame": 2}, ValueError, r"key must be .* = \[2, 6, 2, 4\], got \[1, 6, 2, 4\]"),
+        (
+            (TEXT, KEY.double()),
+            {"tokens_per_frame": 2},
+            TypeError,
+            "key must have the dtype of text_key, torch.float32",
+        ),
+        ((TEXT, KEY), {"tokens_per_frame": 4}, ValueError, "not a multiple of tokens_per_frame = 4"),
+        ((TEXT,), {"frame_mean": KEY.bfloat16()}, TypeError, "frame_mean must be torch.float32"),
+        ((TEXT,), {"frame_mean": KEY[..., :2]}, ValueError, r"frame_mean must be .* got \[2, 6, 2, 2\]"),
+        ((TEXT,), {"frame_mean": KEY, "text_mask": torch.ones(2, 3)}, TypeError, "text_mask must be bool"),
+        (
+            (TEXT,),
+            {"frame_mean": KEY, "text_mask": torch.ones(2, 4, dtype=torch.bool)},
+            ValueError,
+            r"text_mask must be \[B, T\] = \[2, 3\], got \[2, 4\]",
+        ),
+        ((TEXT,), {"frame_mean": KEY, "scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ((TEXT,), {"frame_mean": KEY, "scale": "1"}, TypeError, "scale must be a number, got str"),
+        ((TEXT[:, :0],), {"frame_mean": KEY}, ValueError, "text_key must be .* sizes of at least 1"),
+        ((TEXT,), {"frame_mean": KEY.to("meta")}, ValueError, "frame_mean must be on the device of text_key, cpu"),
+    ],
+)
+def test_bad_input(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        prompt_relevance(*arguments, **options)
