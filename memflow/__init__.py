@@ -1,0 +1,29 @@
+"""Streaming stories with a narrative memory, on diffusers and transformers.
+
+The names below are imported when they are first used, so that `import memflow` stays cheap.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Chunk": "memflow.stream",
+    "MemFlowError": "memflow.errors",
+    "MemFlowPipeline": "memflow.pipeline",
+    "MemoryConfig": "memflow.memory",
+    "MemorySnapshot": "memflow.memory",
+    "PixelShuffleCodec": "memflow.codec",
+    "Stream": "memflow.stream",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,37 @@
+"""Prompts to embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel, prompts: list[str], max_length: int
+) -> tuple[Tensor, Tensor]:
+    """Encodes one prompt per batch row, as Wan's pipelines do.
+
+    Runs of whitespace count as one space, a prompt of more than `max_length` tokens (bytes with ByT5) is cut, a
+    shorter one padded; the encoder does not see the padding, and its embeddings are zero.
+
+    Returns:
+        embeddings [B, max_length, text_dim] and mask [B, max_length] bool (True = a token, False = padding), both on
+        the encoder's device, the embeddings in its dtype.
+    """
+    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(f"prompts must be a list of at least one string, got {prompts!r}")
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    tokens = tokenizer(
+        [" ".join(prompt.split()) for prompt in prompts],
+        padding="max_length",
+        max_length=max_length,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    ).to(text_encoder.device)
+    hidden = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    mask = tokens.attention_mask.bool()
+    return hidden.masked_fill(~mask[..., None], 0), mask
