@@ -1,0 +1,174 @@
+"""`MemFlowPipeline`: a diffusers pipeline that tells stories chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from memflow.codec import spatial_factor, temporal_factor
+from memflow.errors import MemFlowError
+from memflow.memory import MemoryConfig
+from memflow.plan import Plan
+from memflow.schedule import DistilledSchedule
+from memflow.state import load_stream
+from memflow.stream import Stream
+
+
+@dataclass
+class MemFlowOutput(BaseOutput):
+    """frames: [B, T, H, W, 3] uint8. latents: [B, C, F, h, w] float32."""
+
+    frames: Tensor
+    latents: Tensor
+
+
+class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+    """Text to video, streamed, with a memory of the past frames that the coming prompt calls for.
+
+    tokenizer, text_encoder: a T5 family encoder. transformer: WanTransformer3DModel, distilled for few-step causal
+    generation. vae: AutoencoderKLWan or `memflow.codec.PixelShuffleCodec`. scheduler: a diffusers flow-matching
+    scheduler, the source of the noise levels. denoising_steps: its unshifted timesteps that are used. fps: video frames
+    per second. text_length: tokens that a prompt is padded to. height, width: default size of the video in pixels.
+    memory: fields of the `MemoryConfig` that this model was trained for; the defaults of that class where not given.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        tokenizer,
+        text_encoder,
+        transformer,
+        vae,
+        scheduler,
+        denoising_steps: tuple = (1000, 750, 500, 250),
+        fps: float = 16.0,
+        text_length: int = 512,
+        height: int = 480,
+        width: int = 832,
+        memory: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
+        )
+        self.register_to_config(
+            denoising_steps=list(denoising_steps),
+            fps=fps,
+            text_length=text_length,
+            height=height,
+            width=width,
+            memory=dict(memory or {}),
+        )
+        self.schedule = DistilledSchedule(scheduler, denoising_steps)
+        self.spatial_factor = spatial_factor(vae)
+
+    @classmethod
+    def from_preset(cls, name: str = "toy", *, torch_dtype: torch.dtype = torch.float32) -> MemFlowPipeline:
+        """A model that needs no files. `toy`: a tiny transformer of the real architecture with random weights."""
+        from memflow import toy
+
+        if name != "toy":
+            raise MemFlowError(f"there is no preset {name!r}; presets: toy")
+        height, width = toy.DEFAULT_SIZE
+        components = toy.build()
+        for model in ("transformer", "text_encoder"):
+            _cast(components[model], torch_dtype)
+        return cls(**components, text_length=toy.MAX_LENGTH, height=height, width=width)
+
+    @property
+    def fps(self) -> float:
+        """Video frames per second."""
+        return self.config.fps
+
+    @property
+    def memory_config(self) -> MemoryConfig:
+        """The memory that this model was trained for."""
+        return MemoryConfig(**self.config.memory)
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """Video frames in a chunk (a causal VAE gives fewer for the first)."""
+        return self.memory_config.frames_per_chunk * temporal_factor(self.vae)
+
+    def chunks_for(self, seconds: float) -> int:
+        """Whole chunks nearest to `seconds` of video, at least one."""
+        if not seconds > 0:
+            raise MemFlowError(f"seconds_per_prompt must be above 0, got {seconds}")
+        return max(1, round(seconds * self.fps / self.frames_per_chunk))
+
+    def stream(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        seconds_per_prompt: float = 10.0,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] = 0,
+        memory: MemoryConfig | None = None,
+    ) -> Stream:
+        """A generator of chunks that tells the story of `prompts`.
+
+        prompts: one text per prompt; for a batch of stories one list of texts (one per story) per prompt.
+        seconds_per_prompt: length of every prompt's part of the video.
+        height, width: of the video in pixels; the model's own where not given.
+        seed: of the first story; the next ones in a batch count on from it. Or one seed per story.
+        memory: the model's own where not given.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise MemFlowError(f"prompts must be a list of at least one prompt, got {prompts!r}")
+        batch = 1 if isinstance(prompts[0], str) else len(prompts[0])
+        texts = [self.check_prompt(prompt, batch) for prompt in prompts]
+        seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
+        if len(seeds) != batch:
+            raise MemFlowError(f"seed must be one whole number or {batch} of them, one per story, got {len(seeds)}")
+        return Stream(
+            self,
+            plan=Plan(texts, self.chunks_for(seconds_per_prompt)),
+            config=memory or self.memory_config,
+            seeds=seeds,
+            height=self._check_size("height", height or self.config.height, 1),
+            width=self._check_size("width", width or self.config.width, 2),
+        )
+
+    def resume(self, path) -> Stream:
+        """The stream that `Stream.save` wrote to `path`; its next chunks are those of the uninterrupted one."""
+        return load_stream(self, path)
+
+    def __call__(self, prompts, **settings) -> MemFlowOutput:
+        """The whole video at once. Arguments as in `stream`."""
+        chunks = list(self.progress_bar(self.stream(prompts, **settings)))
+        return MemFlowOutput(
+            frames=torch.cat([chunk.frames for chunk in chunks], dim=1),
+            latents=torch.cat([chunk.latents for chunk in chunks], dim=2),
+        )
+
+    def check_prompt(self, prompt: str | Sequence[str], batch: int) -> tuple[str, ...]:
+        """`prompt` as one text per batch row, or an error that says what is wrong with it."""
+        texts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,) * batch
+        if len(texts) != batch:
+            raise MemFlowError(f"prompt must have one text per story ({batch}), got {len(texts)}")
+        for text in texts:
+            if not isinstance(text, str) or not text.strip():
+                raise MemFlowError(f"prompt must be a text that is not blank, got {text!r}")
+        return texts
+
+    def _check_size(self, name: str, pixels: int, axis: int) -> int:
+        step = self.spatial_factor * self.transformer.config.patch_size[axis]
+        if pixels < step or pixels % step:
+            raise MemFlowError(f"{name} must be a positive multiple of {step} pixels for this model, got {pixels}")
+        return pixels
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """As `from_pretrained(torch_dtype=...)` does: what the model wants in float32 stays so."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        if kept.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,66 @@
+"""Which prompt rules which chunk: the prompts of a story, and those that are sent while it runs."""
+
+from __future__ import annotations
+
+from collections import deque
+
+
+class Plan:
+    """Prompts in order, each for a number of chunks. A prompt is a tuple of texts, one per batch row.
+
+    `send` may be called from another thread while the stream runs.
+    """
+
+    def __init__(self, prompts: list[tuple[str, ...]], chunks_each: int):
+        self.chunks_each = chunks_each
+        self.current: tuple[str, ...] | None = None
+        self.remaining = 0
+        self.queue = [(tuple(texts), chunks_each) for texts in prompts]
+        self.inbox: deque[tuple[str, ...]] = deque()
+
+    def send(self, texts: tuple[str, ...]) -> None:
+        """Let `texts` rule from the next chunk on, for `chunks_each` chunks; what is still planned comes after it."""
+        self.inbox.append(tuple(texts))
+
+    def next(self) -> tuple[tuple[str, ...], bool] | None:
+        """(texts of the next chunk, whether they start there), or None when the story is over."""
+        self._read_inbox()
+        switched = self.remaining == 0
+        if switched:
+            if not self.queue:
+                return None
+            self.current, self.remaining = self.queue.pop(0)
+        self.remaining -= 1
+        return self.current, switched
+
+    def __len__(self) -> int:
+        """Chunks still to be made."""
+        sent = len(self.inbox)
+        return (
+            (0 if sent else self.remaining) + sum(chunks for _, chunks in self.queue) + min(sent, 1) * self.chunks_each
+        )
+
+    def _read_inbox(self) -> None:
+        latest = None
+        while self.inbox:
+            latest = self.inbox.popleft()
+        if latest is not None:
+            self.queue.insert(0, (latest, self.chunks_each))
+            self.remaining = 0
+
+    def to_dict(self) -> dict:
+        self._read_inbox()
+        return {
+            "chunks_each": self.chunks_each,
+            "current": self.current,
+            "remaining": self.remaining,
+            "queue": self.queue,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Plan:
+        plan = cls([], data["chunks_each"])
+        plan.current = None if data["current"] is None else tuple(data["current"])
+        plan.remaining = data["remaining"]
+        plan.queue = [(tuple(texts), chunks) for texts, chunks in data["queue"]]
+        return plan

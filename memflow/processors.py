@@ -1,0 +1,140 @@
+"""Attention processors that give diffusers' WanTransformer3DModel a memory, the model itself unchanged.
+
+`install(transformer)` replaces the attention processors and the `rope` module. The processors keep nothing of their
+own: pools, prompt and position come with a call, as a `memflow.memory.Pass`, so that several streams can share a model.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from memflow.errors import MemFlowError
+from memflow.memory import Pass
+from memflow_kernels import memory_attention, qk_norm_rope_write
+
+
+class MemorySelfAttention:
+    """Self-attention of one layer: writes the new K and V into the pool and attends to memory and window in place."""
+
+    def __init__(self, layer: int):
+        self.layer = layer
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Pass = None):
+        query = self.write(attn, hidden_states, rotary_emb)
+        hidden_states = self.attend(query, rotary_emb)
+        return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2)))
+
+    def write(self, attn, hidden_states: Tensor, step: Pass) -> Tensor:
+        """Project, norm and rotate; keys and values go into the pool. Returns the queries [B, L, H, D]."""
+        if getattr(attn, "fused_projections", False):
+            projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
+        return qk_norm_rope_write(
+            query,
+            key,
+            value,
+            weight_q=attn.norm_q.weight,
+            weight_k=attn.norm_k.weight,
+            eps=attn.norm_q.eps,
+            grid=step.grid,
+            start_frame=step.start_frame,
+            pool=step.pools[self.layer],
+            slots=step.slots,
+        )
+
+    def attend(self, query: Tensor, step: Pass) -> Tensor:
+        """[B, L, H, D]: attention over the slots of the pool that this call sees."""
+        pool = step.pools[self.layer]
+        tokens = step.grid[0] * step.grid[1]
+        count = step.end_slot - step.first_slot
+        return memory_attention(
+            query,
+            pool.key.narrow(1, step.first_slot * tokens, count * tokens),
+            pool.value.narrow(1, step.first_slot * tokens, count * tokens),
+            tokens_per_frame=tokens,
+            candidate_frames=step.candidates,
+            top_k=step.top_k if step.candidates else None,
+            frame_mean=pool.frame_mean.narrow(1, step.first_slot, step.candidates),
+        )
+
+
+class PromptCrossAttention:
+    """Cross-attention of one layer to the prompt's keys and values, which were computed once."""
+
+    def __init__(self, layer: int, context: StreamContext):
+        self.layer = layer
+        self.context = context
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        prompt = self.context.step.prompt
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key, value = prompt.key[self.layer], prompt.value[self.layer]
+        hidden_states = memory_attention(query, key, value, tokens_per_frame=key.shape[1])
+        return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2)))
+
+
+class StreamContext(nn.Module):
+    """Takes the place of the transformer's `rope`: hands every self-attention the `Pass` of the call in progress."""
+
+    def __init__(self):
+        super().__init__()
+        self.step: Pass | None = None
+
+    def forward(self, hidden_states: Tensor) -> Pass:
+        if self.step is None:
+            raise MemFlowError(
+                "this transformer has MemFlow's attention installed and runs inside a stream only: "
+                "use MemFlowPipeline.stream, or memflow.processors.uninstall(transformer) first"
+            )
+        return self.step
+
+    @contextmanager
+    def during(self, step: Pass):
+        """The calls of the transformer in this block belong to `step`."""
+        self.step = step
+        try:
+            yield
+        finally:
+            self.step = None
+
+
+def install(transformer: WanTransformer3DModel) -> StreamContext:
+    """Give the transformer a memory; returns the context that its calls run in. Installing twice changes nothing."""
+    if isinstance(transformer.rope, StreamContext):
+        return transformer.rope
+    if any(block.attn2.add_k_proj is not None for block in transformer.blocks):
+        raise MemFlowError("transformer: image-to-video checkpoints (added_kv_proj_dim) have no streaming memory")
+    if transformer.config.patch_size[0] != 1:
+        raise MemFlowError(f"transformer: patch_size must be (1, h, w), got {tuple(transformer.config.patch_size)}")
+    context = StreamContext()
+    context.replaced_rope = [transformer.rope]
+    for layer, block in enumerate(transformer.blocks):
+        block.attn1.set_processor(MemorySelfAttention(layer))
+        block.attn2.set_processor(PromptCrossAttention(layer, context))
+    transformer.rope = context
+    return context
+
+
+def uninstall(transformer: WanTransformer3DModel) -> None:
+    """Give the transformer its own attention back."""
+    if not isinstance(transformer.rope, StreamContext):
+        return
+    for block in transformer.blocks:
+        for attn in (block.attn1, block.attn2):
+            attn.set_processor(attn._default_processor_cls())
+    transformer.rope = transformer.rope.replaced_rope[0]
+
+
+def head_sizes(transformer: WanTransformer3DModel) -> dict[str, int]:
+    """layers, heads, head_dim, as `MemoryConfig.create` takes them."""
+    config = transformer.config
+    return {
+        "layers": config.num_layers,
+        "heads": config.num_attention_heads,
+        "head_dim": config.attention_head_dim,
+    }

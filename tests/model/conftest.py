@@ -1,0 +1,11 @@
+import pytest
+
+from memflow.pipeline import MemFlowPipeline
+
+
+@pytest.fixture(scope="session")
+def toy() -> MemFlowPipeline:
+    """The embedded model. Streams share it: they keep everything of their own to themselves."""
+    pipeline = MemFlowPipeline.from_preset("toy")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

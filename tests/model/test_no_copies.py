@@ -1,0 +1,87 @@
+"""The cache is never cloned, rolled, concatenated or gathered: bytes moved by one attention layer, counted op by op.
+
+Unit u, as in docs/memory.md: one frame of K or V of one layer, read or written.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttention
+
+from memflow.memory import MemoryConfig, Prompt
+from memflow.processors import MemorySelfAttention
+from memflow_kernels.testing import Traffic
+
+BATCH, HEADS, DIM, GRID = 1, 12, 24, (5, 7)
+TOKENS = GRID[0] * GRID[1]
+UNIT = TOKENS * HEADS * DIM * 4  # bytes of a frame of K in float32
+
+# What the layer computes, as opposed to moves: linears, attention, and the arithmetic of norm and rotation.
+COMPUTED = {
+    "addmm", "mm", "bmm", "dot", "linear", "_scaled_dot_product_flash_attention_for_cpu",
+    "mul", "div", "add", "sub", "addcmul", "pow", "rsqrt", "sqrt", "reciprocal", "mean", "sum", "square",
+    "linalg_vector_norm", "cos", "sin", "polar", "exp", "sigmoid", "logaddexp", "logsumexp", "neg", "sort", "arange",
+    "view_as_complex", "view_as_real", "maximum", "isinf", "eq", "lt", "ge", "any", "all", "outer", "ones", "zeros",
+}  # fmt: skip
+
+
+def copies(traffic: Traffic) -> dict[str, float]:
+    """Units moved per operation by what is not computation; a copy reads as much as it writes."""
+    moved: dict[str, float] = {}
+    for name, written in traffic.written:
+        name = name.split("::")[1].rstrip("_")
+        if name not in COMPUTED:
+            moved[name] = moved.get(name, 0) + 2 * written / UNIT
+    return moved
+
+
+def layer_after(chunks: int, config: MemoryConfig):
+    torch.manual_seed(0)
+    attn = WanAttention(HEADS * DIM, HEADS, DIM, 1e-6)
+    memory = config.create(
+        layers=1, batch=BATCH, heads=HEADS, head_dim=DIM, grid=GRID, dtype=torch.float32, device="cpu"
+    )
+    key = torch.randn(1, BATCH, 6, HEADS, DIM)
+    prompt = Prompt(key, key, torch.ones(BATCH, 6, dtype=torch.bool))
+    processor = MemorySelfAttention(0)
+    hidden = torch.randn(BATCH, 3 * TOKENS, HEADS * DIM)
+    for chunk in range(chunks):
+        memory.update(3 * chunk, prompt)
+        processor(attn, hidden, rotary_emb=memory.pass_over(3 * chunk, 3, prompt))
+        memory.end_chunk(3 * chunk)
+    return attn, memory, prompt, processor, hidden
+
+
+@pytest.mark.parametrize(("top_k", "units"), [(None, 12), (3, 12 + 4 * 3), (1, 12 + 4 * 1)], ids=str)
+@torch.no_grad()
+def test_a_denoising_pass_moves_the_new_keys_and_what_is_activated(top_k, units):
+    attn, memory, prompt, processor, hidden = layer_after(12, MemoryConfig(top_k=top_k))
+    memory.update(36, prompt)
+    step = memory.pass_over(36, 3, prompt)
+    assert step.end_slot - step.first_slot == 15, "bank, sink and window are full"
+    with Traffic() as traffic:
+        processor(attn, hidden, rotary_emb=step)
+    assert sum(copies(traffic).values()) <= units + 0.5, copies(traffic)
+    largest = max(written for _, written in traffic.written)
+    assert largest <= 3.2 * UNIT, "something larger than the chunk was made"
+
+
+@torch.no_grad()
+def test_an_update_moves_one_frame():
+    _, memory, prompt, _, _ = layer_after(12, MemoryConfig())
+    with Traffic() as traffic:
+        memory.update(36, prompt)
+    assert 4 <= sum(copies(traffic).values()) <= 4.5, copies(traffic)
+
+
+@torch.no_grad()
+def test_the_counter_sees_copies():
+    """One layer's cache of 12 frames, cloned and concatenated as in the published code."""
+    cache = torch.randn(1, 12 * TOKENS, HEADS, DIM)
+    with Traffic() as traffic:
+        cache.clone()
+        torch.cat([cache[:, :TOKENS], cache[:, TOKENS:]], dim=1)
+        cache[:, :TOKENS].copy_(cache[:, -TOKENS:])
+        cache.transpose(1, 2).unflatten(2, (12, TOKENS))
+    assert copies(traffic) == {"clone": 24, "cat": 24, "copy": 2}
