@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all their set-up: a virtual environment in .venv with the tested versions.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+TESTED := -c constraints.txt
+
+.PHONY: demo test test-all lint format clean
+
+demo: $(VENV)/installed-model
+	$(BIN)/memflow generate examples/stories/lighthouse.txt -o demo/lighthouse.mp4 --seconds-per-prompt 5 --report
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
+
+# torch first and pinned: any other request for it would fetch another build.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $$(grep '^torch==' constraints.txt)
+	touch $@
+
+$(VENV)/installed-model: $(VENV)/torch pyproject.toml
+	$(PIP) install $(TESTED) -e '.[model]'
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed-model
+	$(PIP) install $(TESTED) -e '.[model,test]'
+	touch $@
