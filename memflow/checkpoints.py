@@ -22,7 +22,7 @@ _SHOWN = 12  # names listed in a message
 
 
 def load_transformer(
-    path: str | Path, *, torch_dtype: torch.dtype | None = None, num_attention_heads: int | None = None
+    path: str | Path, *, dtype: torch.dtype | None = None, num_attention_heads: int | None = None
 ) -> WanTransformer3DModel:
     """Loads a text-to-video transformer from one original-layout file.
 
@@ -30,7 +30,7 @@ def load_transformer(
         path: .safetensors, or .pth / .pt (read with weights_only=True). The tensors may lie under a top-level key
             `generator_ema` (taken first), `generator` or `model`, their names may have the prefixes `model.` and
             `_fsdp_wrapped_module.`.
-        torch_dtype: None keeps the file's dtypes; otherwise as in diffusers' from_pretrained, where the modules that
+        dtype: None keeps the file's dtypes; otherwise as in diffusers' from_pretrained, where the modules that
             need it stay in float32.
         num_attention_heads: shapes do not tell it; None means heads of 128 channels, as in all published models.
 
@@ -39,10 +39,10 @@ def load_transformer(
     """
     path = Path(path)
     model, converted = convert_transformer(_read(path), num_attention_heads=num_attention_heads, source=path.name)
-    if torch_dtype is not None:
+    if dtype is not None:
         for name, tensor in converted.items():
             keep = not set(model._keep_in_fp32_modules).isdisjoint(name.split("."))
-            converted[name] = tensor.to(torch.float32 if keep else torch_dtype)
+            converted[name] = tensor.to(torch.float32 if keep else dtype)
     model.load_state_dict(converted, strict=True, assign=True)
     return model.requires_grad_(True).eval()
 

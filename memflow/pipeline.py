@@ -70,7 +70,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.spatial_factor = spatial_factor(vae)
 
     @classmethod
-    def from_preset(cls, name: str = "toy", *, torch_dtype: torch.dtype = torch.float32) -> MemFlowPipeline:
+    def from_preset(cls, name: str = "toy", *, dtype: torch.dtype = torch.float32) -> MemFlowPipeline:
         """A model that needs no files. `toy`: a tiny transformer of the real architecture with random weights."""
         from memflow import toy
 
@@ -79,7 +79,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         height, width = toy.DEFAULT_SIZE
         components = toy.build()
         for model in ("transformer", "text_encoder"):
-            _cast(components[model], torch_dtype)
+            _cast(components[model], dtype)
         return cls(**components, text_length=toy.MAX_LENGTH, height=height, width=width)
 
     @property
@@ -167,7 +167,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """As `from_pretrained(torch_dtype=...)` does: what the model wants in float32 stays so."""
+    """As `from_pretrained(dtype=...)` does: what the model wants in float32 stays so."""
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in model.named_parameters():
         if kept.isdisjoint(name.split(".")):

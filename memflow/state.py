@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -62,6 +63,7 @@ def read_header(path) -> dict:
     return json.loads(metadata["stream"])
 
 
+@torch.no_grad()
 def load_stream(pipeline, path):
     """The stream that was saved to `path`, on `pipeline`, which must hold the model that it was saved with."""
     from memflow.stream import Stream

@@ -37,10 +37,9 @@ def pipeline():
     )
 
 
+@pytest.mark.skipif(not SECTION, reason="this golden directory has no whole-model runs")
 def test_schedule(pipeline):
     recorded = tensors()
-    if not SECTION or "sigmas" not in recorded:
-        pytest.skip("this golden directory records no schedule")
     two_float32_steps = 2.4e-7  # at 1
     torch.testing.assert_close(pipeline.scheduler.sigmas[:1000], recorded["sigmas"], rtol=0, atol=two_float32_steps)
     steps = torch.tensor(pipeline.schedule.timesteps)
@@ -50,11 +49,11 @@ def test_schedule(pipeline):
 @pytest.mark.parametrize("name", CASES)
 def test_model(pipeline, name):
     case, recorded = CASES[name], tensors()
-    stream = recorded_stream(pipeline, {**SECTION["config"], **case["spec"]}, recorded)
+    expected = recorded[f"{name}.latents"]
+    stream = recorded_stream(pipeline, {**SECTION["config"], **case["spec"]}, recorded, batch=expected.shape[0])
     chunks = list(stream)
     stream.settle()
     latents = torch.cat([chunk.latents for chunk in chunks], dim=2).transpose(1, 2)
-    expected = recorded[f"{name}.latents"]
     assert latents.shape == expected.shape
     assert (latents - expected).abs().max() <= LATENT_TOLERANCE
     ends = [call["bank_end"] for call in case["calls"] if call["update_cache"] and not call["is_recache"]]
@@ -69,9 +68,8 @@ def test_model(pipeline, name):
                 assert (held.flatten(1, 2) - bank).abs().max() <= LATENT_TOLERANCE
 
 
-def recorded_stream(pipeline, spec, recorded) -> Stream:
+def recorded_stream(pipeline, spec, recorded, batch: int) -> Stream:
     """The stream of one case: its memory, its switches, its prompts and its noise."""
-    batch = recorded["text"].shape[1] if spec.get("batch", 1) > 1 else 1
     config = MemoryConfig.reference(
         spec["mode"],
         local_frames=spec.get("local", spec["local_attn_size"]),

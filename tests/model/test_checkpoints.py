@@ -111,9 +111,9 @@ def test_wrappers_and_prefixes_come_off(weights, layout, legacy, tmp_path):
 
 
 def test_dtype_is_that_of_from_pretrained(weights, tmp_path):
-    model = load_transformer(WEIGHTS, num_attention_heads=HEADS, torch_dtype=torch.bfloat16)
+    model = load_transformer(WEIGHTS, num_attention_heads=HEADS, dtype=torch.bfloat16)
     load_transformer(WEIGHTS, num_attention_heads=HEADS).save_pretrained(tmp_path)
-    expected = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16).state_dict()
+    expected = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
     assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {
         name: tensor.dtype for name, tensor in expected.items()
     }

@@ -69,7 +69,7 @@ def test_noise_decodes_to_neither_snow_nor_saturation():
 
 def test_pixel_shuffle_survives_saving(tmp_path):
     PixelShuffleCodec(2, 8).save_pretrained(tmp_path)
-    codec = PixelShuffleCodec.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    codec = PixelShuffleCodec.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert (codec.config.temporal, codec.config.spatial, codec.dtype) == (2, 8, torch.bfloat16)
     video = torch.randint(0, 256, (1, 2, 8, 8, 3), dtype=torch.uint8)
     assert torch.equal(codec.decode(codec.encode(video)), video)

@@ -1,0 +1,186 @@
+"""The options of the command `memflow`. What takes long to import is imported by the command that needs it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Stories that stream out as video and remember who was in them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_STORY, _MEMORY, _RUN = "Story", "Memory", "Running and pausing"
+
+
+class Memory(str, Enum):
+    """What decides which frames are remembered."""
+
+    prompt = "prompt"
+    fifo = "fifo"
+    none = "none"
+    reference = "reference"
+
+
+class Dtype(str, Enum):
+    """Number format of the weights and of the memory."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from memflow import __version__
+
+        typer.echo(f"memflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _memflow(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    story: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="STORY",
+            help='A .jsonl file with one {"prompts": \\[...]} per line, or a text file with one prompt per line.',
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="OUT", help="The .mp4 to write; a folder if STORY holds several stories."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p", "--prompt", metavar="TEXT", help="A prompt, once for each, in place of STORY.", rich_help_panel=_STORY
+        ),
+    ] = None,
+    seconds_per_prompt: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Length of each prompt's part. \\[default: 10]", rich_help_panel=_STORY),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of the noise. \\[default: 0]", rich_help_panel=_STORY)
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="PIXELS", help="Of the video. \\[default: the model's]", rich_help_panel=_STORY),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="PIXELS", help="Of the video. \\[default: the model's]", rich_help_panel=_STORY),
+    ] = None,
+    memory: Annotated[
+        Memory | None,
+        typer.Option(
+            help="What is remembered: frames that the prompts call for, the newest, only first frames and window, "
+            "or as the published code has it. \\[default: the model's]",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Remembered frames that each attention head looks at. \\[default: the model's; all of them for most]",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A preset, or a folder of a saved pipeline. \\[default: toy]", rich_help_panel=_RUN
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="cpu, cuda, cuda:1, ... \\[default: cuda where there is one]", rich_help_panel=_RUN
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Number format. \\[default: bfloat16 on a GPU, float32 on a CPU]", rich_help_panel=_RUN),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="Kernels to use, one that `memflow doctor` lists. \\[default: the fastest]", rich_help_panel=_RUN
+        ),
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also draw what was remembered: OUT with .png.", rich_help_panel=_RUN)
+    ] = False,
+    chunks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Stop after so many chunks; with --save-state: pause there.", rich_help_panel=_RUN
+        ),
+    ] = None,
+    save_state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where to keep what --resume needs, written at the end and on Ctrl-C.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Go on from a saved state. Story, seed and memory come from it; an OUT that is there is continued.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+) -> None:
+    """Make the video of a story, written chunk by chunk while it is made."""
+    from memflow.generate import Request, generate
+
+    request = Request(
+        story=story,
+        output=output,
+        prompts=prompt or None,
+        seconds_per_prompt=seconds_per_prompt,
+        seed=seed,
+        height=height,
+        width=width,
+        memory=memory and memory.value,
+        top_k=top_k,
+        model=model,
+        device=device,
+        dtype=dtype and dtype.value,
+        backend=backend,
+        report=report,
+        chunks=chunks,
+        save_state=save_state,
+        resume=resume,
+    )
+    raise typer.Exit(generate(request))
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine can run, and why not the rest."""
+    from memflow.doctor import collect, show
+
+    show(collect())

@@ -1,0 +1,85 @@
+"""The pipeline and the memory that a request asks for; every wrong wish becomes a MemFlowError in plain words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from memflow.errors import MemFlowError
+from memflow.memory import MemoryConfig
+from memflow_kernels.backends import available_backends, use_backend
+
+
+def choose_device(name: str | None) -> torch.device:
+    """`name` as a device that is there; None: the GPU where there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MemFlowError(f"--device {name}: no such kind of device; cpu, cuda and cuda:1 are examples") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        reason = "no GPU can be used" if torch.version.cuda else "this torch was built without CUDA"
+        raise MemFlowError(f"--device {name}: {reason}; `memflow doctor` tells more, --device cpu works anywhere")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MemFlowError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """`name` as a dtype; None: bfloat16 on a GPU, else float32."""
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def load_pipeline(model: str, device: torch.device, dtype: torch.dtype):
+    """The `MemFlowPipeline` of a preset or of a folder, on `device`."""
+    folder = Path(model)
+    if not folder.exists() and (os.sep in model or model.startswith(".")):
+        raise MemFlowError(f"--model {model}: there is no such folder")
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise MemFlowError(f"--model {model}: not the folder of a saved pipeline, it has no model_index.json")
+    from diffusers.utils import logging
+
+    from memflow.pipeline import MemFlowPipeline
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if not folder.exists():
+        pipeline = MemFlowPipeline.from_preset(model, dtype=dtype)
+    else:
+        try:
+            pipeline = MemFlowPipeline.from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MemFlowError(f"--model {model}: cannot be loaded: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def choose_memory(policy: str | None, top_k: int | None, trained: MemoryConfig) -> MemoryConfig:
+    """The memory that the model was trained for, with another policy or top_k where they are given."""
+    changes = {} if top_k is None else {"top_k": top_k}
+    if policy == "reference":
+        return MemoryConfig.reference(frames_per_chunk=trained.frames_per_chunk, **changes)
+    if policy is not None:
+        changes |= {"policy": policy, "published": None}
+    return replace(trained, **changes)
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Run inside on one kernel backend; None: the device's default."""
+    if name is None:
+        yield
+        return
+    backends = available_backends()
+    if name not in backends:
+        raise MemFlowError(f"--backend {name}: unknown; there are {', '.join(backends)}")
+    if backends[name] is not None:
+        raise MemFlowError(f"--backend {name}: {backends[name]}")
+    with use_backend(name):
+        yield

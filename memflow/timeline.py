@@ -1,0 +1,258 @@
+"""The picture of a `MemoryReport`.
+
+From top to bottom: the film; its prompts; the memory; where the bank's frames come from. In the memory both axes are
+time: along a row runs the life of one remembered chunk, in a column stands all that one new chunk could look back to.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections import Counter
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+_PROMPT_COLOURS = (
+    "#4477aa", "#ee8866", "#44aa88", "#cc6699", "#ddaa33", "#66bbdd", "#885599", "#99aa44", "#bb5544", "#778899",
+)  # fmt: skip
+_RELEVANCE = LinearSegmentedColormap.from_list("relevance", matplotlib.colormaps["plasma_r"](np.linspace(0.12, 1, 64)))
+_WINDOW, _SINK, _INK, _QUIET, _FAINT = "#e4e6ee", "#c3cbdc", "#2b2d3a", "#6a6c7a", "#d9dae2"
+_SWITCH = {"color": _INK, "linewidth": 0.7, "alpha": 0.55, "linestyle": (0, (4, 3))}
+
+
+class Held(NamedTuple):
+    """A past chunk in the bank. layers: share of the layers that hold it. relevance: 0 (least) to 1 (most)."""
+
+    chunk: int
+    layers: float
+    relevance: float
+
+
+class Entry(NamedTuple):
+    """What is drawn of a chunk. thumbnail: JPEG. sink, window: first chunk and end."""
+
+    index: int
+    prompt: str
+    thumbnail: bytes
+    bank: list[Held]
+    sink: tuple[int, int]
+    window: tuple[int, int]
+
+
+class Timeline:
+    """Draws `entries`, one per chunk in order. x and y are counted in chunks, their tick labels in seconds."""
+
+    def __init__(self, entries: list[Entry], title: str, subtitle: str, seconds_per_chunk: float):
+        self._entries = entries
+        self._title, self._subtitle = title, subtitle
+        self._seconds_per_chunk = seconds_per_chunk
+        self._first, self._stop = entries[0].index, entries[-1].index + 1
+        self._scenes = _scenes(entries)
+
+    def draw(self) -> Figure:
+        """The whole picture."""
+        figure = Figure(figsize=(13, 11), facecolor="white")
+        rows = figure.add_gridspec(
+            4, 2, height_ratios=(0.85, 1.0, 6.6, 0.8), width_ratios=(0.9, 12), left=0.045, right=0.975, top=0.915,
+            bottom=0.055, hspace=0.06, wspace=0.012,
+        )  # fmt: skip
+        film = figure.add_subplot(rows[0, 1])
+        prompts, memory, origin = (figure.add_subplot(rows[i, 1], sharex=film) for i in (1, 2, 3))
+        faces = figure.add_subplot(rows[2, 0], sharey=memory)
+        film.set_xlim(self._first, self._stop)
+        headline = {"fontsize": 17, "fontweight": "bold", "color": _INK, "parse_math": False}
+        figure.text(0.045, 0.965, self._title, va="center", **headline)
+        figure.text(0.045, 0.935, self._subtitle, fontsize=9.5, color=_QUIET, va="center")
+        self._draw_film(film)
+        self._draw_prompts(prompts)
+        self._draw_memory(memory)
+        self._draw_faces(faces)
+        self._draw_origin(origin)
+        self._legend(memory)
+        return figure
+
+    def _draw_film(self, axes) -> None:
+        width, height = _size_in_inches(axes)
+        first = Image.open(io.BytesIO(self._entries[0].thumbnail))
+        places = max(1, round(width / (height * first.width / first.height)))
+        step = (self._stop - self._first) / places
+        for place in range(places):
+            left = self._first + place * step
+            entry = self._entries[min(int(left + step / 2) - self._first, len(self._entries) - 1)]
+            image = Image.open(io.BytesIO(entry.thumbnail))
+            axes.imshow(image, extent=(left + 0.015 * step, left + 0.985 * step, 0, 1), aspect="auto")
+        axes.set_xlim(self._first, self._stop)
+        axes.set_ylim(0, 1)
+        axes.axis("off")
+
+    def _draw_prompts(self, axes) -> None:
+        inches_per_chunk = _size_in_inches(axes)[0] / (self._stop - self._first)
+        for number, (start, stop, prompt) in enumerate(self._scenes):
+            colour = _prompt_colour(number)
+            axes.axvspan(start, stop, 0, 1, facecolor=colour, alpha=0.16, linewidth=0)
+            axes.axvspan(start, stop, 0.93, 1, facecolor=colour, linewidth=0)
+            inches = (stop - start) * inches_per_chunk
+            text = _fit(prompt, characters=int(inches * 14.5) - 2, lines=5)
+            left = start + 0.07 / inches_per_chunk
+            style = {"fontsize": 8, "va": "top", "color": _INK, "linespacing": 1.25, "parse_math": False}
+            axes.text(left, 0.87, text, clip_on=True, **style)
+        axes.set_ylim(0, 1)
+        axes.axis("off")
+
+    def _draw_memory(self, axes) -> None:
+        least = 0.022 / _size_in_inches(axes)[1] * self._stop  # a bar that can be seen, in chunks
+        ground, bank = [], []
+        for entry in self._entries:
+            for (start, stop), colour in ((entry.window, _WINDOW), (entry.sink, _SINK)):
+                ground.append((entry.index, start, stop - start, to_rgba(colour)))
+            for held in entry.bank:
+                height = max(least, 0.86 * held.layers)
+                colour = (*_RELEVANCE(held.relevance)[:3], 0.35 + 0.65 * held.layers)
+                bank.append((entry.index, held.chunk + 0.5 - height / 2, height, colour))
+        _draw_cells(axes, ground, zorder=1)
+        _draw_cells(axes, bank, zorder=3)
+        for start, _, _ in self._scenes[1:]:
+            axes.axvline(start, **_SWITCH, zorder=4)
+            axes.axhline(start, color=_INK, linewidth=0.5, alpha=0.25, linestyle=(0, (4, 3)), zorder=2)
+        axes.set_ylim(0, self._stop)
+        axes.tick_params(labelleft=False, left=False, labelbottom=False, bottom=False)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color(_FAINT)
+
+    def _draw_faces(self, axes) -> None:
+        """Thumbnails of the chunks that were held longest, at their place on the axis of remembered time."""
+        width, height = _size_in_inches(axes)
+        axes.set_xlim(0, 1)
+        thumbnails = {entry.index: entry.thumbnail for entry in self._entries}
+        placed: list[float] = []
+        for chunk, _ in self._held_longest():
+            if chunk not in thumbnails:
+                continue
+            image = Image.open(io.BytesIO(thumbnails[chunk]))
+            size = 0.86 * width * image.height / image.width / height * self._stop
+            centre = min(max(chunk + 0.5, size / 2), self._stop - size / 2)
+            if all(abs(centre - other) > 1.08 * size for other in placed):
+                placed.append(centre)
+                axes.imshow(image, extent=(0, 0.86, centre - size / 2, centre + size / 2), aspect="auto", zorder=2)
+                axes.plot((0.87, 1), (centre, chunk + 0.5), color=_QUIET, linewidth=0.8, clip_on=False)
+        for number, (start, stop, _) in enumerate(self._scenes):
+            axes.axhspan(start, stop, 0.965, 1, facecolor=_prompt_colour(number), linewidth=0, zorder=3)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, self._stop)
+        axes.tick_params(colors=_QUIET, labelsize=8, bottom=False, labelbottom=False, length=0)
+        axes.set_yticks(*self._ticks(0))
+        axes.set_ylabel("remembered", fontsize=9, color=_INK)
+        for side in axes.spines.values():
+            side.set_visible(False)
+
+    def _draw_origin(self, axes) -> None:
+        """Per chunk, the share of the bank's places that holds frames of each prompt."""
+        scenes, cells = self._scenes, []
+        for entry in self._entries:
+            total, base = sum(held.layers for held in entry.bank), 0.0
+            for held in sorted(entry.bank):
+                number = next((n for n, (start, stop, _) in enumerate(scenes) if start <= held.chunk < stop), None)
+                colour = _FAINT if number is None else _prompt_colour(number)
+                cells.append((entry.index, base, held.layers / total, to_rgba(colour)))
+                base += held.layers / total
+        _draw_cells(axes, cells, zorder=1)
+        if not cells:
+            note = "the bank was empty"
+            axes.text(0.5, 0.5, note, transform=axes.transAxes, ha="center", va="center", fontsize=8.5, color=_QUIET)
+        for start, _, _ in scenes[1:]:
+            axes.axvline(start, **_SWITCH)
+        axes.set_ylim(0, 1)
+        axes.set_yticks([])
+        axes.set_ylabel("bank\nby prompt", fontsize=8, color=_INK, rotation=0, ha="right", va="center")
+        axes.set_xticks(*self._ticks(self._first))
+        axes.tick_params(colors=_QUIET, labelsize=8, length=2)
+        axes.set_xlabel("film", fontsize=9, color=_INK)
+        for side in axes.spines.values():
+            side.set_color(_FAINT)
+
+    def _legend(self, axes) -> None:
+        """In the upper left corner of the memory, where nothing can be: what is not made yet cannot be remembered."""
+        late = self._first / self._stop > 0.6  # a report that begins far into its story leaves the lower part free
+        legend = axes.inset_axes((0.012, 0.06 if late else 0.735, 0.30, 0.245), zorder=6)
+        legend.set(xlim=(0, 10), ylim=(0, 5), xticks=[], yticks=[])
+        for side in legend.spines.values():
+            side.set_color(_FAINT)
+        lines = (
+            (4.35, _SINK, "sink: the first frames, kept for ever"),
+            (3.55, _WINDOW, "window: the newest frames"),
+            (2.75, _RELEVANCE(0.5), "bank: frames of the past that it has chosen"),
+        )
+        for y, colour, text in lines:
+            legend.add_patch(Rectangle((0.35, y - 0.24), 0.7, 0.48, facecolor=colour, linewidth=0))
+            legend.text(1.35, y - 0.03, text, fontsize=8, va="center", color=_INK)
+        legend.imshow(np.linspace(0, 1, 64)[None], extent=(4.2, 6.6, 1.75, 2.2), aspect="auto", cmap=_RELEVANCE)
+        for x, y, text in (
+            (1.35, 1.95, "relevance: least"),
+            (6.75, 1.95, "most"),
+            (1.35, 1.15, "height and strength: share of the layers"),
+            (1.35, 0.55, "that hold it"),
+        ):
+            legend.text(x, y, text, fontsize=8, va="center", color=_INK)
+        legend.set(xlim=(0, 10), ylim=(0, 5))
+
+    def _held_longest(self) -> list[tuple[int, float]]:
+        held: Counter[int] = Counter()
+        for entry in self._entries:
+            for place in entry.bank:
+                held[place.chunk] += place.layers
+        return held.most_common(40)
+
+    def _ticks(self, first: int) -> tuple[list[float], list[str]]:
+        """At most 16 round times from chunk `first` on: their positions in chunks and their labels."""
+        stop = self._stop * self._seconds_per_chunk
+        start = first * self._seconds_per_chunk
+        steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
+        step = next((step for step in steps if (stop - start) / step <= 16), 7200)
+        times = range(-int(-start // step) * step, int(stop) + 1, step)
+        long = stop >= 120
+        return (
+            [time / self._seconds_per_chunk for time in times],
+            [f"{time // 60}:{time % 60:02d}" if long else f"{time} s" for time in times],
+        )
+
+
+def _scenes(entries: list[Entry]) -> list[tuple[int, int, str]]:
+    """(first chunk, end, prompt) of each stretch under one prompt."""
+    scenes: list[tuple[int, int, str]] = []
+    for entry in entries:
+        if scenes and scenes[-1][2] == entry.prompt:
+            scenes[-1] = (scenes[-1][0], entry.index + 1, entry.prompt)
+        else:
+            scenes.append((entry.index, entry.index + 1, entry.prompt))
+    return scenes
+
+
+def _draw_cells(axes, cells: list[tuple[float, float, float, tuple]], zorder: int) -> None:
+    """Rectangles one chunk wide, each (left, bottom, height, RGBA)."""
+    corners = [[(x, y), (x + 1, y), (x + 1, y + height), (x, y + height)] for x, y, height, _ in cells]
+    axes.add_collection(PolyCollection(corners, facecolors=[cell[3] for cell in cells], linewidths=0, zorder=zorder))
+
+
+def _prompt_colour(number: int) -> str:
+    return _PROMPT_COLOURS[number % len(_PROMPT_COLOURS)]
+
+
+def _size_in_inches(axes) -> tuple[float, float]:
+    box, size = axes.get_position(), axes.figure.get_size_inches()
+    return box.width * size[0], box.height * size[1]
+
+
+def _fit(text: str, characters: int, lines: int) -> str:
+    """`text` wrapped to at most `lines` lines; empty if not even a word fits."""
+    if characters < 6:
+        return ""
+    return textwrap.fill(text, characters, max_lines=lines, placeholder=" …", break_on_hyphens=False)

@@ -1,0 +1,167 @@
+"""The command line as a person meets it: help, version, and one clear line for everything that is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from memflow import __version__
+from memflow.cli import main
+
+GOOD = '{"prompts": ["a fox", "a hare"]}\n'
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a few files to go wrong with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    (tmp_path / "two.jsonl").write_text(GOOD * 2)
+    (tmp_path / "broken.jsonl").write_text(GOOD + '{"prompts": [\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text('{"prompts": ["a", " "]}\n')
+    (tmp_path / "none.jsonl").write_text('{"prompts": []}\n')
+    (tmp_path / "no.state").write_text("not a state")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "not_a_model").mkdir()
+    return tmp_path
+
+
+def run(capsys, command):
+    """Exit code and stderr of a command line, its words split at spaces."""
+    code = main(command.split() if isinstance(command, str) else command)
+    return code, capsys.readouterr().err
+
+
+OUT = "-o out.mp4"
+WRONG = {
+    # the story
+    f"generate {OUT}": "which story",
+    f"generate good.jsonl -p x {OUT}": "not both",
+    f"generate nothing.jsonl {OUT}": "nothing.jsonl: cannot read the story",
+    f"generate folder.mp4 {OUT}": "folder.mp4: is a folder",
+    f"generate empty.jsonl {OUT}": "empty.jsonl: the file is empty",
+    f"generate broken.jsonl {OUT}": "broken.jsonl, line 2: broken JSON",
+    f"generate none.jsonl {OUT}": "none.jsonl, line 1: the story has no prompts",
+    f"generate blank.jsonl {OUT}": "blank.jsonl, line 1: prompt 2 is blank",
+    # where it goes
+    "generate good.jsonl": "-o OUT.mp4 is needed",
+    "generate good.jsonl -o out.gif": "out.gif: only .mp4",
+    "generate good.jsonl -o out": "out: only .mp4",
+    "generate good.jsonl -o folder.mp4": "folder.mp4: is a folder",
+    "generate good.jsonl -o none/out.mp4": "none/out.mp4: the folder none does not exist",
+    "generate good.jsonl -o file/out.mp4": "file/out.mp4: cannot be written",
+    "generate two.jsonl -o out.mp4": "holds 2 stories: -o must be a folder",
+    "generate two.jsonl -o none/out": "none/out: the folder cannot be made",
+    "generate two.jsonl -o file": "file: the folder cannot be made",
+    f"generate good.jsonl {OUT} --save-state none/s": "none/s: the folder none does not exist",
+    "generate two.jsonl -o out --save-state s": "--save-state is for one story",
+    # settings
+    f"generate good.jsonl {OUT} --top-k 0": "--top-k",
+    f"generate good.jsonl {OUT} --top-k many": "--top-k",
+    f"generate good.jsonl {OUT} --seed x": "--seed",
+    f"generate good.jsonl {OUT} --memory all": "--memory",
+    f"generate good.jsonl {OUT} --dtype int8": "--dtype",
+    f"generate good.jsonl {OUT} --chunks 0": "--chunks",
+    f"generate good.jsonl {OUT} --height -1": "--height",
+    f"generate good.jsonl {OUT} --height 33": "height must be a positive multiple of",
+    f"generate good.jsonl {OUT} --seconds-per-prompt 0": "--seconds-per-prompt must be above 0",
+    f"generate good.jsonl {OUT} --seconds-per-prompt nan": "--seconds-per-prompt must be above 0",
+    f"generate good.jsonl {OUT} --seconds-per-prompt inf": "--seconds-per-prompt must be above 0",
+    f"generate good.jsonl {OUT} --unknown": "--unknown",
+    "generate one two -o out.mp4": "two",
+    "nonsense": "nonsense",
+    # the model and the machine
+    f"generate good.jsonl {OUT} --model nope": "nope",
+    f"generate good.jsonl {OUT} --model ./nope": "--model ./nope: there is no such folder",
+    f"generate good.jsonl {OUT} --model not_a_model": "not_a_model: not the folder of a saved pipeline",
+    f"generate good.jsonl {OUT} --device quantum": "--device quantum: no such kind of device",
+    f"generate good.jsonl {OUT} --device cuda:99": "--device cuda:99: ",
+    f"generate good.jsonl {OUT} --backend abacus": "--backend abacus: unknown",
+    # resuming
+    f"generate {OUT} --resume nothing.state": "nothing.state cannot be read",
+    f"generate {OUT} --resume no.state": "no.state cannot be read",
+    f"generate good.jsonl {OUT} --resume no.state --seed 1": "leave out STORY, --seed",
+    f"generate {OUT} --resume no.state -p x --memory fifo --dtype float16": "leave out -p, --memory, --dtype",
+}
+
+
+@pytest.mark.parametrize(("command", "message"), WRONG.items(), ids=WRONG)
+def test_what_is_wrong_is_said_in_one_line(folder, capsys, command, message):
+    before = sorted(folder.iterdir())
+    code, error = run(capsys, command)
+    assert code == 2
+    assert message in error
+    assert error.rstrip("\n").startswith("memflow: ") and error.count("\n") == 1, error
+    assert sorted(path for path in folder.iterdir() if path.name != "out") == before
+
+
+def test_a_blank_prompt_on_the_command_line(folder, capsys):
+    assert run(capsys, ["generate", "-p", "a", "-p", " ", "-o", "out.mp4"]) == (2, "memflow: -p: prompt 2 is blank\n")
+
+
+def test_cuda_without_a_gpu(folder, capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, error = run(capsys, "generate good.jsonl -o out.mp4 --device cuda")
+    assert code == 2 and "--device cuda: " in error and "memflow doctor" in error
+
+
+def test_a_backend_that_cannot_run_says_why(folder, capsys, monkeypatch):
+    from memflow import loading
+
+    monkeypatch.setattr(loading, "available_backends", lambda: {"torch": None, "cuda": "no compiler was found"})
+    code, error = run(capsys, "generate good.jsonl -o out.mp4 --backend cuda")
+    assert (code, error) == (2, "memflow: --backend cuda: no compiler was found\n")
+
+
+def test_help_and_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"memflow {__version__}\n"
+    assert main(["generate", "--help"]) == 0
+    options = capsys.readouterr().out
+    for option in ("--resume", "--save-state", "--report", "--top-k", "--memory", "--seconds-per-prompt", "--backend"):
+        assert option in options
+
+
+CHECK = """
+import json, sys
+from memflow.cli import main
+for name in {missing!r}:
+    sys.modules[name] = None
+code = main({arguments!r})
+heavy = sorted({{"torch", "diffusers", "transformers", "matplotlib"}} & set(sys.modules))
+print(json.dumps([code, heavy]), file=sys.stderr)
+"""
+
+
+def fresh(arguments, missing=()):
+    """Exit code, heavy modules and stderr of `arguments` in a new process that lacks the packages `missing`."""
+    code = CHECK.format(arguments=arguments, missing=missing)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    *error, last = result.stderr.splitlines()
+    return *json.loads(last), "\n".join(error)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["generate", "none.jsonl", "-o", "a.mp4"]])
+def test_help_and_cheap_checks_load_no_model_libraries(arguments):
+    code, heavy, _ = fresh(arguments)
+    assert code == (2 if "none.jsonl" in arguments else 0)
+    assert heavy == []
+
+
+@pytest.mark.parametrize("package", ["typer", "rich", "av"])
+def test_a_missing_extra_is_named(tmp_path, package):
+    (tmp_path / "a.txt").write_text("a fox")
+    code, _, error = fresh(["generate", str(tmp_path / "a.txt"), "-o", str(tmp_path / "a.mp4")], [package])
+    assert code == 2
+    assert error == f"memflow: this needs the package {package!r}: pip install 'memflow-kernels[model]'"
+
+
+def test_a_missing_diffusers_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers.utils", None)
+    code, error = run(capsys, "generate good.jsonl -o out.mp4")
+    assert code == 2 and "memflow: this needs the package 'diffusers'" in error

@@ -1,0 +1,98 @@
+"""`memflow doctor` names what is there and gives the reason for what is not."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from memflow import doctor
+from memflow.cli import main
+
+WITHOUT = """
+import sys
+for name in {missing!r}:
+    sys.modules[name] = None
+from memflow.doctor import collect
+import json
+print(json.dumps(collect()))
+"""
+
+
+def collect_without(*missing):
+    code = WITHOUT.format(missing=missing)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+def test_facts_of_this_machine():
+    import torch
+
+    facts = doctor.collect()
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert facts["torch"]["version"] == torch.__version__
+    assert len(facts["gpus"]) == torch.cuda.device_count()
+    assert facts["backends"]["torch"] is None
+    assert facts["cpu"]["cores"] >= 1
+    assert facts["libx264"] is None
+    assert set(facts["packages"]) >= {"diffusers", "transformers", "peft", "av"}
+    json.dumps(facts)
+
+
+@pytest.mark.parametrize("missing", [("torch",), ("av", "memflow_kernels")])
+def test_what_is_missing_has_a_reason_and_nothing_fails(missing):
+    facts = collect_without(*missing, "diffusers", "typer", "rich", "matplotlib")
+    reasons = {"torch": facts["torch"], "av": facts["libx264"], "memflow_kernels": facts["backends"].get("every")}
+    assert all(name in reasons[name] for name in missing)
+
+
+def test_a_broken_driver_is_no_gpu(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def broken(_):
+        raise RuntimeError("driver too old\nmore")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    assert doctor.collect()["gpus"] == []
+
+
+def test_a_gpu_is_described(monkeypatch):
+    import torch
+
+    gpu = SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    assert doctor.collect()["gpus"] == [{"name": "Some GPU", "capability": "9.0", "memory_gib": 80}]
+
+
+def test_the_compiler_is_asked_for_its_release(monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert doctor._nvcc() == f"13.0, {nvcc}"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    assert doctor._nvcc() is None
+
+
+def test_the_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["doctor"]) == 0
+    output = capsys.readouterr().out
+    for word in ("python", "torch backend", "triton backend", "cuda backend", "nvcc", "diffusers", "libx264"):
+        assert word in output
+
+
+def test_the_table_when_everything_is_missing(capsys, monkeypatch):
+    facts = doctor.collect()
+    facts |= {"torch": "ImportError: no", "gpus": [], "triton": None, "nvcc": None, "libx264": "why"}
+    facts |= {"memflow_kernels": None, "cpu": {"cores": 2, "threads": None}, "backends": {"torch": "broken"}}
+    facts["packages"] = dict.fromkeys(facts["packages"])
+    monkeypatch.setenv("COLUMNS", "100")
+    doctor.show(facts)
+    output = capsys.readouterr().out
+    for word in ("ImportError: no", "broken", "pip install 'memflow-kernels[model]'", "why"):
+        assert word in output

@@ -1,0 +1,112 @@
+"""The report: what it records, and that it can be drawn for every kind of story."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from films import clip
+from PIL import Image
+
+from memflow.errors import MemFlowError
+from memflow.report import MemoryReport, _bank
+from memflow.timeline import Held, _fit, _scenes
+
+
+def record(
+    chunks, *, layers=2, bank=3, per_prompt=4, first=0, prompt="Prompt number {}, with quite a few words in it."
+):
+    """A report of a stream that keeps the newest frames that left its window of three chunks."""
+    report = MemoryReport("A story", fps=16, subtitle="settings")
+    for index in range(first, first + chunks):
+        newest = [3 * c for c in range(1, index - 1)][-bank:] if bank else []
+        held = np.full((layers, 1, bank), -1)
+        held[:, 0, : len(newest)] = newest
+        relevance = np.where(held < 0, np.nan, np.sin(held + np.arange(layers)[:, None, None]))
+        stop = 3 * index + 3
+        chunk = SimpleNamespace(
+            index=index,
+            prompts=[prompt.format(index // per_prompt)],
+            latents=np.zeros((1, 4, 3, 6, 8)),
+            frames=clip(index)[None],
+        )
+        report.add(
+            chunk,
+            SimpleNamespace(held=held, relevance=relevance, sink=[0, 1, 2], window=list(range(max(3, stop - 9), stop))),
+        )
+    return report
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"chunks": 12},
+        {"chunks": 1},
+        {"chunks": 5, "bank": 0},
+        {"chunks": 6, "first": 40},
+        {"chunks": 30, "per_prompt": 1, "layers": 1},
+        {"chunks": 12, "prompt": "A_word_that_has_no_end_" * 40 + "{}"},
+        {"chunks": 6, "prompt": "$\\frac{{$ 狐 {}"},
+    ],
+    ids=["usual", "one chunk", "no bank", "from chunk 40 on", "a prompt per chunk", "one long word", "odd characters"],
+)
+@pytest.mark.filterwarnings("error")
+def test_every_story_can_be_drawn(tmp_path, settings):
+    record(**settings).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 1200 and image.height > 1000
+        assert len(image.convert("RGB").getcolors(1 << 22)) > 500
+
+
+def test_what_is_held_is_seen_in_the_picture(tmp_path):
+    pictures = []
+    for layers in ([[0, 3, 6]] * 2, [[0, 3, 6], [0, 3, 9]]):
+        report = record(12)
+        entry = report._entries[-1]
+        held = np.array(layers)
+        report._entries[-1] = entry._replace(bank=_bank(held, held.astype(float), 3))
+        report.save(tmp_path / "a.png")
+        pictures.append(np.asarray(Image.open(tmp_path / "a.png")))
+    assert not np.array_equal(*pictures)
+
+
+def test_a_bank_is_summed_up_over_its_layers():
+    held = np.array([[3, 9, -1], [3, 12, 30]])
+    relevance = np.array([[0.1, 0.5, np.nan], [2.0, 1.0, 5.0]])
+    # Layer 0: frame 3 least, 9 most. Layer 1: 12 least, 30 most, 3 a quarter of the way.
+    assert _bank(held, relevance, 3) == [Held(1, 1.0, 0.125), Held(3, 0.5, 1.0), Held(4, 0.5, 0.0), Held(10, 0.5, 1.0)]
+
+
+def test_equal_relevance_is_neither_least_nor_most():
+    assert _bank(np.array([[3, -1]]), np.array([[0.7, np.nan]]), 3) == [Held(1, 1.0, 0.5)]
+    assert _bank(np.array([[3, 6]]), np.array([[0.7, 0.7]]), 3) == [Held(1, 1.0, 0.5), Held(2, 1.0, 0.5)]
+    assert _bank(np.array([[-1, -1]]), np.full((1, 2), np.nan), 3) == []
+
+
+def test_the_copies_of_a_frame_in_one_layer_count_once():
+    assert _bank(np.array([[27, 27, 27]]), np.array([[1.0, 1.0, 1.0]]), 3) == [Held(9, 1.0, 0.5)]
+
+
+def test_scenes_are_stretches_under_one_prompt():
+    scenes = [(start, stop) for start, stop, _ in _scenes(record(10, per_prompt=4, first=2)._entries)]
+    assert scenes == [(2, 4), (4, 8), (8, 12)]
+
+
+def test_prompts_are_wrapped_and_shortened():
+    text = _fit("one two three four five six seven eight nine ten", 12, 3)
+    assert text.splitlines() == ["one two", "three four", "five six …"]
+    assert _fit("short", 40, 3) == "short"
+    assert _fit("anything", 3, 3) == ""
+
+
+def test_a_record_is_small():
+    report = record(20)
+    size = sum(len(entry.thumbnail) for entry in report._entries) / 20
+    assert size < 16_000
+
+
+def test_what_cannot_be_saved_is_said(tmp_path):
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        MemoryReport("A story", fps=16).save(tmp_path / "a.png")
+    with pytest.raises(MemFlowError, match=r"none/a\.png: cannot be written"):
+        record(2).save(tmp_path / "none" / "a.png")
