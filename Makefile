@@ -8,7 +8,8 @@ TESTED := -c constraints.txt
 .PHONY: demo test test-all lint format clean
 
 demo: $(VENV)/installed-model
-	$(BIN)/memflow generate examples/stories/lighthouse.txt -o demo/lighthouse.mp4 --seconds-per-prompt 5 --report
+	mkdir -p demo
+	$(BIN)/memflow generate examples/stories/the-night-baker.txt -o demo/the-night-baker.mp4 --seconds-per-prompt 5 --report
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
