@@ -17,6 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         from memflow.commands import app
     except ModuleNotFoundError as error:
+        if (sys.argv[1:] if arguments is None else arguments) == ["doctor"]:
+            return _doctor()
         return _missing(error)
     try:
         return app(arguments, prog_name="memflow", standalone_mode=False) or 0
@@ -32,6 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
         if not hasattr(error, "format_message"):
             raise
         return _fail(error.format_message())
+
+
+def _doctor() -> int:
+    """`memflow doctor` without the packages that read options: it tells which are missing."""
+    from memflow.doctor import collect, show
+
+    show(collect())
+    return 0
 
 
 def _missing(error: ModuleNotFoundError) -> int:

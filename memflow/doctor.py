@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import textwrap
 from importlib import import_module, metadata
 from typing import Any
 
@@ -34,22 +35,15 @@ def collect() -> dict[str, Any]:
 
 
 def show(facts: dict[str, Any]) -> None:
-    """Print what `collect` found."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    """Print what `collect` found, with nothing but Python: the base install has no rich."""
+    names = max(len(name) for _, rows in _rows(facts) for name, _, _ in rows)
+    indent = " " * (9 + 5 + names + 2)
+    width = max(60, shutil.get_terminal_size().columns)
     for section, rows in _rows(facts):
         for number, (name, good, text) in enumerate(rows):
-            mark = Text("yes" if good else "no", style="green" if good else "yellow")
-            table.add_row(section if number == 0 else "", mark, Text(name), Text(text, style="dim"))
-        table.add_row()
-    Console(highlight=False, markup=False).print(table)
+            head = f"{section if number == 0 else '':<9}{'yes' if good else 'no':<5}{name:<{names}}  "
+            print(textwrap.fill(text, width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False))
+        print()
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, bool, str]]]]:

@@ -96,3 +96,15 @@ def test_the_table_when_everything_is_missing(capsys, monkeypatch):
     output = capsys.readouterr().out
     for word in ("ImportError: no", "broken", "pip install 'memflow-kernels[model]'", "why"):
         assert word in output
+
+
+def test_the_base_install_has_a_doctor():
+    code = (
+        "import sys\n"
+        "for name in ('typer', 'rich', 'diffusers', 'transformers', 'av', 'matplotlib'): sys.modules[name] = None\n"
+        "from memflow.cli import main\n"
+        "sys.exit(main(['doctor']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "torch backend" in result.stdout
