@@ -26,7 +26,13 @@ class DistilledSchedule:
         steps = tuple(int(step) for step in steps)
         if not steps or any(not 0 < step <= total for step in steps) or list(steps) != sorted(set(steps), reverse=True):
             raise MemFlowError(f"denoising_steps must fall from at most {total} to above 0, got {list(steps)}")
-        self.sigmas = [float(scheduler.sigmas[total - step]) for step in steps]
+        table = getattr(scheduler, "sigmas", torch.zeros(0))
+        if len(table) < total or not 0.999 <= float(table[0]) <= 1 or not (table[: total - 1] > table[1:total]).all():
+            raise MemFlowError(
+                f"scheduler must hold the {total} noise levels of flow matching, from 1 down, as "
+                f"FlowMatchEulerDiscreteScheduler(shift=5.0) does, got {type(scheduler).__name__}"
+            )
+        self.sigmas = [float(table[total - step]) for step in steps]
         self.timesteps = [sigma * total for sigma in self.sigmas]
 
     def __len__(self) -> int:

@@ -1,0 +1,37 @@
+"""Noise levels of the few steps, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+from memflow.errors import MemFlowError
+from memflow.schedule import DistilledSchedule
+
+SCHEDULER = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0)
+
+
+def test_warped_steps():
+    schedule = DistilledSchedule(SCHEDULER, (1000, 750, 500, 250))
+    assert schedule.sigmas == pytest.approx([1, 0.9375, 0.8333333, 0.625], abs=1e-6)
+    assert schedule.timesteps == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
+
+
+def test_clean_undoes_add_noise():
+    schedule = DistilledSchedule(SCHEDULER, (1000, 500))
+    clean, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    noisy = schedule.add_noise(1, clean, noise)
+    torch.testing.assert_close(schedule.clean(1, noisy, noise - clean), clean)
+
+
+@pytest.mark.parametrize("steps", [(), (0,), (1001,), (500, 750), (500, 500)])
+def test_refuses_steps(steps):
+    with pytest.raises(MemFlowError, match="denoising_steps must fall from at most 1000"):
+        DistilledSchedule(SCHEDULER, steps)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), UniPCMultistepScheduler()], ids=lambda s: type(s).__name__)
+def test_refuses_other_schedulers(scheduler):
+    with pytest.raises(MemFlowError, match=f"scheduler must hold .* got {type(scheduler).__name__}"):
+        DistilledSchedule(scheduler, (1000, 500))
