@@ -61,10 +61,10 @@ def _run(request: Request, jobs: list[Job], results: list[Result], console: Cons
         device = loading.choose_device(request.device)
         dtype = loading.choose_dtype(known.get("dtype", request.dtype), device)
         model = request.model or known.get("model", "toy")
-        with loading.backend(request.backend):
+        with loading.backend(request.backend, device):
             pipe = loading.load_pipeline(model, device, dtype)
     dtype_name = str(dtype).removeprefix("torch.")
-    with loading.backend(request.backend):
+    with loading.backend(request.backend, device):
         for number, job in enumerate(jobs, start=1):
             extra = {"name": job.name, "model": _lasting(model), "dtype": dtype_name}
             try:
@@ -72,7 +72,9 @@ def _run(request: Request, jobs: list[Job], results: list[Result], console: Cons
                 title = f"{number}/{len(jobs)} {job.name}" if len(jobs) > 1 else job.name
                 console.print(f"{title}: {model} on {device}, {dtype_name}", style="dim", soft_wrap=True)
                 results.append(_tell(stream, job, request, extra, title, console))
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "alloc" not in str(error) and "memory" not in str(error):
+                    raise
                 raise MemFlowError(f"{device} is out of memory, --height and --width can be less: {error}") from error
             if results[-1].interrupted:
                 return
@@ -105,6 +107,9 @@ def _tell(stream, job: Job, request: Request, extra: dict[str, str], title: str,
     report = _report(job, stream) if job.report else None
     with ExitStack() as stack:
         stack.enter_context(video)
+        if report is not None:
+            # Also when the run ends early, if there is anything to draw.
+            stack.callback(lambda: report.save(job.report) if len(report) else None)
         bar = stack.enter_context(_progress(console))
         task = bar.add_task(title, total=len(stream), completed=stream.position, rate="")
         notify = lambda: bar.console.print("stopping after this chunk; Ctrl-C again to stop at once")  # noqa: E731
@@ -119,7 +124,7 @@ def _tell(stream, job: Job, request: Request, extra: dict[str, str], title: str,
             if chunk.switched:
                 bar.console.print(_prompt_line(video.frames / fps, chunk.prompts[0], bar.console.width), style="dim")
             video.write(chunk.frames[0].numpy())
-            if report:
+            if report is not None:
                 report.add(chunk, stream.snapshot())
             size = tuple(chunk.frames.shape[2:4])
             rate = (video.frames - before) / (time.perf_counter() - begin)
@@ -128,8 +133,6 @@ def _tell(stream, job: Job, request: Request, extra: dict[str, str], title: str,
         if request.save_state:
             known = {"video_frames": str(video.frames), "video_checksum": str(video.checksum)}
             stream.save(request.save_state, extra | known)
-        if report:
-            report.save(job.report)
     return Result(
         job=job,
         frames=video.frames - before,

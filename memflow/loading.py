@@ -12,7 +12,7 @@ import torch
 
 from memflow.errors import MemFlowError
 from memflow.memory import MemoryConfig
-from memflow_kernels.backends import available_backends, use_backend
+from memflow_kernels.backends import available_backends, refused, use_backend
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -23,6 +23,8 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise MemFlowError(f"--device {name}: no such kind of device; cpu, cuda and cuda:1 are examples") from None
+    if device.type not in ("cpu", "cuda"):
+        raise MemFlowError(f"--device {name}: stories run on cpu and cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         reason = "no GPU can be used" if torch.version.cuda else "this torch was built without CUDA"
         raise MemFlowError(f"--device {name}: {reason}; `memflow doctor` tells more, --device cpu works anywhere")
@@ -63,23 +65,32 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype):
 def choose_memory(policy: str | None, top_k: int | None, trained: MemoryConfig) -> MemoryConfig:
     """The memory that the model was trained for, with another policy or top_k where they are given."""
     changes = {} if top_k is None else {"top_k": top_k}
+    bank = trained.bank_frames or MemoryConfig.bank_frames
     if policy == "reference":
-        return MemoryConfig.reference(frames_per_chunk=trained.frames_per_chunk, **changes)
+        return MemoryConfig.reference(
+            trained.published or "interactive",
+            local_frames=trained.sink_frames + trained.window_frames,
+            sink_frames=trained.sink_frames,
+            bank_frames=bank,
+            frames_per_chunk=trained.frames_per_chunk,
+            **changes,
+        )
     if policy is not None:
-        changes |= {"policy": policy, "published": None}
+        changes |= {"policy": policy, "published": None, "bank_frames": bank}
     return replace(trained, **changes)
 
 
 @contextmanager
-def backend(name: str | None) -> Iterator[None]:
-    """Run inside on one kernel backend; None: the device's default."""
+def backend(name: str | None, device: torch.device) -> Iterator[None]:
+    """Run inside on one kernel backend; None: the default of `device`."""
     if name is None:
         yield
         return
     backends = available_backends()
     if name not in backends:
         raise MemFlowError(f"--backend {name}: unknown; there are {', '.join(backends)}")
-    if backends[name] is not None:
-        raise MemFlowError(f"--backend {name}: {backends[name]}")
+    reason = backends[name] or refused(name, device)
+    if reason is not None:
+        raise MemFlowError(f"--backend {name}: {reason}")
     with use_backend(name):
         yield

@@ -17,6 +17,8 @@ from memflow.policies import POLICIES, BankView
 from memflow.pool import FramePool
 from memflow_kernels import Pool, prompt_relevance
 
+PUBLISHED = ("interactive", "single")  # the published pipelines
+
 
 @dataclass(frozen=True)
 class MemoryConfig:
@@ -55,8 +57,10 @@ class MemoryConfig:
         _require_one_of("policy", self.policy, tuple(POLICIES))
         _require_one_of("aggregate", self.aggregate, ("mean", "softmax"))
         if self.published is not None:
-            _require_one_of("published", self.published, ("interactive", "single"))
+            _require_one_of("published", self.published, PUBLISHED)
             _require_count("bank_frames", self.bank_frames, 1)
+            _require_one_of("policy", self.policy, ("prompt",))
+            _require_one_of("aggregate", self.aggregate, ("mean",))
         if self.policy == "none" and self.bank_frames:
             object.__setattr__(self, "bank_frames", 0)
 
@@ -71,6 +75,10 @@ class MemoryConfig:
         **rest,
     ) -> MemoryConfig:
         """The published code, for its checkpoints and the goldens. `local_frames` counts the sink, as it does there."""
+        _require_one_of("mode", mode, PUBLISHED)
+        chunk = rest.get("frames_per_chunk", cls.frames_per_chunk)
+        _require_count("sink_frames", sink_frames, 0)
+        _require_count("local_frames (the sink included)", local_frames, sink_frames + chunk)
         return cls(
             published=mode,
             sink_frames=sink_frames,
@@ -168,8 +176,8 @@ class FrameMemory:
 
     # -- one chunk ---------------------------------------------------------------------------------------------------
 
-    def switch_prompt(self) -> None:
-        """A new prompt is about to start."""
+    def switch_prompt(self, start: int, prompt: Prompt) -> None:
+        """`prompt` is about to start with the chunk at frame `start`; the window has not been re-encoded yet."""
 
     def update(self, start: int, prompt: Prompt) -> None:
         """Make the memory ready for the chunk that begins at frame `start`, under the prompt of that chunk."""
@@ -213,8 +221,13 @@ class FrameMemory:
         """The clean pass over the chunk at frame `start` has been made."""
 
     def recache_span(self, start: int) -> tuple[int, int]:
-        """(first frame, number of frames) that a prompt switch before frame `start` re-encodes: the window alone."""
-        frames = max(0, min(self.config.window_frames, start - self.config.sink_frames))
+        """(first frame, number of frames) that a prompt switch before frame `start` re-encodes.
+
+        The frames of the window that stay in it. Those that the chunk overwrites keep, as prototypes for the bank, the
+        keys and values of their own prompt.
+        """
+        config = self.config
+        frames = max(0, min(config.window_frames - config.frames_per_chunk, start - config.sink_frames))
         return start - frames, frames
 
     # -- what is held ------------------------------------------------------------------------------------------------
@@ -228,8 +241,8 @@ class FrameMemory:
         config = self.config
         held = self.held.cpu()
         relevance = torch.full(held.shape, float("nan"))
-        if config.bank_frames:
-            relevance = torch.where(held < 0, relevance, self._bank(prompt).relevance().float().cpu())
+        if self.bank_used:
+            relevance[..., config.bank_frames - self.bank_used :] = self.relevance(prompt).float().cpu()
         sink = list(range(min(stop, config.sink_frames)))
         window = list(range(max(config.sink_frames, stop - config.window_frames), stop))
         return MemorySnapshot(held.numpy(), relevance.numpy(), sink, window)
@@ -248,14 +261,15 @@ class FrameMemory:
         return ("bank_used", "updated_for")
 
     def _bank(self, prompt: Prompt) -> BankView:
-        return BankView(held=self.held, pool=self.pool.bank(), relevance=lambda: self.relevance(prompt))
+        pool = self.pool.bank(self.bank_used)
+        return BankView(held=self.held, pool=pool, relevance=lambda: self.relevance(prompt))
 
     def relevance(self, prompt: Prompt) -> Tensor:
-        """[layers, B, bank] float32: relevance of every bank slot to the prompt; padding tokens do not count."""
+        """[layers, B, bank_used] float32: relevance of the held frames to the prompt; padding tokens do not count."""
         return self._relevance(prompt.key, prompt.mask.repeat(prompt.key.shape[0], 1))
 
     def _relevance(self, text_key: Tensor, text_mask: Tensor | None) -> Tensor:
-        bank = self.pool.bank()
+        bank = self.pool.bank(self.bank_used)
         if self.config.aggregate == "mean":
             frames = {"frame_mean": bank.frame_mean}
         else:

@@ -7,7 +7,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from memflow.memory import Pass, Prompt
-from memflow.processors import StreamContext
+from memflow.processors import install
 
 
 def encode_prompt(transformer: WanTransformer3DModel, embeds: Tensor, mask: Tensor) -> Prompt:
@@ -16,16 +16,17 @@ def encode_prompt(transformer: WanTransformer3DModel, embeds: Tensor, mask: Tens
     embeds: [B, T, text_dim] from the text encoder, rows of padding zero. mask: [B, T], True = not padding.
     """
     _bring_to_device(transformer)
-    text = transformer.condition_embedder.text_embedder(embeds)
     keys, values = [], []
-    for block in transformer.blocks:
-        attn = block.attn2
-        if getattr(attn, "fused_projections", False):
-            key, value = attn.to_kv(text).chunk(2, dim=-1)
-        else:
-            key, value = attn.to_k(text), attn.to_v(text)
-        keys.append(attn.norm_k(key).unflatten(2, (attn.heads, -1)))
-        values.append(value.unflatten(2, (attn.heads, -1)))
+    with _own_dtypes(embeds):
+        text = transformer.condition_embedder.text_embedder(embeds)
+        for block in transformer.blocks:
+            attn = block.attn2
+            if getattr(attn, "fused_projections", False):
+                key, value = attn.to_kv(text).chunk(2, dim=-1)
+            else:
+                key, value = attn.to_k(text), attn.to_v(text)
+            keys.append(attn.norm_k(key).unflatten(2, (attn.heads, -1)))
+            values.append(value.unflatten(2, (attn.heads, -1)))
     return Prompt(torch.stack(keys), torch.stack(values), mask)
 
 
@@ -34,8 +35,7 @@ def denoise(transformer: WanTransformer3DModel, latents: Tensor, timestep: float
 
     Overwrites the keys and values that an earlier pass over the same frames left in the pool.
     """
-    context: StreamContext = transformer.rope
-    with context.during(step):
+    with install(transformer).during(step), _own_dtypes(latents):
         return transformer(latents, _timesteps(latents, timestep), _no_text(transformer, latents), return_dict=False)[0]
 
 
@@ -45,18 +45,19 @@ def fix(transformer: WanTransformer3DModel, latents: Tensor, step: Pass) -> None
     Nobody reads the output of such a pass, so it ends with the last layer's keys and values: that layer's attention,
     cross-attention and feed-forward and the head are left out.
     """
-    context: StreamContext = transformer.rope
+    context = install(transformer)
     _bring_to_device(transformer)
-    hidden = transformer.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
-    _, modulation, text, _ = transformer.condition_embedder(_timesteps(latents, 0.0), _no_text(transformer, latents))
-    modulation = modulation.unflatten(1, (6, -1))
-    with context.during(step):
+    with context.during(step), _own_dtypes(latents):
+        hidden = transformer.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+        times, no_text = _timesteps(latents, 0.0), _no_text(transformer, latents)
+        _, modulation, text, _ = transformer.condition_embedder(times, no_text)
+        modulation = modulation.unflatten(1, (6, -1))
         for block in transformer.blocks[:-1]:
-            hidden = block(hidden, text, modulation, step)
-    last = transformer.blocks[-1]
-    shift, scale = (last.scale_shift_table + modulation.float()).chunk(6, dim=1)[:2]
-    hidden = (last.norm1(hidden.float()) * (1 + scale) + shift).type_as(hidden)
-    last.attn1.processor.write(last.attn1, hidden, step)
+            hidden = block(hidden, text, modulation, context.step)
+        last = transformer.blocks[-1]
+        shift, scale = (last.scale_shift_table + modulation.float()).chunk(6, dim=1)[:2]
+        hidden = (last.norm1(hidden.float()) * (1 + scale) + shift).type_as(hidden)
+        last.attn1.processor.write(last.attn1, hidden, context.step)
 
 
 def _timesteps(latents: Tensor, timestep: float) -> Tensor:
@@ -66,6 +67,11 @@ def _timesteps(latents: Tensor, timestep: float) -> Tensor:
 def _no_text(transformer: WanTransformer3DModel, latents: Tensor) -> Tensor:
     # The prompt's keys and values come with the Pass; no text here saves its projection in every call.
     return latents.new_empty((latents.shape[0], 0, transformer.config.text_dim))
+
+
+def _own_dtypes(like: Tensor) -> torch.autocast:
+    # The pool has the dtype of the weights; under a caller's autocast the new keys would have another.
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _bring_to_device(transformer: WanTransformer3DModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,6 +19,8 @@ from memflow.plan import Plan
 from memflow.schedule import DistilledSchedule
 from memflow.state import load_stream
 from memflow.stream import Stream
+
+_LONGEST = 1e7  # seconds of one prompt
 
 
 @dataclass
@@ -66,7 +69,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             width=width,
             memory=dict(memory or {}),
         )
-        self.schedule = DistilledSchedule(scheduler, denoising_steps)
+        DistilledSchedule(scheduler, denoising_steps)  # refuses what cannot work here and not in the first chunk
         self.spatial_factor = spatial_factor(vae)
 
     @classmethod
@@ -88,6 +91,11 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return self.config.fps
 
     @property
+    def schedule(self) -> DistilledSchedule:
+        """Noise levels of the denoising steps."""
+        return DistilledSchedule(self.scheduler, self.config.denoising_steps)
+
+    @property
     def memory_config(self) -> MemoryConfig:
         """The memory that this model was trained for."""
         return MemoryConfig(**self.config.memory)
@@ -99,8 +107,8 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def chunks_for(self, seconds: float) -> int:
         """Whole chunks nearest to `seconds` of video, at least one."""
-        if not seconds > 0:
-            raise MemFlowError(f"seconds_per_prompt must be above 0, got {seconds}")
+        if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds <= _LONGEST:
+            raise MemFlowError(f"seconds_per_prompt must be above 0 and at most {_LONGEST:g}, got {seconds!r}")
         return max(1, round(seconds * self.fps / self.frames_per_chunk))
 
     def stream(
@@ -121,20 +129,20 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         seed: of the first story; the next ones in a batch count on from it. Or one seed per story.
         memory: the model's own where not given.
         """
-        if isinstance(prompts, str) or not prompts:
+        if not isinstance(prompts, (list, tuple)) or not prompts:
             raise MemFlowError(f"prompts must be a list of at least one prompt, got {prompts!r}")
-        batch = 1 if isinstance(prompts[0], str) else len(prompts[0])
+        batch = len(prompts[0]) if isinstance(prompts[0], (list, tuple)) else 1
         texts = [self.check_prompt(prompt, batch) for prompt in prompts]
-        seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
-        if len(seeds) != batch:
-            raise MemFlowError(f"seed must be one whole number or {batch} of them, one per story, got {len(seeds)}")
+        memory = self.memory_config if memory is None else memory
+        if not isinstance(memory, MemoryConfig):
+            raise MemFlowError(f"memory must be a MemoryConfig, got {type(memory).__name__}")
         return Stream(
             self,
             plan=Plan(texts, self.chunks_for(seconds_per_prompt)),
-            config=memory or self.memory_config,
-            seeds=seeds,
-            height=self._check_size("height", height or self.config.height, 1),
-            width=self._check_size("width", width or self.config.width, 2),
+            config=memory,
+            seeds=_seeds(seed, batch),
+            height=self._check_size("height", self.config.height if height is None else height, 1),
+            width=self._check_size("width", self.config.width if width is None else width, 2),
         )
 
     def resume(self, path) -> Stream:
@@ -152,18 +160,33 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def check_prompt(self, prompt: str | Sequence[str], batch: int) -> tuple[str, ...]:
         """`prompt` as one text per batch row, or an error that says what is wrong with it."""
         texts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,) * batch
-        if len(texts) != batch:
+        if not texts or len(texts) != batch:
             raise MemFlowError(f"prompt must have one text per story ({batch}), got {len(texts)}")
         for text in texts:
             if not isinstance(text, str) or not text.strip():
                 raise MemFlowError(f"prompt must be a text that is not blank, got {text!r}")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise MemFlowError(f"prompt must be valid Unicode, got {text!r}: {error.reason}") from None
         return texts
 
     def _check_size(self, name: str, pixels: int, axis: int) -> int:
         step = self.spatial_factor * self.transformer.config.patch_size[axis]
-        if pixels < step or pixels % step:
-            raise MemFlowError(f"{name} must be a positive multiple of {step} pixels for this model, got {pixels}")
-        return pixels
+        if isinstance(pixels, bool) or not isinstance(pixels, Integral) or pixels < step or pixels % step:
+            raise MemFlowError(f"{name} must be a positive multiple of {step} pixels for this model, got {pixels!r}")
+        return int(pixels)
+
+
+def _seeds(seed, batch: int) -> list[int]:
+    """One seed per story."""
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**63:
+            raise MemFlowError(f"seed must be a whole number from 0 to 2**63 - 1, got {value!r}")
+    if isinstance(seed, (list, tuple)) and len(seeds) != batch:
+        raise MemFlowError(f"seed must be one whole number or {batch} of them, one per story, got {len(seeds)}")
+    return [int(value) for value in seeds] if len(seeds) == batch else [int(seed) + row for row in range(batch)]
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -49,9 +49,9 @@ class Plan:
             self.remaining = 0
 
     def to_dict(self) -> dict:
-        self._read_inbox()
         return {
             "chunks_each": self.chunks_each,
+            "sent": list(self.inbox),
             "current": self.current,
             "remaining": self.remaining,
             "queue": self.queue,
@@ -63,4 +63,5 @@ class Plan:
         plan.current = None if data["current"] is None else tuple(data["current"])
         plan.remaining = data["remaining"]
         plan.queue = [(tuple(texts), chunks) for texts, chunks in data["queue"]]
+        plan.inbox.extend(tuple(texts) for texts in data["sent"])
         return plan

@@ -16,8 +16,8 @@ from memflow_kernels import Pool
 class BankView(NamedTuple):
     """What a policy may look at.
 
-    held: [layers, B, bank] int64, the latent-frame number in each slot.
-    pool: the bank's slots, layers and batch rows together: key, value [layers * B, bank * N, H, D] and frame_mean.
+    held: [layers, B, bank] int64, the latent-frame number in each slot of the full bank.
+    pool: its slots, layers and batch rows together: key, value [layers * B, bank * N, H, D] and frame_mean.
     relevance: call it for [layers, B, bank] float32, the relevance of each frame to the coming prompt.
     """
 

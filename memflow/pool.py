@@ -41,14 +41,12 @@ class FramePool:
         """The slots of one layer: key, value [B, slots * N, H, D], frame_mean [B, slots, H, D]."""
         return Pool(self.key[index], self.value[index], self.frame_mean[index])
 
-    def bank(self) -> Pool:
-        """The bank's slots of all layers and rows: key, value [layers * B, bank * N, H, D], frame_mean alike."""
-        tokens = self.bank_slots * self.tokens_per_frame
-        return Pool(
-            self.key[:, :, :tokens].flatten(0, 1),
-            self.value[:, :, :tokens].flatten(0, 1),
-            self.frame_mean[:, :, : self.bank_slots].flatten(0, 1),
-        )
+    def bank(self, used: int) -> Pool:
+        """The last `used` bank slots, layers and rows together: key, value [layers * B, used * N, H, D], frame_mean."""
+        slots = slice(self.bank_slots - used, self.bank_slots)
+        tokens = slice(slots.start * self.tokens_per_frame, slots.stop * self.tokens_per_frame)
+        buffers = self.key[:, :, tokens], self.value[:, :, tokens], self.frame_mean[:, :, slots]
+        return Pool(*(buffer.flatten(0, 1) for buffer in buffers))
 
     def replace(self, slot: int | Tensor, source_slot: int) -> None:
         """In every layer and row copy the frame in `source_slot` over `slot`, an int or [layers, B] on the device."""

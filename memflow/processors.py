@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from memflow.errors import MemFlowError
 from memflow.memory import Pass
-from memflow_kernels import memory_attention, qk_norm_rope_write
+from memflow_kernels import Pool, memory_attention, qk_norm_rope_write
 
 
 class MemorySelfAttention:
@@ -21,6 +21,12 @@ class MemorySelfAttention:
 
     def __init__(self, layer: int):
         self.layer = layer
+        self.pool: Pool | None = None
+
+    def bind(self, step: Pass) -> None:
+        """The next calls belong to `step`. A layer's tensors are picked here and not in the call, so that compiled
+        blocks share one graph."""
+        self.pool = step.pools[self.layer]
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Pass = None):
         query = self.write(attn, hidden_states, rotary_emb)
@@ -43,13 +49,13 @@ class MemorySelfAttention:
             eps=attn.norm_q.eps,
             grid=step.grid,
             start_frame=step.start_frame,
-            pool=step.pools[self.layer],
+            pool=step.pools[self.layer] if step.pools else self.pool,
             slots=step.slots,
         )
 
     def attend(self, query: Tensor, step: Pass) -> Tensor:
         """[B, L, H, D]: attention over the slots of the pool that this call sees."""
-        pool = step.pools[self.layer]
+        pool = step.pools[self.layer] if step.pools else self.pool
         tokens = step.grid[0] * step.grid[1]
         count = step.end_slot - step.first_slot
         return memory_attention(
@@ -66,15 +72,18 @@ class MemorySelfAttention:
 class PromptCrossAttention:
     """Cross-attention of one layer to the prompt's keys and values, which were computed once."""
 
-    def __init__(self, layer: int, context: StreamContext):
+    def __init__(self, layer: int):
         self.layer = layer
-        self.context = context
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def bind(self, step: Pass) -> None:
+        """The next calls belong to `step`."""
+        self.key, self.value = step.prompt.key[self.layer], step.prompt.value[self.layer]
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        prompt = self.context.step.prompt
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        key, value = prompt.key[self.layer], prompt.value[self.layer]
-        hidden_states = memory_attention(query, key, value, tokens_per_frame=key.shape[1])
+        hidden_states = memory_attention(query, self.key, self.value, tokens_per_frame=self.key.shape[1])
         return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2)))
 
 
@@ -84,6 +93,7 @@ class StreamContext(nn.Module):
     def __init__(self):
         super().__init__()
         self.step: Pass | None = None
+        self.processors: list[MemorySelfAttention | PromptCrossAttention] = []
 
     def forward(self, hidden_states: Tensor) -> Pass:
         if self.step is None:
@@ -96,7 +106,11 @@ class StreamContext(nn.Module):
     @contextmanager
     def during(self, step: Pass):
         """The calls of the transformer in this block belong to `step`."""
-        self.step = step
+        if self.step is not None:
+            raise MemFlowError("this transformer is in a call already: streams that share it can only take turns")
+        for processor in self.processors:
+            processor.bind(step)
+        self.step = step._replace(pools=(), prompt=None)
         try:
             yield
         finally:
@@ -111,11 +125,17 @@ def install(transformer: WanTransformer3DModel) -> StreamContext:
         raise MemFlowError("transformer: image-to-video checkpoints (added_kv_proj_dim) have no streaming memory")
     if transformer.config.patch_size[0] != 1:
         raise MemFlowError(f"transformer: patch_size must be (1, h, w), got {tuple(transformer.config.patch_size)}")
+    if any(parameter.is_meta for parameter in transformer.parameters()):
+        raise MemFlowError(
+            "transformer: its weights are fetched layer by layer (sequential offloading), which a stream cannot use: "
+            "its processors read them directly; enable_model_cpu_offload moves whole models and works"
+        )
     context = StreamContext()
     context.replaced_rope = [transformer.rope]
     for layer, block in enumerate(transformer.blocks):
-        block.attn1.set_processor(MemorySelfAttention(layer))
-        block.attn2.set_processor(PromptCrossAttention(layer, context))
+        for attn, processor in ((block.attn1, MemorySelfAttention(layer)), (block.attn2, PromptCrossAttention(layer))):
+            attn.set_processor(processor)
+            context.processors.append(processor)
     transformer.rope = context
     return context
 
@@ -127,7 +147,7 @@ def uninstall(transformer: WanTransformer3DModel) -> None:
     for block in transformer.blocks:
         for attn in (block.attn1, block.attn2):
             attn.set_processor(attn._default_processor_cls())
-    transformer.rope = transformer.rope.replaced_rope[0]
+    transformer.rope = transformer.rope.replaced_rope[0].to(transformer.device)
 
 
 def head_sizes(transformer: WanTransformer3DModel) -> dict[str, int]:

@@ -28,10 +28,12 @@ class PublishedMemory(FrameMemory):
         # The published bank is an ordered list; this names the slot of each of its places.
         self.order = torch.arange(bank - 1, -1, -1, device=self.held.device).expand(self.held.shape).clone()
 
-    def switch_prompt(self) -> None:
+    def switch_prompt(self, start: int, prompt: Prompt) -> None:
         self.text_known = False
         if not self.config.global_sink:
             self.pool.clear_sink_and_window()
+        if start > 0:
+            self.update(start, prompt)
 
     def update(self, start: int, prompt: Prompt | None) -> None:
         """Insert the pending prototype; a full bank keeps the best others, best first."""
@@ -42,6 +44,7 @@ class PublishedMemory(FrameMemory):
             )
             self.insert_pending(scores)
         elif self.pending_is_new:
+            self.bank_used = self.recorded
             slot = places - self.recorded
             self.pool.replace(slot, self.pending_slot)
             self.held[..., slot] = self.pending_frame
@@ -84,7 +87,7 @@ class PublishedMemory(FrameMemory):
         self.order = tensors["order"].to(self.held.device)
 
     def _counters(self) -> tuple[str, ...]:
-        return ("pending_frame", "pending_is_new", "recorded", "text_known")
+        return ("bank_used", "pending_frame", "pending_is_new", "recorded", "text_known")
 
     def _candidates(self, start: int, stop: int, bank: int) -> int:
         return bank + min(self.config.sink_frames, stop)

@@ -49,6 +49,10 @@ class MemoryReport:
             )
         )
 
+    def __len__(self) -> int:
+        """Chunks recorded."""
+        return len(self._entries)
+
     def save(self, path: str | Path) -> None:
         """Write the picture as a PNG; MemFlowError if `path` cannot be written."""
         if not self._entries:

@@ -109,12 +109,30 @@ def _told(request: Request) -> list[Job]:
 def _check_files(request: Request, jobs: list[Job]) -> None:
     from memflow.video import check_output, check_writable
 
+    written = [path for job in jobs for path in (job.output, job.report) if path] + [request.save_state]
+    names = [path.resolve() for path in (request.story, *written) if path]
+    for path in written:
+        if path and names.count(path.resolve()) > 1:
+            raise MemFlowError(f"{path}: is named twice, and one of its contents would overwrite the other")
+    state = request.save_state
+    if state and state.exists() and state.stat().st_size and not _is_state(state):
+        raise MemFlowError(f"--save-state {state}: is there and is not the state of a stream; it would be lost")
     for job in jobs:
         check_output(job.output)
         if job.report is not None:
             check_writable(job.report)
     if request.save_state is not None:
         check_writable(request.save_state)
+
+
+def _is_state(path: Path) -> bool:
+    from memflow.state import read_header
+
+    try:
+        read_header(path)
+    except MemFlowError:
+        return False
+    return True
 
 
 def _report(request: Request, output: Path) -> Path | None:

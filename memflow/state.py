@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 
 import torch
@@ -100,8 +101,21 @@ def load_stream(pipeline, path):
 def _model_identity(pipeline) -> dict:
     config = pipeline.transformer.config
     names = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "text_dim")
-    steps = {"denoising_steps": list(pipeline.config.denoising_steps), "dtype": str(pipeline.transformer.dtype)}
-    return {name: config[name] for name in names} | steps
+    rest = {
+        "denoising_steps": list(pipeline.config.denoising_steps),
+        "dtype": str(pipeline.transformer.dtype),
+        "weights": _fingerprint(pipeline.transformer),
+    }
+    return {name: config[name] for name in names} | rest
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """Tells fine-tuned models and adapters of the same shape apart: a checksum of a few numbers of every parameter."""
+    few = [
+        parameter.detach().flatten()[:: max(1, parameter.numel() // 4)].float().cpu()
+        for parameter in model.parameters()
+    ]
+    return f"{zlib.crc32(torch.cat(few).numpy().tobytes()):08x}"
 
 
 def _under(prefix: str, tensors: dict) -> dict:

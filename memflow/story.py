@@ -71,6 +71,8 @@ def _record(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise MemFlowError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise MemFlowError(f"{where}: broken JSON: nested too deeply") from None
     if not isinstance(record, dict) or "prompts" not in record:
         raise MemFlowError(f'{where}: an object with a list of "prompts" is needed')
     return record

@@ -152,10 +152,9 @@ class Stream(Iterator[Chunk]):
             embeds, mask = self.encode(texts)
         with self._timed("loop"):
             self.set_prompt(embeds, mask)
-            self.memory.switch_prompt()
+            self.memory.switch_prompt(start, self.prompt)
             first, count = self.memory.recache_span(start)
             if count:
-                self.memory.update(start, self.prompt)
                 step = self.memory.pass_over(first, count, self.prompt)
                 fix(self.pipeline.transformer, self._model_input(self.history[:, :, -count:]), step)
 

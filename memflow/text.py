@@ -33,5 +33,5 @@ def encode_prompts(
         return_tensors="pt",
     ).to(text_encoder.device)
     hidden = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-    mask = tokens.attention_mask.bool()
+    mask = tokens.attention_mask.bool().to(hidden.device)  # under offloading the encoder has moved meanwhile
     return hidden.masked_fill(~mask[..., None], 0), mask

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,18 @@ from .rotary import inverse_rms, rms_norm_heads, rotate, rotation_table
 
 def _table(x: Tensor, rows: int, cols: int, start_frame: int, start: Tensor | None) -> Tensor:
     """Turns for x [B, L, H, D], rounded once to the precision of the arithmetic (float32; float64 for float64)."""
+    dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
+    sizes = (x.shape[-1], x.shape[1] // (rows * cols), (rows, cols))
+    if x.device.type == "cpu":  # reading the number of the frame waits for nothing
+        return _cpu_table(*sizes, start_frame if start is None else start_frame + int(start), dtype)
     first = start_frame if start is None else start + start_frame
-    table = rotation_table(x.shape[-1], x.shape[1] // (rows * cols), (rows, cols), first, x.device)
-    return table if x.dtype == torch.float64 else table.to(torch.complex64)
+    return rotation_table(*sizes, first, x.device).to(dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _cpu_table(head_dim: int, frames: int, grid: tuple[int, int], first: int, dtype: torch.dtype) -> Tensor:
+    """All layers and passes of a chunk turn alike; the table of a chunk outweighs a small model's other work."""
+    return rotation_table(head_dim, frames, grid, first, torch.device("cpu")).to(dtype)
 
 
 def qk_norm_rope(
@@ -30,7 +41,9 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """query, key [B, L, H, D], weight_* [H*D] -> the same; the first frame has number start_frame + start."""
     table = _table(query, rows, cols, start_frame, start)
-    return rotate(rms_norm_heads(query, weight_q, eps), table), rotate(rms_norm_heads(key, weight_k, eps), table)
+    normed = rms_norm_heads(query, weight_q, eps), rms_norm_heads(key, weight_k, eps)
+    query, key = (rotate(x, table).contiguous() for x in normed)
+    return query, key
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, inverse_table: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +122,7 @@ def qk_norm_rope_write(
         _store_by_index(new_key.unflatten(1, (-1, tokens)), pool_key.unflatten(1, (-1, tokens)), slots)
         _store_by_index(value.unflatten(1, (-1, tokens)), pool_value.unflatten(1, (-1, tokens)), slots)
         _store_by_index(frame_means(new_key, tokens), pool_frame_mean, slots)
-        return rotate(rms_norm_heads(query, weight_q, eps), table)
+        return rotate(rms_norm_heads(query, weight_q, eps), table).contiguous()
 
     places = slots.tolist()
     _check_slots(places, pool_frame_mean.shape[1])
@@ -121,4 +134,4 @@ def qk_norm_rope_write(
         rotate(normed_key[:, source], table[source], out=target)
         pool_value[:, slot * tokens : (slot + 1) * tokens].copy_(value[:, source])
         pool_frame_mean[:, slot : slot + 1].copy_(frame_means(target, tokens))
-    return rotate(rms_norm_heads(query, weight_q, eps), table)
+    return rotate(rms_norm_heads(query, weight_q, eps), table).contiguous()

@@ -22,6 +22,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "blank.jsonl").write_text('{"prompts": ["a", " "]}\n')
     (tmp_path / "none.jsonl").write_text('{"prompts": []}\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
     (tmp_path / "no.state").write_text("not a state")
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.mp4").mkdir()
@@ -46,6 +47,7 @@ WRONG = {
     f"generate broken.jsonl {OUT}": "broken.jsonl, line 2: broken JSON",
     f"generate none.jsonl {OUT}": "none.jsonl, line 1: the story has no prompts",
     f"generate blank.jsonl {OUT}": "blank.jsonl, line 1: prompt 2 is blank",
+    f"generate deep.jsonl {OUT}": "deep.jsonl, line 1: broken JSON: nested too deeply",
     # where it goes
     "generate good.jsonl": "-o OUT.mp4 is needed",
     "generate good.jsonl -o out.gif": "out.gif: only .mp4",
@@ -58,10 +60,17 @@ WRONG = {
     "generate two.jsonl -o file": "file: the folder cannot be made",
     f"generate good.jsonl {OUT} --save-state none/s": "none/s: the folder none does not exist",
     "generate two.jsonl -o out --save-state s": "--save-state is for one story",
+    f"generate good.jsonl {OUT} --save-state out.mp4": "out.mp4: is named twice",
+    f"generate good.jsonl {OUT} --save-state good.jsonl": "good.jsonl: is named twice",
+    f"generate good.jsonl {OUT} --report --save-state ./out.png": "out.png: is named twice",
+    f"generate good.jsonl {OUT} --save-state no.state": "no.state: is there and is not the state of a stream",
     # settings
     f"generate good.jsonl {OUT} --top-k 0": "--top-k",
     f"generate good.jsonl {OUT} --top-k many": "--top-k",
     f"generate good.jsonl {OUT} --seed x": "--seed",
+    f"generate good.jsonl {OUT} --seed 99999999999999999999": "seed must be a whole number from 0 to 2**63 - 1",
+    f"generate good.jsonl {OUT} --seconds-per-prompt 1e300": "seconds_per_prompt must be above 0 and at most",
+    f"generate good.jsonl {OUT} --height 100000 --width 100000": "cpu is out of memory",
     f"generate good.jsonl {OUT} --memory all": "--memory",
     f"generate good.jsonl {OUT} --dtype int8": "--dtype",
     f"generate good.jsonl {OUT} --chunks 0": "--chunks",
@@ -78,6 +87,7 @@ WRONG = {
     f"generate good.jsonl {OUT} --model ./nope": "--model ./nope: there is no such folder",
     f"generate good.jsonl {OUT} --model not_a_model": "not_a_model: not the folder of a saved pipeline",
     f"generate good.jsonl {OUT} --device quantum": "--device quantum: no such kind of device",
+    f"generate good.jsonl {OUT} --device meta": "--device meta: stories run on cpu and cuda",
     f"generate good.jsonl {OUT} --device cuda:99": "--device cuda:99: ",
     f"generate good.jsonl {OUT} --backend abacus": "--backend abacus: unknown",
     # resuming

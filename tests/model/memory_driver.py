@@ -31,15 +31,14 @@ class MemoryDriver:
         self.seen: list[list[int]] = []
 
     def chunk(self, new_prompt: Prompt | None = None) -> list[int]:
-        """Make one chunk as `Stream` does; returns the frames that its passes attended to."""
+        """Make one chunk as `Stream` does; returns the frames that its passes attended to. `seen` has every pass."""
         memory, start = self.memory, self.position * self.config.frames_per_chunk
         if new_prompt is not None:
             self.prompt = new_prompt
-            memory.switch_prompt()
+            memory.switch_prompt(start, self.prompt)
             first, count = memory.recache_span(start)
             if count:
-                memory.update(start, self.prompt)
-                self._write(first, count)
+                self.seen.append(self.contents(self._write(first, count)))
         memory.update(start, self.prompt)
         step = self._write(start, self.config.frames_per_chunk)
         self.seen.append(self.contents(step))

@@ -34,7 +34,8 @@ def test_attention_sees_sink_bank_and_window_each_frame_once(config):
         sink = list(range(min(stop, config.sink_frames)))
         window = list(range(max(config.sink_frames, stop - config.window_frames), stop))
         assert sorted(seen) == sorted(bank + sink + window)
-        assert len(set(seen)) == len(seen), "a frame is counted twice in one softmax"
+        for attended in driver.seen:  # the pass that re-encodes the window too
+            assert len(set(attended)) == len(attended), "a frame is counted twice in one softmax"
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
@@ -89,26 +90,30 @@ def test_switch_never_rewrites_or_empties_the_sink(switch_at):
         assert torch.equal(driver.memory.pool.key[:, :, sink], before)
 
 
-def test_switch_reencodes_the_whole_window():
+def test_switch_reencodes_the_window_and_the_prototype_that_leaves_keeps_its_own_prompt():
     config = MemoryConfig()
     driver = MemoryDriver(config)
     for _ in range(6):
         driver.chunk()
     driver.frame_keys = lambda frame: torch.full((DIM,), 100.0 + frame)
     driver.chunk(prompt_of(torch.ones(DIM)))
-    window = driver.memory.pool.key[0, 0, 2 * (config.bank_frames + config.sink_frames) :, 0, 0]
+    keys = driver.memory.pool.key[0, 0, ::2, 0, 0]
+    window, bank = keys[config.bank_frames + config.sink_frames :], keys[: config.bank_frames]
     assert (window >= 100).all()
+    assert sorted(bank.tolist()) == sorted(driver.bank()) and 9 in driver.bank()
 
 
 def test_two_streams_share_nothing():
     """Published defect 8: clearing a cache leaves counters and the pending frame behind."""
+    fresh = MemoryDriver(MemoryConfig())
+    expected = [fresh.chunk() for _ in range(8)]
     first = MemoryDriver(MemoryConfig())
     for _ in range(12):
         first.chunk()
     second = MemoryDriver(MemoryConfig())
-    fresh = MemoryDriver(MemoryConfig())
-    for _ in range(8):
-        assert second.chunk() == fresh.chunk()
+    for chunk in expected:
+        assert second.chunk() == chunk
+        first.chunk(prompt_of(random_keys(1)))
 
 
 def test_without_a_bank():
@@ -186,3 +191,30 @@ def test_the_update_is_made_once_per_chunk():
 def test_config_refuses(fields, complaint):
     with pytest.raises(ValueError, match=complaint):
         MemoryConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"mode": "web"}, "mode must be one of interactive, single"),
+        ({"local_frames": 6, "sink_frames": 6}, "local_frames .* at least 9"),
+        ({"policy": "fifo"}, "policy must be one of prompt"),
+        ({"aggregate": "softmax"}, "aggregate must be one of mean"),
+        ({"bank_frames": 0}, "bank_frames must be a whole number of at least 1"),
+    ],
+)
+def test_reference_refuses(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        MemoryConfig.reference(**arguments)
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "softmax"])
+def test_snapshot_scores_what_is_held(aggregate):
+    driver = MemoryDriver(MemoryConfig(aggregate=aggregate), frame_keys=random_keys)
+    for _ in range(5):  # one frame has entered the bank
+        driver.chunk()
+    snapshot = driver.memory.snapshot(15, driver.prompt)
+    assert (snapshot.held[0, 0] >= 0).tolist() == [False, False, True]
+    assert torch.isfinite(torch.from_numpy(snapshot.relevance[0, 0])).tolist() == [False, False, True]
+    if aggregate == "softmax":
+        assert snapshot.relevance[0, 0, 2] == pytest.approx(1), "the only frame has all the attention"

@@ -10,6 +10,7 @@ import torch
 
 from memflow.errors import MemFlowError
 from memflow.memory import MemoryConfig
+from memflow.pipeline import MemFlowPipeline
 from memflow.processors import uninstall
 
 STORY = ["a red boat leaves the harbour", "an owl looks down from the lighthouse"]
@@ -133,10 +134,19 @@ def test_save_and_load_the_pipeline(toy, tmp_path):
 
 
 def test_far_beyond_1024_latent_frames(toy):
-    stream = toy.stream(STORY[:1], seconds_per_prompt=2 * CHUNK_SECONDS, memory=MemoryConfig(policy="none"))
-    next(stream)
-    stream.position = 40_000  # as if 120,000 latent frames had been made
-    assert torch.isfinite(next(stream).latents).all()
+    """Attention depends on distances alone: a story that begins at frame 120,000 is the one that begins at 0."""
+    memory = MemoryConfig(policy="none", sink_frames=0)
+    near, far = (toy.stream(STORY[:1], seconds_per_prompt=3 * CHUNK_SECONDS, memory=memory) for _ in range(2))
+    shift = 120_000 * memory.window_frames
+    slots = far.memory.pass_over
+
+    def shifted(start, frames, prompt):
+        step = slots(start, frames, prompt)
+        return step._replace(start_frame=step.start_frame + shift)
+
+    far.memory.pass_over = shifted
+    for a, b in zip(near, far, strict=True):
+        torch.testing.assert_close(a.latents, b.latents, rtol=0, atol=1e-4)
 
 
 def test_snapshot(toy):
@@ -189,7 +199,18 @@ def test_nan_latents_are_reported(toy):
         ({"prompts": ["a"], "seconds_per_prompt": 0}, "seconds_per_prompt must be above 0"),
         ({"prompts": ["a"], "height": 63}, "height must be a positive multiple"),
         ({"prompts": ["a"], "width": -8}, "width must be a positive multiple"),
+        ({"prompts": ["a"], "height": 0}, "height must be a positive multiple"),
+        ({"prompts": ["a"], "height": 64.0}, "height must be a positive multiple"),
         ({"prompts": ["a"], "seed": [1, 2]}, "seed must be"),
+        ({"prompts": ["a"], "seed": 2**63}, "seed must be a whole number from 0"),
+        ({"prompts": ["a"], "seed": 1.5}, "seed must be a whole number from 0"),
+        ({"prompts": ["a"], "seconds_per_prompt": 1e300}, "seconds_per_prompt must be above 0 and at most"),
+        ({"prompts": ["a"], "seconds_per_prompt": "3"}, "seconds_per_prompt must be above 0"),
+        ({"prompts": ["a"], "memory": {"top_k": 3}}, "memory must be a MemoryConfig, got dict"),
+        ({"prompts": [[]]}, "one text per story"),
+        ({"prompts": [None]}, "not blank, got None"),
+        ({"prompts": ["\ud800"]}, "prompt must be valid Unicode"),
+        ({"prompts": iter(["a"])}, "prompts must be a list"),
     ],
 )
 def test_stream_refuses(toy, arguments, complaint):
@@ -210,5 +231,33 @@ def test_resume_refuses(toy, tmp_path):
     stream.save(tmp_path / "state.safetensors")
     other = type(toy).from_preset("toy")
     other.register_to_config(denoising_steps=[1000, 500])
-    with pytest.raises(MemFlowError, match="saved with another model"):
+    assert len(other.schedule) == 2
+    with pytest.raises(MemFlowError, match=r"saved with another model.*denoising_steps"):
         other.resume(tmp_path / "state.safetensors")
+    tuned = type(toy).from_preset("toy")
+    tuned.transformer.blocks[0].attn1.to_q.weight.data += 1
+    with pytest.raises(MemFlowError, match=r"saved with another model.*weights"):
+        tuned.resume(tmp_path / "state.safetensors")
+
+
+def test_autocast_does_not_reach_the_memory(toy):
+    expected = next(toy.stream(STORY, seconds_per_prompt=CHUNK_SECONDS)).latents
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = next(toy.stream(STORY, seconds_per_prompt=CHUNK_SECONDS)).latents
+    torch.testing.assert_close(latents, expected, rtol=0, atol=0.1)  # the text encoder is autocast
+
+
+def test_a_transformer_that_is_busy_says_so(toy):
+    stream = toy.stream(STORY, seconds_per_prompt=CHUNK_SECONDS)
+    next(stream)
+    step = stream.memory.pass_over(3, 3, stream.prompt)
+    with toy.transformer.rope.during(step), pytest.raises(MemFlowError, match="can only take turns"):
+        next(toy.stream(STORY, seconds_per_prompt=CHUNK_SECONDS))
+
+
+def test_a_stream_goes_on_after_uninstall():
+    pipeline = MemFlowPipeline.from_preset("toy")
+    stream = pipeline.stream(STORY, seconds_per_prompt=CHUNK_SECONDS)
+    next(stream)
+    uninstall(pipeline.transformer)
+    next(stream)
