@@ -1,13 +1,15 @@
 """Which backends exist here, and which one runs an op.
 
 A backend is a package that holds one callable per op, named like the op and taking the op's arguments in its order.
-`torch` (memflow_kernels.reference) runs everywhere and is the specification of the others.
+`torch` (memflow_kernels.reference) runs everywhere and is the specification of the others. `triton`
+(memflow_kernels.triton) is the default on a GPU; it runs on the CPU only through Triton's interpreter, for tests.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +25,29 @@ class Backend(NamedTuple):
     missing: Callable[[], str | None]  # None: it can run here; otherwise the reason why not
 
 
+def interpreting() -> bool:
+    """Triton runs its kernels on the CPU, one program after the other. It reads the variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _gpu_missing() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+    if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is too old: compute capability 8.0 (Ampere) is needed"
+    return None
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (it exists for Linux: pip install triton)"
+    return None if interpreting() else _gpu_missing()
+
+
 BACKENDS: dict[str, Backend] = {
     "torch": Backend("memflow_kernels.reference", lambda: None),
-    "triton": Backend("memflow_kernels.triton", lambda: "this version of memflow_kernels has no Triton kernels"),
+    "triton": Backend("memflow_kernels.triton", _triton_missing),
     "cuda": Backend("memflow_kernels.cuda", lambda: "this version of memflow_kernels has no compiled CUDA kernels"),
 }
 
@@ -61,13 +83,16 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def current_backend(device: torch.device) -> str:
-    """The backend that runs an op on `device`: use_backend, else MEMFLOW_BACKEND, else the device's default."""
+    """The backend that runs an op on `device`: use_backend, else MEMFLOW_BACKEND, else the device's default.
+
+    The default is `triton` on a GPU where it can run, and `torch` everywhere else.
+    """
     if _forced:
         return _forced[-1]
     wished = os.environ.get("MEMFLOW_BACKEND")
     if wished:
         return _require(wished, "MEMFLOW_BACKEND")
-    return "torch"
+    return "triton" if device.type == "cuda" and _triton_missing() is None else "torch"
 
 
 @functools.cache
@@ -83,6 +108,20 @@ def implementation(op_name: str, backend: str) -> Callable:
     return function
 
 
+def refused(backend: str, device: torch.device) -> str | None:
+    """Why a backend that can run here does not take tensors on `device`; None where it does."""
+    if backend == "triton" and device.type == "cpu" and not interpreting():
+        return "the backend 'triton' runs on a GPU, not on the CPU (but for tests, slowly, with TRITON_INTERPRET=1)"
+    return None
+
+
 def dispatch(op_name: str, device: torch.device) -> Callable:
-    """The callable that runs op `op_name` for tensors on `device`."""
-    return implementation(op_name, current_backend(device))
+    """The callable that runs op `op_name` for tensors on `device`.
+
+    Raises RuntimeError where the backend that was asked for does not run on this kind of device.
+    """
+    backend = current_backend(device)
+    reason = refused(backend, device)
+    if reason is not None:
+        raise RuntimeError(f"{op_name}: {reason}")
+    return implementation(op_name, backend)

@@ -6,7 +6,7 @@ differ by half a unit in the last place for every rounding on the way, float32 b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ def states(
     *,
     dtype: torch.dtype = torch.float32,
     layout: str = "dense",
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     seed: int = 0,
     mean: float = 0.0,
 ) -> Tensor:
@@ -62,6 +62,7 @@ def states(
 
     dense: contiguous. sliced: a range of a longer buffer. heads_first: stored as [B, H, L, D]. fused: the middle of
     query, key and value stored together. padded: heads further apart than head_dim, at an odd offset.
+    The numbers are the same on every device; device: torch's default device by default.
     """
     shape = {
         "dense": (batch, tokens, heads, head_dim),
@@ -70,8 +71,9 @@ def states(
         "fused": (batch, tokens, 3, heads, head_dim),
         "padded": (batch, tokens, heads, head_dim + 3),
     }[layout]
-    generator = torch.Generator().manual_seed(seed)
-    x = (torch.randn(shape, dtype=torch.float64, generator=generator) + mean).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu") + mean
+    x = x.to(device or torch.get_default_device(), dtype)
     if layout == "sliced":
         return x[:, 2 : 2 + tokens]
     if layout == "heads_first":
@@ -79,6 +81,12 @@ def states(
     if layout == "fused":
         return x[:, :, 1]
     return x[..., 1 : 1 + head_dim] if layout == "padded" else x
+
+
+def draw(function: Callable[..., Tensor], *arguments: object, seed: int, **options: object) -> Tensor:
+    """function(*arguments, **options) of torch's random functions: the same numbers on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return function(*arguments, generator=generator, device="cpu", **options).to(torch.get_default_device())
 
 
 def attention_inputs(case: AttentionCase, **options: object) -> tuple[Tensor, Tensor, Tensor]:

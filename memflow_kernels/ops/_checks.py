@@ -79,6 +79,11 @@ def frame_count(name: str, tokens: int, tokens_per_frame: int) -> int:
     return tokens // tokens_per_frame
 
 
+def block_count(queries: int, query_block: int) -> int:
+    """Number of blocks of query_block queries; the last one may be shorter."""
+    return -(-queries // query_block)
+
+
 def scale(value: float | None, head_dim: int) -> float:
     """The given scale, or D^-1/2."""
     if value is None:

@@ -19,9 +19,10 @@ def _memory_attention(
     tokens_per_frame: int,
     candidate_frames: int,
     scale: float,
+    query_block: int | None,
 ) -> tuple[Tensor, Tensor]:
     run = dispatch("memory_attention", query.device)
-    return run(query, key, value, frame_table, tokens_per_frame, candidate_frames, scale)
+    return run(query, key, value, frame_table, tokens_per_frame, candidate_frames, scale, query_block)
 
 
 @_memory_attention.register_fake
@@ -33,6 +34,7 @@ def _(
     tokens_per_frame: int,
     candidate_frames: int,
     scale: float,
+    query_block: int | None,
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = query.shape
     lse = query.new_empty((batch, heads, queries), dtype=statistics_dtype(query.dtype))
@@ -52,10 +54,11 @@ def _memory_attention_backward(
     tokens_per_frame: int,
     candidate_frames: int,
     scale: float,
+    query_block: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = dispatch("memory_attention_backward", query.device)
     states = (grad_out, grad_lse, query, key, value, out, lse)
-    return run(*states, frame_table, tokens_per_frame, candidate_frames, scale)
+    return run(*states, frame_table, tokens_per_frame, candidate_frames, scale, query_block)
 
 
 @_memory_attention_backward.register_fake
@@ -71,19 +74,19 @@ def _(
     tokens_per_frame: int,
     candidate_frames: int,
     scale: float,
+    query_block: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, frame_table, ctx.tokens_per_frame, ctx.candidate_frames, ctx.scale = inputs
+    query, key, value, frame_table, *ctx.sizes = inputs
     ctx.save_for_backward(query, key, value, *output, frame_table)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    sizes = (ctx.tokens_per_frame, ctx.candidate_frames, ctx.scale)
-    grads = _memory_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *sizes)
-    return *grads, None, None, None, None
+    grads = _memory_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.sizes)
+    return *grads, None, None, None, None, None
 
 
 _memory_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -96,19 +99,26 @@ def _check_frames(
     top_k: int | None,
     frame_table: Tensor | None,
     frame_mean: Tensor | None,
+    query_block: int | None,
 ) -> None:
-    batch, _, heads, head_dim = query.shape
+    batch, queries, heads, head_dim = query.shape
     _checks.integer("candidate_frames", candidate_frames, 0)
     if candidate_frames > frames:
         raise ValueError(f"candidate_frames must be at most the {frames} frames of key, got {candidate_frames}")
     if top_k is not None:
         _checks.integer("top_k", top_k, 1)
+    if query_block is not None:
+        _checks.integer("query_block", query_block, 1)
     if frame_table is not None:
         if top_k is not None:
             raise ValueError(f"frame_table replaces the choice: top_k must be None with it, got {top_k}")
         _checks.of_dtype("frame_table", frame_table, torch.int32)
         places = frame_table.shape[-1] if frame_table.dim() else 0
-        _checks.shape("frame_table", frame_table, (batch, heads, places), "[B, H, n]")
+        if query_block is None:
+            _checks.shape("frame_table", frame_table, (batch, heads, places), "[B, H, n]")
+        else:
+            needed = (batch, heads, _checks.block_count(queries, query_block), places)
+            _checks.shape("frame_table", frame_table, needed, "[B, H, blocks of query_block queries, n]")
         _checks.same_device("frame_table", frame_table, "query", query)
     if frame_mean is not None:
         _checks.states("frame_mean", frame_mean, "[B, candidate_frames, H, D]", empty_tokens=True)
@@ -127,6 +137,7 @@ def memory_attention(
     top_k: int | None = None,
     frame_table: Tensor | None = None,
     frame_mean: Tensor | None = None,
+    query_block: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -139,6 +150,8 @@ def memory_attention(
     frame_table: [B, H, n] int32, candidates per head in place of the choice; -1 = empty place, a frame named
     twice counts twice.
     frame_mean: [B, candidate_frames, H, D] float32 (float64 for float64), the candidates' means where known.
+    query_block: at least 1; every block of that many queries has a choice of its own (the last block may be shorter),
+    and frame_table is [B, H, ceil(Lq / query_block), n]. None: one choice for all queries, as published.
     scale: D^-1/2 by default.
 
     Returns out [B, Lq, H, D] in the dtype of query, exact over the chosen keys; with return_lse also lse [B, H, Lq],
@@ -155,12 +168,13 @@ def memory_attention(
         _checks.shape(name, x, (batch, key.shape[1], heads, head_dim), "[B, F*N, H, D]")
         _checks.same_kind(name, x, "query", query)
     frames = _checks.frame_count("key", key.shape[1], tokens_per_frame)
-    _check_frames(query, candidate_frames, frames, top_k, frame_table, frame_mean)
+    _check_frames(query, candidate_frames, frames, top_k, frame_table, frame_mean, query_block)
     scale = _checks.scale(scale, head_dim)
 
     if top_k is not None and top_k < candidate_frames:
         if frame_mean is None:
             frame_mean = frame_means(key[:, : candidate_frames * tokens_per_frame].detach(), tokens_per_frame)
-        frame_table = select_frames(query, frame_mean, top_k)
-    out, lse = _memory_attention(query, key, value, frame_table, tokens_per_frame, candidate_frames, scale)
+        frame_table = select_frames(query, frame_mean, top_k, query_block=query_block)
+    sizes = (tokens_per_frame, candidate_frames, scale, query_block)
+    out, lse = _memory_attention(query, key, value, frame_table, *sizes)
     return (out, lse) if return_lse else out

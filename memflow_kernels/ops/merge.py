@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ..backends import dispatch
-from ..reference.merge import merge_attention_backward
 from . import _checks
 
 
@@ -18,12 +17,28 @@ def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tenso
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
+@torch.library.custom_op("memflow::merge_attention_backward", mutates_args=())
+def _merge_attention_backward(
+    grad_out: Tensor, grad_lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = dispatch("merge_attention_backward", out_a.device)
+    return run(grad_out, grad_lse, out_a, lse_a, out_b, lse_b)
+
+
+@_merge_attention_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = [x.new_empty(x.shape) for x in (out_a, lse_a, out_b, lse_b)]
+    return grads[0], grads[1], grads[2], grads[3]
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    return merge_attention_backward(grad_out, grad_lse, *ctx.saved_tensors)
+    return _merge_attention_backward(grad_out, grad_lse, *ctx.saved_tensors)
 
 
 _merge_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -8,25 +8,33 @@ from . import _checks
 
 
 @torch.library.custom_op("memflow::select_frames", mutates_args=())
-def _select_frames(query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None) -> Tensor:
-    return dispatch("select_frames", query.device)(query, frame_mean, top_k, valid)
+def _select_frames(
+    query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None, query_block: int | None
+) -> Tensor:
+    return dispatch("select_frames", query.device)(query, frame_mean, top_k, valid, query_block)
 
 
 @_select_frames.register_fake
-def _(query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None) -> Tensor:
-    places = min(top_k, frame_mean.shape[1])
-    return query.new_empty((query.shape[0], query.shape[2], places), dtype=torch.int32)
+def _(query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None, query_block: int | None) -> Tensor:
+    batch, queries, heads, _ = query.shape
+    blocks = () if query_block is None else (_checks.block_count(queries, query_block),)
+    return query.new_empty((batch, heads, *blocks, min(top_k, frame_mean.shape[1])), dtype=torch.int32)
 
 
-def select_frames(query: Tensor, frame_mean: Tensor, top_k: int, *, valid: Tensor | None = None) -> Tensor:
+def select_frames(
+    query: Tensor, frame_mean: Tensor, top_k: int, *, valid: Tensor | None = None, query_block: int | None = None
+) -> Tensor:
     """The top_k candidate frames of every head, by <mean query, mean frame key>, unscaled.
 
     query: [B, Lq, H, D], all of whose tokens are averaged; frame_mean: [B, F, H, D] float32 (float64 for float64);
     top_k: at least 1; valid: [B, F] bool, True where a frame may be chosen (all of them by default).
-    Returns [B, H, min(top_k, F)] int32 in ascending order; of equal scores the lower index is chosen. Places that no
-    valid frame fills are -1, at the end. The choice has no gradient.
+    query_block: at least 1; every block of that many queries chooses for itself, by its own mean. The last block may be
+    shorter. None: one choice for all queries, as published.
+    Returns [B, H, k] int32, k = min(top_k, F), in ascending order; with query_block [B, H, ceil(Lq / query_block), k].
+    Of equal scores the lower index is chosen. Places that no valid frame fills are -1, at the end. The choice has no
+    gradient.
     Source: arXiv 2512.14699, equations 2 to 4, per head.
-    Raises TypeError or ValueError for wrong dtypes, devices, shapes or top_k < 1.
+    Raises TypeError or ValueError for wrong dtypes, devices, shapes, top_k < 1 or query_block < 1.
     """
     _checks.states("query", query, "[B, Lq, H, D]")
     _checks.states("frame_mean", frame_mean, "[B, F, H, D]", empty_tokens=True)
@@ -35,8 +43,10 @@ def select_frames(query: Tensor, frame_mean: Tensor, top_k: int, *, valid: Tenso
     _checks.shape("frame_mean", frame_mean, (batch, frames, heads, head_dim), "[B, F, H, D]")
     _checks.statistics("frame_mean", frame_mean, "query", query)
     _checks.integer("top_k", top_k, 1)
+    if query_block is not None:
+        _checks.integer("query_block", query_block, 1)
     if valid is not None:
         _checks.of_dtype("valid", valid, torch.bool)
         _checks.shape("valid", valid, (batch, frames), "[B, F]")
         _checks.same_device("valid", valid, "query", query)
-    return _select_frames(query.detach(), frame_mean.detach(), top_k, valid)
+    return _select_frames(query.detach(), frame_mean.detach(), top_k, valid, query_block)

@@ -6,7 +6,7 @@ are checked here, and only on the CPU, where reading them waits for nothing.
 
 from .attention import memory_attention, memory_attention_backward
 from .means import frame_means
-from .merge import merge_attention
+from .merge import merge_attention, merge_attention_backward
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_backward, qk_norm_rope_write
 from .relevance import prompt_relevance_mean, prompt_relevance_softmax, prompt_relevance_softmax_backward
 from .replacement import replace_frame
@@ -18,6 +18,7 @@ __all__ = [
     "memory_attention",
     "memory_attention_backward",
     "merge_attention",
+    "merge_attention_backward",
     "prompt_relevance_mean",
     "prompt_relevance_softmax",
     "prompt_relevance_softmax_backward",

@@ -76,8 +76,28 @@ def _attend_chosen(
         return attend(query, gather(key), gather(value), scale)
     bias = torch.zeros(empty.shape, dtype=statistics_dtype(query.dtype), device=query.device)
     bias = bias.masked_fill(empty, -torch.inf).repeat_interleave(tokens_per_frame, -1).unsqueeze(2)  # [B, H, 1, n*N]
-    out, lse = attend(query, gather(key), gather(value), scale, bias)
+    nothing = bias.isinf().permute(0, 3, 1, 2)  # [B, n*N, H, 1]: frame 0 stands in, and may hold anything
+    keys, values = (gather(x).masked_fill(nothing, 0.0) for x in (key, value))
+    out, lse = attend(query, keys, values, scale, bias)
     return out, lse.masked_fill(empty.all(-1, keepdim=True), -torch.inf)
+
+
+def _attend_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_table: Tensor,
+    tokens_per_frame: int,
+    scale: float,
+    query_block: int,
+) -> tuple[Tensor, Tensor]:
+    """The same where every query_block queries have a table of their own: frame_table [B, H, blocks, n]."""
+    parts = [
+        _attend_chosen(queries, key, value, table, tokens_per_frame, scale)
+        for queries, table in zip(query.split(query_block, dim=1), frame_table.unbind(2), strict=True)
+    ]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, 2)
 
 
 def _check_table(frame_table: Tensor, candidate_frames: int) -> None:
@@ -98,9 +118,11 @@ def memory_attention(
     tokens_per_frame: int,
     candidate_frames: int,
     scale: float,
+    query_block: int | None,
 ) -> tuple[Tensor, Tensor]:
     """query [B, Lq, H, D], key and value [B, F*N, H, D], frame_table [B, H, n] -> out [B, Lq, H, D], lse [B, H, Lq].
 
+    With query_block the table is [B, H, blocks, n].
     Without a table every frame is attended to, by one call on the views. With one, the frames from candidate_frames on
     are attended to where they lie; only what a head chose is gathered, and the two parts are merged by their mass.
     """
@@ -111,8 +133,8 @@ def memory_attention(
     candidates = candidate_frames * tokens_per_frame
     parts = []
     if frame_table.shape[-1] and candidates:
-        pool = (key[:, :candidates], value[:, :candidates])
-        parts.append(_attend_chosen(query, *pool, frame_table, tokens_per_frame, scale))
+        chosen = (query, key[:, :candidates], value[:, :candidates], frame_table, tokens_per_frame, scale)
+        parts.append(_attend_chosen(*chosen) if query_block is None else _attend_blocks(*chosen, query_block))
     if candidates < key.shape[1]:
         parts.append(attend(query, key[:, candidates:], value[:, candidates:], scale))
     if not parts:
@@ -135,6 +157,7 @@ def memory_attention_backward(
     tokens_per_frame: int,
     candidate_frames: int,
     scale: float,
+    query_block: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; the choice of frames counts as constant.
 
@@ -149,7 +172,11 @@ def memory_attention_backward(
     uses = None
     if frame_table is not None:
         candidates = torch.arange(candidate_frames, device=query.device)
-        uses = (frame_table.unsqueeze(-1) == candidates).sum(2).to(wide)  # [B, H, candidate_frames]
+        uses = (frame_table.unsqueeze(-1) == candidates).sum(-2).to(wide)  # [B, H, (blocks,) candidate_frames]
+        if query_block is None:
+            uses = uses.unsqueeze(2)
+        else:
+            uses = uses.repeat_interleave(query_block, 2)[:, :, : query.shape[1]]  # [B, H, Lq, candidate_frames]
 
     grad_query = torch.zeros_like(queries)
     grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
@@ -160,7 +187,7 @@ def memory_attention_backward(
         share = torch.exp(queries @ keys.mT * scale - lse)  # [B, H, Lq, N]
         if uses is not None and frame < candidate_frames:
             # a frame that was not chosen may have logits far above lse: drop it, do not multiply inf by 0
-            use = uses[..., frame, None, None]
+            use = uses[..., frame, None]  # [B, H, 1 or Lq, 1]
             share = torch.where(use > 0, share * use, 0.0)
         grad_value[:, tokens] = (share.mT @ grads).transpose(1, 2)
         grad_logits = share * (grads @ values.mT - offset) * scale

@@ -31,4 +31,5 @@ def merge_attention_backward(
     moved = (grad_out * (out_a.to(lse.dtype) - out_b)).sum(-1).transpose(1, 2) * share_a * share_b  # [B, H, Lq]
     grad_a = (grad_out * per_query(share_a)).to(out_a.dtype)
     grad_b = (grad_out * per_query(share_b)).to(out_b.dtype)
-    return grad_a, grad_lse * share_a + moved, grad_b, grad_lse * share_b - moved
+    grads = (grad_a, grad_lse * share_a + moved, grad_b, grad_lse * share_b - moved)
+    return tuple(grad.contiguous() for grad in grads)

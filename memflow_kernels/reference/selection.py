@@ -6,18 +6,35 @@ from torch import Tensor
 from ..dtypes import statistics_dtype
 
 
-def select_frames(query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None) -> Tensor:
-    """query [B, Lq, H, D], frame_mean [B, F, H, D], valid [B, F] -> [B, H, min(top_k, F)] int32."""
-    frames = frame_mean.shape[1]
+def mean_queries(query: Tensor, query_block: int) -> Tensor:
+    """query [B, Lq, H, D] -> [B, blocks, H, D] means of every query_block tokens; the last block may be shorter."""
     wide = statistics_dtype(query.dtype)
-    mean_query = query.mean(1, dtype=wide)  # [B, H, D]
-    score = torch.einsum("bhd,bfhd->bhf", mean_query, frame_mean.to(wide))
+    whole = query.shape[1] // query_block * query_block
+    means = query[:, :whole].unflatten(1, (-1, query_block)).mean(2, dtype=wide) if whole else None
+    if whole == query.shape[1]:
+        return means
+    rest = query[:, whole:].mean(1, keepdim=True, dtype=wide)
+    return rest if means is None else torch.cat([means, rest], 1)
+
+
+def select_frames(
+    query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None, query_block: int | None
+) -> Tensor:
+    """query [B, Lq, H, D], frame_mean [B, F, H, D], valid [B, F] -> [B, H, k = min(top_k, F)] int32.
+
+    With query_block: [B, H, blocks, k], a choice for every query_block queries.
+    """
+    frames = frame_mean.shape[1]
+    mean_query = mean_queries(query, query.shape[1] if query_block is None else query_block)
+    score = torch.einsum("bqhd,bfhd->bhqf", mean_query, frame_mean.to(mean_query.dtype))
     if valid is not None:
-        score = score.masked_fill(~valid[:, None], -torch.inf)
+        valid = valid[:, None, None]  # [B, 1, 1, F]
+        score = score.masked_fill(~valid, -torch.inf)
     order = score.sort(dim=-1, descending=True, stable=True).indices  # stable: of equal scores, the lower index
     chosen = order[..., :top_k]
     if valid is not None:
-        usable = valid[:, None].expand(-1, score.shape[1], -1).gather(-1, chosen)
+        usable = valid.expand_as(score).gather(-1, chosen)
         chosen = chosen.masked_fill(~usable, frames)  # past the last index, so that empty places sort to the end
     chosen = chosen.sort(dim=-1).values
-    return chosen.masked_fill(chosen == frames, -1).to(torch.int32)
+    table = chosen.masked_fill(chosen == frames, -1).to(torch.int32)
+    return table.squeeze(2) if query_block is None else table

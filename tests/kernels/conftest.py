@@ -1,10 +1,25 @@
-"""Settings of the kernel tests: the same examples on every run, no wall-clock deadlines, one thread."""
+"""Settings of the kernel tests: the same examples on every run, no wall-clock deadlines, one thread, every backend."""
 
+import interpreter
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("kernels", derandomize=True, deadline=None, max_examples=30, database=None)
+from memflow_kernels import available_backends, use_backend
+from memflow_kernels.backends import interpreting
+
+# The backend is the same for all examples of a test, so that it need not be set up for each.
+settings.register_profile(
+    "kernels",
+    derandomize=True,
+    deadline=None,
+    max_examples=30,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+if interpreting() and available_backends()["triton"] is None:
+    interpreter.repair()
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -14,3 +29,16 @@ def _kernel_settings():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    """The test runs once on every backend; one that cannot run here is skipped and says why."""
+    reason = available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    on_gpu = request.param != "torch" and not interpreting()
+    torch.set_default_device("cuda" if on_gpu else None)
+    with use_backend(request.param):
+        yield request.param
+    torch.set_default_device(None)

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def array(x):
-    return x.detach().double().numpy()
+    return x.detach().cpu().double().numpy()
 
 
 def frame_means(key, tokens_per_frame):

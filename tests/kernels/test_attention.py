@@ -7,9 +7,18 @@ from strategies import DTYPES, cases
 
 from memflow_kernels import frame_means, memory_attention, select_frames
 from memflow_kernels.reference.attention import _attend_plain
-from memflow_kernels.testing import ATTENTION_CASES, Traffic, assert_close, attention_inputs, poisoned_memory, states
+from memflow_kernels.testing import (
+    ATTENTION_CASES,
+    Traffic,
+    assert_close,
+    attention_inputs,
+    draw,
+    poisoned_memory,
+    states,
+)
 
 KERNELS = settings.get_profile("kernels")
+BACKENDS = pytest.mark.usefixtures("backend")
 ROUNDINGS = 3  # the shares, the two partial results, their sum
 
 
@@ -34,14 +43,16 @@ def check(inputs, tokens_per_frame, scale=None, table=None, candidate_frames=0, 
     assert_close(lse, torch.from_numpy(expected_lse), dtype=query.dtype)
 
 
+@BACKENDS
 @KERNELS
-@given(cases(), st.sampled_from([None, 0.2]), st.integers(0, 6))
+@given(cases(), st.sampled_from([None, 0.2, -0.3, 0.0]), st.integers(0, 6))
 def test_dense_equals_the_loop(case, scale, candidate_frames):
     """Without top_k the candidates are frames like any other."""
     candidates = min(candidate_frames, case.frames)
     check((case.query(), case.key(), case.value()), case.tokens_per_frame, scale, candidate_frames=candidates)
 
 
+@BACKENDS
 @KERNELS
 @given(cases(), st.integers(0, 6), st.integers(1, 7), st.booleans())
 def test_activation_equals_the_loop(case, candidate_frames, top_k, means_given):
@@ -61,18 +72,67 @@ def test_activation_equals_the_loop(case, candidate_frames, top_k, means_given):
     )
 
 
+@BACKENDS
 @KERNELS
 @given(cases(), st.integers(0, 6), st.integers(0, 4))
 def test_table_equals_the_loop(case, candidate_frames, places):
     """Tables with empty places, with frames named twice, of no place at all."""
     candidates = min(candidate_frames, case.frames)
-    generator = torch.Generator().manual_seed(case.seed)
     shape = (case.batch, case.heads, places)
-    table = torch.randint(-1, max(candidates, 0), shape, generator=generator, dtype=torch.int32)
+    table = draw(torch.randint, -1, max(candidates, 0), shape, seed=case.seed, dtype=torch.int32)
     inputs = (case.query(), case.key(), case.value())
     check(inputs, case.tokens_per_frame, table=table, candidate_frames=candidates, frame_table=table)
 
 
+@BACKENDS
+@settings(KERNELS, max_examples=12)
+@given(cases(dtypes=(torch.float32, torch.bfloat16)), st.integers(1, 5), st.integers(0, 3), st.integers(1, 8))
+def test_every_block_of_queries_has_a_table_of_its_own(case, candidate_frames, places, query_block):
+    """Blocks that do not divide the queries, and blocks longer than all of them."""
+    candidates = min(candidate_frames, case.frames)
+    blocks = -(-case.queries // query_block)
+    shape = (case.batch, case.heads, blocks, places)
+    table = draw(torch.randint, -1, candidates, shape, seed=case.seed, dtype=torch.int32)
+    query, key, value = case.query(), case.key(), case.value()
+    options = {"tokens_per_frame": case.tokens_per_frame, "candidate_frames": candidates}
+    with poisoned_memory():
+        out, lse = memory_attention(
+            query, key, value, frame_table=table, query_block=query_block, return_lse=True, **options
+        )
+    scale = case.head_dim**-0.5
+    for block, queries in enumerate(query.split(query_block, 1)):
+        rows = slice(block * query_block, block * query_block + queries.shape[1])
+        expected, expected_lse = loops.attention(
+            queries, key, value, case.tokens_per_frame, scale, table[:, :, block], candidates
+        )
+        assert_close(out[:, rows], torch.from_numpy(expected), roundings=ROUNDINGS)
+        assert_close(lse[:, :, rows], torch.from_numpy(expected_lse))
+
+
+@BACKENDS
+@pytest.mark.parametrize("means_given", [False, True])
+def test_every_block_of_queries_chooses_for_itself(means_given):
+    query, key, value = (states(2, tokens, 2, 8, seed=seed) for seed, tokens in enumerate((10, 30, 30)))
+    means = frame_means(key[:, :20], 5)
+    options = {"tokens_per_frame": 5, "candidate_frames": 4, "query_block": 4}
+    out = memory_attention(query, key, value, top_k=2, frame_mean=means if means_given else None, **options)
+    table = select_frames(query, means, 2, query_block=4)
+    assert torch.equal(out, memory_attention(query, key, value, frame_table=table, **options))
+    assert len({tuple(row) for row in table.flatten(0, 2).tolist()}) > 1
+
+
+@BACKENDS
+def test_frames_that_nobody_chose_are_not_read():
+    query, key, value = (states(1, tokens, 2, 8, seed=seed) for seed, tokens in enumerate((6, 35, 35)))
+    table = torch.tensor([[[1, 1], [-1, 1]]], dtype=torch.int32)
+    options = {"tokens_per_frame": 7, "candidate_frames": 3, "frame_table": table}
+    clean = memory_attention(query, key, value, **options)
+    for x in (key, value):
+        x[:, :7] = x[:, 14:21] = torch.nan
+    assert torch.equal(memory_attention(query, key, value, **options), clean)
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
 def test_cases(case, dtype):
@@ -106,6 +166,7 @@ def test_the_path_of_other_devices_equals_the_loop(case, masked):
     assert_close(lse, torch.from_numpy(expected_lse))
 
 
+@BACKENDS
 def test_no_key_gives_zero_and_minus_infinity():
     query, key, value = (states(2, tokens, 2, 4, seed=seed) for seed, tokens in enumerate((3, 6, 6)))
     table = torch.tensor([[[0, 1], [-1, -1]], [[-1, -1], [-1, 1]]], dtype=torch.int32)
@@ -118,6 +179,7 @@ def test_no_key_gives_zero_and_minus_infinity():
     assert torch.isfinite(lse[1, 1]).all()
 
 
+@BACKENDS
 def test_top_k_of_all_candidates_is_dense():
     query, key, value = (states(2, tokens, 2, 4, seed=seed) for seed, tokens in enumerate((3, 12, 12)))
     dense = memory_attention(query, key, value, tokens_per_frame=3)
@@ -126,6 +188,7 @@ def test_top_k_of_all_candidates_is_dense():
         assert torch.equal(kept, dense)
 
 
+@BACKENDS
 def test_same_result_every_time():
     inputs = attention_inputs(ATTENTION_CASES[1])
     options = {"tokens_per_frame": 12, "candidate_frames": 6, "top_k": 3}
@@ -200,6 +263,13 @@ def int32(*shape):
             "frame_table holds 3 to 3: .* below candidate_frames = 3",
         ),
         ((QUERY, KEY, KEY), {"frame_table": int32(2, 2, 1) - 2}, ValueError, "frame_table holds -2 to -2"),
+        ((QUERY, KEY, KEY), {"query_block": 0}, ValueError, "query_block must be at least 1, got 0"),
+        (
+            (QUERY, KEY, KEY),
+            {"frame_table": int32(2, 2, 1), "query_block": 2},
+            ValueError,
+            r"frame_table must be \[B, H, blocks of query_block queries, n\] = \[2, 2, 2, 1\], got \[2, 2, 1\]",
+        ),
         (
             (QUERY, KEY, KEY),
             {"frame_mean": torch.zeros(2, 3, 2, 4), "candidate_frames": 2, "top_k": 1},

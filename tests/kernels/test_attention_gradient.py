@@ -6,6 +6,8 @@ import torch
 from memflow_kernels import memory_attention
 from memflow_kernels.testing import ATTENTION_CASES, assert_close, attention_inputs, states
 
+BACKENDS = pytest.mark.usefixtures("backend")
+
 
 def gradient_inputs():
     return [states(2, n, 2, 3, dtype=torch.float64, seed=n + s).requires_grad_() for s, n in enumerate((4, 12, 12))]
@@ -21,8 +23,9 @@ TABLE = torch.tensor([[[0, 0], [-1, 2]], [[1, -1], [-1, -1]]], dtype=torch.int32
         {"candidate_frames": 3, "top_k": 2},
         {"candidate_frames": 4, "top_k": 1},
         {"candidate_frames": 3, "frame_table": TABLE},
+        {"candidate_frames": 3, "top_k": 1, "query_block": 3},
     ],
-    ids=["dense", "activated", "no_window", "table"],
+    ids=["dense", "activated", "no_window", "table", "blocks"],
 )
 def test_gradient(options):
     """Through the output and through the log-sum-exp."""
@@ -44,6 +47,7 @@ def test_gradient_where_a_head_has_no_key():
     assert torch.autograd.gradcheck(attend, leaves)
 
 
+@BACKENDS
 def test_gradient_survives_frames_far_above_the_chosen_ones():
     """The logits of a frame that was not chosen may exceed the log-sum-exp by any amount."""
     query, key, value = (x.detach().float() for x in gradient_inputs())
@@ -56,6 +60,7 @@ def test_gradient_survives_frames_far_above_the_chosen_ones():
     assert torch.equal(grads[1][:, :3], torch.zeros(2, 3, 2, 3))
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradient_in_low_precision(dtype):
     inputs = attention_inputs(ATTENTION_CASES[1], dtype=dtype, layout="heads_first")
@@ -71,10 +76,12 @@ def test_gradient_in_low_precision(dtype):
         assert_close(actual, expected, roundings=2)
 
 
+@BACKENDS
 @pytest.mark.parametrize("table", [None, TABLE], ids=["dense", "table"])
 def test_opcheck(table):
+    table = None if table is None else table.to(torch.get_default_device())
     states_ = [x.detach().float().requires_grad_() for x in gradient_inputs()]
-    sizes = (table, 3, 3, 0.5)
+    sizes = (table, 3, 3, 0.5, None)
     torch.library.opcheck(torch.ops.memflow.memory_attention, (*states_, *sizes))
     query, key, value = (x.detach() for x in states_)
     out, lse = torch.ops.memflow.memory_attention(query, key, value, *sizes)
@@ -92,6 +99,7 @@ def test_compiles_to_one_graph_with_inductor():
     torch.testing.assert_close(compiled(*inputs), attend_compiled(*inputs))
 
 
+@BACKENDS
 def test_compiles_to_one_graph_with_gradients():
     leaves = [x.detach().float().requires_grad_() for x in gradient_inputs()]
     eager = attend_compiled(*leaves)

@@ -8,8 +8,10 @@ from memflow_kernels import frame_means
 from memflow_kernels.testing import assert_close, poisoned_memory, states
 
 KERNELS = settings.get_profile("kernels")
+BACKENDS = pytest.mark.usefixtures("backend")
 
 
+@BACKENDS
 @KERNELS
 @given(cases())
 def test_equals_the_loop(case):
@@ -20,10 +22,12 @@ def test_equals_the_loop(case):
     assert_close(actual, torch.from_numpy(loops.frame_means(key, case.tokens_per_frame)))
 
 
+@BACKENDS
 def test_no_frames():
     assert frame_means(torch.zeros(2, 0, 3, 4), 5).shape == (2, 0, 3, 4)
 
 
+@BACKENDS
 def test_long_frames_keep_float32_accuracy():
     key = states(1, 2 * 1560, 1, 4, mean=1.0)
     assert_close(frame_means(key, 1560), frame_means(key.double(), 1560))
@@ -34,6 +38,7 @@ def test_gradient():
     assert torch.autograd.gradcheck(lambda x: frame_means(x, 3), key)
 
 
+@BACKENDS
 def test_gradient_has_the_dtype_of_the_key():
     key = states(1, 4, 1, 2, dtype=torch.bfloat16).requires_grad_()
     frame_means(key, 2).sum().backward()
@@ -41,10 +46,12 @@ def test_gradient_has_the_dtype_of_the_key():
     assert torch.equal(key.grad, torch.full_like(key, 0.5))
 
 
+@BACKENDS
 def test_opcheck():
     torch.library.opcheck(torch.ops.memflow.frame_means, (states(2, 6, 2, 3).requires_grad_(), 3))
 
 
+@BACKENDS
 def test_compiles_to_one_graph():
     key = states(2, 6, 2, 3)
     compiled = torch.compile(lambda x: frame_means(x, 3) * 2, fullgraph=True, backend="aot_eager")

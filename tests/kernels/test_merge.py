@@ -9,6 +9,7 @@ from memflow_kernels import merge_attention
 from memflow_kernels.testing import assert_close, poisoned_memory, states
 
 KERNELS = settings.get_profile("kernels")
+BACKENDS = pytest.mark.usefixtures("backend")
 
 
 def parts(case, split):
@@ -19,10 +20,11 @@ def parts(case, split):
     for tokens in (slice(0, split), slice(split, None), slice(None)):
         out, lse = loops.attention(query, key[:, tokens], value[:, tokens], 1, scale)
         wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-        pieces += [torch.from_numpy(out).to(case.dtype), torch.from_numpy(lse).to(wide)]
+        pieces += [torch.from_numpy(out).to(query.device, case.dtype), torch.from_numpy(lse).to(query.device, wide)]
     return pieces
 
 
+@BACKENDS
 @KERNELS
 @given(cases(), st.floats(0, 1))
 def test_equals_attention_over_the_union(case, share):
@@ -36,6 +38,7 @@ def test_equals_attention_over_the_union(case, share):
     assert_close(lse, expected_lse)
 
 
+@BACKENDS
 def test_no_key_on_either_side():
     out, lse = torch.zeros(1, 3, 2, 4), torch.full((1, 2, 3), -torch.inf)
     merged, merged_lse = merge_attention(out, lse, out, lse)
@@ -43,6 +46,7 @@ def test_no_key_on_either_side():
     assert torch.equal(merged_lse, lse)
 
 
+@BACKENDS
 def test_a_key_in_both_sets_counts_twice():
     out, lse = states(1, 3, 2, 4), torch.zeros(1, 2, 3)
     merged, merged_lse = merge_attention(out, lse, out, lse)
@@ -60,9 +64,24 @@ def test_gradient():
     assert torch.autograd.gradcheck(merge_attention, inputs(torch.float64))
 
 
-def test_gradient_is_finite_where_a_side_is_empty():
-    out_a, lse_a, out_b, _ = inputs(torch.float64)
-    empty = torch.full((2, 2, 3), -torch.inf, dtype=torch.float64, requires_grad=True)
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_in_low_precision(dtype):
+    arguments = inputs(dtype)
+    arguments[1], arguments[3] = (x.detach().float().requires_grad_() for x in (arguments[1], arguments[3]))
+    upstream = states(2, 3, 2, 4, dtype=dtype, seed=5), states(2, 2, 3, 1, seed=6)[..., 0]
+    wide = [x.detach().double().requires_grad_() for x in arguments]
+    expected = torch.autograd.grad(merge_attention(*wide), wide, [x.double() for x in upstream])
+    actual = torch.autograd.grad(merge_attention(*arguments), arguments, upstream)
+    for ours, exact in zip(actual, expected, strict=True):
+        assert_close(ours, exact, roundings=2)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_is_finite_where_a_side_is_empty(dtype):
+    out_a, lse_a, out_b, _ = inputs(dtype)
+    empty = torch.full((2, 2, 3), -torch.inf, dtype=dtype, requires_grad=True)
     out, lse = merge_attention(out_a, lse_a, out_b, empty)
     grads = torch.autograd.grad(out.sum() + lse.sum(), (out_a, lse_a, out_b, empty))
     assert all(torch.isfinite(grad).all() for grad in grads)
@@ -70,10 +89,12 @@ def test_gradient_is_finite_where_a_side_is_empty():
     assert torch.equal(grads[2], torch.zeros_like(out_b))
 
 
+@BACKENDS
 def test_opcheck():
     torch.library.opcheck(torch.ops.memflow.merge_attention, inputs(torch.float32))
 
 
+@BACKENDS
 def test_compiles_to_one_graph():
     arguments = inputs(torch.float32)
     compiled = torch.compile(merge_attention, fullgraph=True, backend="aot_eager")

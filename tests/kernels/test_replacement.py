@@ -6,9 +6,10 @@ from strategies import cases
 
 from memflow_kernels import Pool, replace_frame
 from memflow_kernels.reference.replacement import replace_by_index
-from memflow_kernels.testing import Traffic, states
+from memflow_kernels.testing import LAYOUTS, Traffic, states
 
 KERNELS = settings.get_profile("kernels")
+BACKENDS = pytest.mark.usefixtures("backend")
 
 
 def filled(batch, slots, tokens_per_frame, heads, head_dim, dtype=torch.float32):
@@ -21,6 +22,7 @@ def int32(*numbers):
     return torch.tensor(numbers, dtype=torch.int32)
 
 
+@BACKENDS
 @KERNELS
 @given(cases(), st.data(), st.booleans())
 def test_equals_the_loop(case, data, by_index):
@@ -43,6 +45,21 @@ def test_equals_the_loop(case, data, by_index):
         assert torch.equal(actual, wanted)
 
 
+@BACKENDS
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("tokens", "head_dim"), [(24, 20), (7, 128)])
+def test_any_layout(layout, tokens, head_dim):
+    """One frame moves, whether it lies in one piece or not; rows with -1 and all other slots keep their content."""
+    key, value = (states(3, 4 * tokens, 3, head_dim, layout=layout, seed=seed) for seed in (0, 1))
+    pool = Pool(key, value, states(3, 4, 3, head_dim, layout="heads_first", seed=2))
+    expected = [part.unflatten(1, (4, -1)).clone() for part in pool]
+    for part in expected:
+        part[0, 3] = part[0, 1]
+    replace_frame(pool, int32(3, -1, 2), int32(1, 2, -1))
+    for actual, wanted in zip(pool, expected, strict=True):
+        assert torch.equal(actual.unflatten(1, (4, -1)), wanted)
+
+
 def test_moves_one_frame_per_row():
     pool = filled(2, 15, 50, 2, 16)
     with Traffic() as traffic:
@@ -51,10 +68,12 @@ def test_moves_one_frame_per_row():
     assert [size for _, size in traffic.written] == [frame, frame, pool.frame_mean[0, 0].nbytes] * 2
 
 
+@BACKENDS
 def test_opcheck():
     torch.library.opcheck(torch.ops.memflow.replace_frame, (*filled(2, 3, 2, 2, 4), int32(0, -1), int32(2, 1)))
 
 
+@BACKENDS
 def test_compiles_to_one_graph_for_every_slot():
     def replace(pool, slot, source):
         replace_frame(pool, slot, source)

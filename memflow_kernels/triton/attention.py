@@ -1,0 +1,220 @@
+"""memory_attention: chosen frames are read where they lie, through the frame table; then the tokens always attended to.
+
+The work of one tile of queries is a row of key tiles ("units"): those of its chosen frames, one scalar frame index per
+tile and the end of the frame masked, then those of the tokens behind the candidates, which are one contiguous range.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dtypes import statistics_dtype
+from . import configs
+from .attention_backward import memory_attention_backward
+from .attention_schedule import combine, schedule, share_of_program
+from .attention_tiles import (
+    LOG2_E,
+    chosen_tokens,
+    head_kind,
+    head_sizes,
+    load_rows,
+    query_rows,
+    row_offsets,
+    rows_per_tile,
+    store_rows,
+)
+from .descriptors import key_descriptors
+from .gather import gather_frames
+from .vendor import attend_dense, serves
+
+__all__ = ["memory_attention", "memory_attention_backward"]
+
+
+@triton.jit
+def _absorb(q, k, v, count, acc, top, mass, scale, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """Online softmax over one more tile of keys; top is the largest logit so far, in powers of two like scale."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    if count < BN:  # a branch: most tiles are full and need no masking
+        logits = tl.where(tl.arange(0, BN)[None, :] < count, logits, float("-inf"))
+    new_top = tl.maximum(top, tl.max(logits, 1) * scale)
+    share = tl.exp2(logits * scale - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    mass = mass * shrink + tl.sum(share, 1)
+    acc = tl.dot(share.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, new_top, mass
+
+
+@triton.jit(
+    do_not_specialize=[
+        "queries", "heads", "query_block", "blocks", "places", "tokens_per_frame", "candidate_frames", "tokens",
+        "whole", "pieces",
+    ]
+)  # fmt: skip
+def forward_kernel(
+    query, key, value, frame_table, out, lse, partial_out, partial_lse,
+    key_frames, value_frames, key_rest, value_rest,
+    query_batch, query_token, query_head,
+    key_batch, key_token, key_head,
+    value_batch, value_token, value_head,
+    scale, queries, heads, query_block, blocks, places, tokens_per_frame, candidate_frames, tokens, whole, pieces,
+    D: tl.constexpr, D_PAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, ONLY_INCOMPLETE: tl.constexpr, PLACES_PAD: tl.constexpr,
+):  # fmt: skip
+    """Writes out [B, Lq, H, D] and lse [B, H, Lq] of a whole tile, or partial_* of a piece of one.
+
+    scale is positive and times log2(e). ONLY_INCOMPLETE: only tiles whose table row has an empty place.
+    """
+    candidates = candidate_frames.to(tl.int64) * tokens_per_frame
+    table_units = places * tl.cdiv(tokens_per_frame, BN)
+    units = table_units + tl.cdiv((tokens - candidates).to(tl.int32), BN)
+    program = tl.program_id(0)
+    tile, first, last = share_of_program(program, whole, pieces, units)
+    batch, head, block, first_row, rows = query_rows(tile, queries, heads, query_block, blocks, BM)
+    batch, head = batch.to(tl.int64), head.to(tl.int64)
+    table_row = frame_table + ((batch * heads + head) * blocks + block) * places
+    if ONLY_INCOMPLETE:
+        place = tl.arange(0, PLACES_PAD)
+        if tl.min(tl.load(table_row + place, mask=place < places, other=0)) >= 0:
+            return
+
+    offsets, inside = row_offsets(first_row, query_token, rows, BM, D, D_PAD)
+    q = tl.load(query + batch * query_batch + head * query_head + offsets, mask=inside, other=0.0)
+    keys = key + batch * key_batch + head * key_head
+    values = value + batch * value_batch + head * value_head
+    acc = tl.zeros([BM, D_PAD], tl.float32)
+    top = tl.full([BM], -3.0e38, tl.float32)  # finite, so that a row without a key meets no inf - inf
+    mass = tl.zeros([BM], tl.float32)
+    for unit in tl.range(first, tl.minimum(last, table_units)):
+        frame, start, count = chosen_tokens(unit, table_row, tokens_per_frame, candidate_frames, BN)
+        if DESCRIPTORS:
+            at = [batch.to(tl.int32), head.to(tl.int32), frame, start, 0]
+            k = key_frames.load(at).reshape(BN, D_PAD)
+            v = value_frames.load(at).reshape(BN, D_PAD)
+        else:
+            token = frame.to(tl.int64) * tokens_per_frame + start
+            k = load_rows(keys + token * key_token, key_token, count, BN, D, D_PAD)
+            v = load_rows(values + token * value_token, value_token, count, BN, D, D_PAD)
+        acc, top, mass = _absorb(q, k, v, count, acc, top, mass, scale, BN, PRECISION)
+    for unit in tl.range(tl.maximum(first, table_units), last):
+        token = candidates + (unit - table_units) * BN
+        count = (tokens - token).to(tl.int32)
+        if DESCRIPTORS:
+            at = [batch.to(tl.int32), head.to(tl.int32), token.to(tl.int32), 0]
+            k = key_rest.load(at).reshape(BN, D_PAD)
+            v = value_rest.load(at).reshape(BN, D_PAD)
+        else:
+            k = load_rows(keys + token * key_token, key_token, count, BN, D, D_PAD)
+            v = load_rows(values + token * value_token, value_token, count, BN, D, D_PAD)
+        acc, top, mass = _absorb(q, k, v, count, acc, top, mass, scale, BN, PRECISION)
+
+    some = tl.where(mass == 0, 1.0, mass)
+    acc = acc / some[:, None]
+    log_mass = tl.where(mass == 0, float("-inf"), top + tl.log2(some))  # [BM]
+    row = tl.arange(0, BM)
+    if program < whole:
+        store_rows(out + (batch * queries * heads + head) * D, first_row, heads * D, rows, acc, BM, D, D_PAD)
+        first_lse = lse + (batch * heads + head) * queries + first_row
+        tl.store(first_lse + row, log_mass * 0.6931471805599453, mask=row < rows)
+    else:
+        slot = (program - whole) * BM
+        store_rows(partial_out, slot, D, rows, acc, BM, D, D_PAD)
+        tl.store(partial_lse + slot + row, log_mass, mask=row < rows)
+
+
+def _reading(query: Tensor, key: Tensor, value: Tensor, tokens_per_frame: int) -> tuple[configs.Config, tuple | None]:
+    """The configuration, and tensor descriptors of key and value where it wants them and their layout allows them."""
+    kernel = f"attention_forward_{head_kind(query)}"
+    config = configs.config(kernel, query.device)
+    if not config.descriptors:
+        return config, None
+    descriptors = key_descriptors(key, value, tokens_per_frame, config.blocks["BN"])
+    return (config if descriptors else configs.TABLE[kernel]["any"]), descriptors
+
+
+def launch_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_table: Tensor | None,
+    tokens_per_frame: int,
+    candidate_frames: int,
+    scale: float,
+    query_block: int | None,
+    out: Tensor,
+    lse: Tensor,
+    only_incomplete: bool = False,
+) -> None:
+    """Writes out and lse, contiguous; with only_incomplete those of heads whose table has an empty place."""
+    batch, queries, heads, head_dim = query.shape
+    if frame_table is None:
+        frame_table, candidate_frames = torch.empty(0, dtype=torch.int32, device=query.device), 0
+    query_block = min(query_block or queries, queries)
+    blocks = triton.cdiv(queries, query_block)
+    places = frame_table.shape[-1] if candidate_frames else 0
+    config, descriptors = _reading(query, key, value, tokens_per_frame)
+    rows, warps = rows_per_tile(config, query_block)
+    keys = config.blocks["BN"]
+    units = places * triton.cdiv(tokens_per_frame, keys)
+    units += triton.cdiv(key.shape[1] - candidate_frames * tokens_per_frame, keys)
+    if units == 0:
+        out.zero_()
+        lse.fill_(-torch.inf)
+        return
+    if scale <= 0:  # the kernel finds the largest logit before it scales
+        query, scale = -query, max(-scale, 1e-30)
+    tiles = batch * heads * blocks * triton.cdiv(query_block, rows)
+    whole, pieces = schedule(tiles, units, config.resident * configs.multiprocessors(query.device))
+    if only_incomplete:
+        whole, pieces = tiles, 1
+    shared = (tiles - whole) * pieces
+    partial_out = torch.empty((shared, rows, head_dim), dtype=torch.float32, device=query.device)
+    partial_lse = torch.empty((shared, rows), dtype=torch.float32, device=query.device)
+    sizes = (queries, heads, query_block, blocks)
+    forward_kernel[(whole + shared,)](
+        query, key, value, frame_table.contiguous(), out, lse, partial_out, partial_lse,
+        *(descriptors or (None,) * 4),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        scale * LOG2_E, *sizes, places, tokens_per_frame, candidate_frames, key.shape[1], whole, pieces,
+        BM=rows, BN=keys, DESCRIPTORS=descriptors is not None, ONLY_INCOMPLETE=only_incomplete,
+        PLACES_PAD=triton.next_power_of_2(max(places, 1)), **head_sizes(query),
+        num_warps=warps, num_stages=config.stages,
+    )  # fmt: skip
+    if shared:
+        combine(partial_out, partial_lse, out, lse, sizes, rows, tiles, whole, pieces)
+
+
+def memory_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_table: Tensor | None,
+    tokens_per_frame: int,
+    candidate_frames: int,
+    scale: float,
+    query_block: int | None,
+) -> tuple[Tensor, Tensor]:
+    """out [B, Lq, H, D] and lse [B, H, Lq], by the kernel that the configuration names; arguments as in the reference.
+
+    A table per block of queries, or of no place at all, is always read in place.
+    """
+    sizes = (tokens_per_frame, candidate_frames, scale, query_block)
+    if frame_table is None:
+        kernel = configs.of_family(configs.DENSE, query.device)
+        if kernel != "triton" and serves(kernel, query):
+            return attend_dense(kernel, query, key, value, scale)
+    elif query_block is None and frame_table.shape[-1] and candidate_frames:
+        kernel = configs.of_family(configs.CHOSEN, query.device)
+        if kernel != "triton" and serves(kernel, query):
+            packed = gather_frames(key, value, frame_table, tokens_per_frame, candidate_frames)
+            out, lse = attend_dense(kernel, query, *packed, scale)
+            # zeros in an empty place are keys too: heads that have one are done again, in place
+            launch_forward(query, key, value, frame_table, *sizes, out, lse, only_incomplete=True)
+            return out, lse
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse_shape = (query.shape[0], query.shape[2], query.shape[1])
+    lse = torch.empty(lse_shape, dtype=statistics_dtype(query.dtype), device=query.device)
+    launch_forward(query, key, value, frame_table, *sizes, out, lse)
+    return out, lse

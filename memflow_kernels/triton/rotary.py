@@ -1,0 +1,70 @@
+"""Turns of the 3-axis rotary embedding at any position, and what they do to a tile of heads: used by qk_norm_rope.
+
+A turn's angle is position * 10000^(-i/m). In float32 that product would be off by 0.004 rad at frame 100,000. Here the
+angular speed of a channel pair is an integer, in units of 2^-64 of a full circle: the product with the position wraps
+around at 2^64 and so is exact modulo full circles at every position. Only the rest, at most an eighth of a circle
+after the quadrant is split off, becomes a float32.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2_BASE = tl.constexpr(math.log2(10000))
+CIRCLE_PER_RADIAN = tl.constexpr(2**64 / (2 * math.pi))
+RADIAN_PER_UNIT = tl.constexpr(2 * math.pi / 2**34)  # of the upper bits, 2^30 units each
+
+
+@triton.jit
+def axis_speeds(pair, pairs):
+    """pair, of `pairs` -> (axis 0 frame, 1 row, 2 column; speed in 2^-64 of a circle per position), both like pair.
+
+    floor(pairs/3) pairs turn with the row, as many with the column, and the rest, which come first, with the frame.
+    """
+    third = pairs // 3
+    along_frame = pairs - 2 * third
+    axis = (pair >= along_frame).to(tl.int32) + (pair >= along_frame + third).to(tl.int32)
+    index = tl.where(axis == 0, pair, tl.where(axis == 1, pair - along_frame, pair - along_frame - third))
+    count = tl.where(axis == 0, along_frame, tl.maximum(third, 1))
+    exponent = index.to(tl.float64) / count.to(tl.float64) * LOG2_BASE
+    return axis, (tl.exp2(-exponent) * CIRCLE_PER_RADIAN).to(tl.int64)
+
+
+@triton.jit
+def turns(position, speed):
+    """cos and sin, float32, of the angle of `position` (int64) at `speed`."""
+    phase = position * speed
+    quadrant = (phase + (1 << 61)) >> 62  # -2 to 1
+    angle = ((phase - (quadrant << 62)) >> 30).to(tl.int32).to(tl.float32) * RADIAN_PER_UNIT  # [-pi/4, pi/4]
+    square = angle * angle
+    # Taylor series: the first term left out is below 3e-9
+    sin = angle + angle * square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880))))
+    cos = 1 + square * (
+        -1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320 - square * (1 / 3628800))))
+    )
+    swapped = (quadrant & 1) != 0
+    turned_cos = tl.where(swapped, sin, cos)
+    turned_sin = tl.where(swapped, cos, sin)
+    turned_cos = tl.where(((quadrant + 1) & 2) != 0, -turned_cos, turned_cos)
+    return turned_cos, tl.where((quadrant & 2) != 0, -turned_sin, turned_sin)
+
+
+@triton.jit
+def token_turns(place, first_frame, rows, cols, axis, speed):
+    """cos and sin [BLOCK_TOKENS, 1, P] of the tokens at `place` of a sequence whose first frame is first_frame.
+
+    Places count frame by frame, then row by row.
+    """
+    place = place[:, None, None]
+    frame = first_frame + place // (rows * cols)
+    row, col = place // cols % rows, place % cols
+    position = tl.where(axis == 0, frame.to(tl.int64), tl.where(axis == 1, row, col).to(tl.int64))
+    return turns(position, speed)
+
+
+@triton.jit
+def rotate(x, cos, sin):
+    """x [BLOCK_TOKENS, BLOCK_HEADS, BLOCK_DIM] float32: channel pairs (2i, 2i+1) turned by cos and sin."""
+    even, odd = tl.split(x.reshape(x.shape[0], x.shape[1], x.shape[2] // 2, 2))
+    return tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(x.shape)
