@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 TESTED := -c constraints.txt
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all bench-quick gpu-check lint format clean
 
 demo: $(VENV)/installed-model
 	mkdir -p demo
@@ -17,6 +17,14 @@ test: lint
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# Everything about the kernels that only a GPU can show, with the machine's own torch and triton. See benchmarks/gpu_check.py.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
+
+bench-quick: $(VENV)/installed-model
+	$(BIN)/python -m benchmarks run --suite quick -o bench/quick.json
+	$(BIN)/python -m benchmarks report bench/quick.json
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,7 +34,7 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo bench build *.egg-info
 
 # torch first and pinned: any other request for it would fetch another build.
 $(VENV)/torch: constraints.txt

@@ -1,0 +1,23 @@
+"""Who is compared. One short class per provider; `docs/benchmarks.md` says how to add one."""
+
+from memflow_kernels.backends import BACKENDS
+
+from .base import Provider
+from .flex import Flex
+from .ours import Ours
+from .peers import FLASH_ATTENTION, SDPA, FlashAttention, FlashInfer, Sdpa
+from .reference import ReferencePath
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        *(Ours(backend) for backend in BACKENDS),
+        *(Sdpa(backend) for backend in SDPA),
+        Flex(),
+        *(FlashAttention(version) for version in FLASH_ATTENTION),
+        FlashInfer(),
+        ReferencePath(),
+    )
+}
+
+__all__ = ["PROVIDERS", "Provider"]

@@ -1,0 +1,49 @@
+"""FlexAttention: with activation, a BlockMask per head, made from the choice in every call as a stream needs it."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from ..states import AttentionState
+from .base import Provider
+from .gather import choose
+
+BLOCK = 128
+
+
+class Flex(Provider):
+    name = "FlexAttention"
+
+    def missing(self, device, dtype):
+        if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+            return "torch.compile needs a C++ compiler on the CPU"
+        return None
+
+    def attention(self, state: AttentionState):
+        compiled = torch.compile(flex_attention, dynamic=False)
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            mask = None if state.top_k is None else block_mask(state)
+            states = (x.transpose(1, 2) for x in (state.query, state.key, state.value))
+            return compiled(*states, block_mask=mask).transpose(1, 2)
+
+        return run
+
+
+def block_mask(state: AttentionState) -> BlockMask:
+    """Blocks of keys that a head's chosen frames touch; frame borders inside a block are masked key by key."""
+    case = state.case
+    seen = torch.ones((case.batch, case.heads, case.frames), dtype=torch.bool, device=state.query.device)
+    seen[..., : case.candidates] = False
+    seen.scatter_(2, choose(state), True)
+
+    def attended(batch, head, query, key):
+        return seen[batch, head, key // case.tokens]
+
+    sizes = (case.batch, case.heads, case.queries, case.frames * case.tokens)
+    return create_block_mask(attended, *sizes, device=state.query.device, BLOCK_SIZE=BLOCK)

@@ -1,0 +1,102 @@
+"""memflow_kernels, one provider per backend."""
+
+from __future__ import annotations
+
+import torch
+
+from memflow.processors import MemorySelfAttention
+from memflow_kernels import available_backends, frame_means, memory_attention, qk_norm_rope_write, use_backend
+
+from ..states import EPS, AttentionState, LayerState, our_memory
+from ..workloads.whole_layer import PASSES, ChunkState
+from .base import Provider
+
+
+class Ours(Provider):
+    def __init__(self, backend: str):
+        self.backend = backend
+        self.name = f"ours ({backend})"
+
+    def missing(self, device, dtype):
+        reason = available_backends()[self.backend]
+        if reason is None and self.backend != "torch" and device.type == "cpu":
+            reason = "runs on a GPU only; on the CPU its interpreter is for tests"
+        return reason
+
+    def prepare(self, workload, state):
+        run = super().prepare(workload, state)
+        if run is None:
+            return None
+
+        def forced():
+            with use_backend(self.backend):
+                return run()
+
+        return forced
+
+    def attention(self, state: AttentionState):
+        case = state.case
+        options = {"tokens_per_frame": case.tokens}
+        if state.top_k is not None:
+            options |= {"candidate_frames": case.candidates, "top_k": state.top_k, "frame_mean": state.frame_mean}
+        return lambda: memory_attention(state.query, state.key, state.value, **options)
+
+    def means(self, state: AttentionState):
+        key = state.key[:, : state.case.candidates * state.case.tokens]
+        return lambda: frame_means(key, state.case.tokens)
+
+    def write(self, state: LayerState):
+        memory, step = our_memory(state)
+        tokens = state.case.tokens
+        slots = step.slots.tolist()
+
+        def run():
+            query = _write(state, step)
+            first = slots[0] * tokens  # the chunk's slots lie side by side
+            return query, memory.pool.key[0, :, first : first + state.case.queries]
+
+        return run
+
+    def update(self, state: LayerState):
+        memory, step = our_memory(state, state.case.layers if state.key.is_cuda else 1)
+
+        def run():
+            memory.updated_for = -1  # or a second update for the same chunk would do nothing
+            memory.update(state.start_frame, step.prompt)
+            bank = memory.pool.key[0, :, : state.case.bank * state.case.tokens]
+            return bank.unflatten(1, (state.case.bank, -1))
+
+        return run
+
+    def layer(self, state: LayerState):
+        _, step = our_memory(state)
+        processor = MemorySelfAttention(0)
+        return lambda: processor.attend(_write(state, step), step)
+
+    def chunk(self, state: ChunkState):
+        memory, step = our_memory(state.layer)
+        processor = MemorySelfAttention(0)
+
+        @torch.no_grad()
+        def run():
+            memory.updated_for = -1
+            memory.update(state.layer.start_frame, step.prompt)
+            for _ in range(PASSES + 1):
+                out = processor(state.attn, state.hidden, rotary_emb=step)
+            return out
+
+        return run
+
+
+def _write(state: LayerState, step):
+    heads = state.case.heads
+    return qk_norm_rope_write(
+        *(x.unflatten(2, (heads, -1)) for x in (state.query, state.key, state.value)),
+        weight_q=state.weight_q,
+        weight_k=state.weight_k,
+        eps=EPS,
+        grid=step.grid,
+        start_frame=step.start_frame,
+        pool=step.pools[0],
+        slots=step.slots,
+    )

@@ -1,0 +1,25 @@
+"""Result files to a folder of Markdown, CSV and plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import plots
+from .rows import read
+from .table import markdown, write_csv
+
+
+def write_report(files: list[Path], output: Path | None = None) -> int:
+    """NAME.md, NAME.csv and plots NAME-*.png per result file, in `output` or beside the file."""
+    for file in files:
+        facts, ceilings, rows = read(file)
+        folder = output or file.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = folder / file.stem
+        text = markdown(facts, ceilings, rows)
+        pictures = plots.draw(stem, rows, ceilings)
+        shown = "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
+        stem.with_name(stem.name + ".md").write_text(f"# {file.stem}\n\n{text}\n{shown}")
+        write_csv(stem.with_name(stem.name + ".csv"), rows, ceilings)
+        print(f"{stem}.md, {stem}.csv" + "".join(f", {picture}" for picture in pictures))
+    return 0

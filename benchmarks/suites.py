@@ -1,0 +1,76 @@
+"""What a suite runs."""
+
+from __future__ import annotations
+
+from .cases import case, load_cases
+from .runner import Experiment
+from .streams import StreamExperiment
+
+SUITES = ("quick", "kernels", "stream")
+REFERENCE = "reference path"
+
+
+def suite(name: str, device: str, backends: tuple[str, ...]) -> list[Experiment | StreamExperiment]:
+    """The experiments of a suite on a kind of device ("cpu" or "cuda"); `backends`: those of ours that can run.
+
+    quick: everything at sizes that two CPU cores measure in minutes, the layer at full size. kernels: the ops at full
+    size, every variant and sweep. stream: whole layers and streams; on a CPU of the reduced model.
+    """
+    if name not in SUITES:
+        raise ValueError(f"there is no suite {name!r}; suites: {', '.join(SUITES)}")
+    return {"quick": quick, "kernels": kernels, "stream": streams}[name](device == "cuda", backends)
+
+
+def of(sweep: str, like: str) -> list[str]:
+    return [name for name, entry in load_cases().items() if entry.sweep == sweep and entry.like == like]
+
+
+def quick(gpu: bool, backends: tuple[str, ...]) -> list[Experiment | StreamExperiment]:
+    full, small, toy = case("wan-1.3b-480p"), case("quarter"), case("toy")
+    ours = tuple(f"ours ({backend})" for backend in backends)
+    layers = [
+        Experiment("layer", full, dtype, budget=30, least=2, dense_only=(REFERENCE,))
+        for dtype in ("float32", "bfloat16")
+    ]
+    ops = [
+        Experiment("update", full, "float32", budget=6),
+        *(Experiment(op, full, dtype, budget=2) for op in ("write", "means") for dtype in ("float32", "bfloat16")),
+        Experiment("attention", small, "float32", budget=10),
+        # Without FlexAttention, which would be compiled twice more.
+        Experiment("attention", small, "bfloat16", budget=10, only=(*ours, "SDPA flash", "SDPA math", REFERENCE)),
+        *(
+            Experiment("attention", case(name), "float32", budget=4, only=(*ours, "SDPA flash", REFERENCE))
+            for name in of("memory", "quarter")
+        ),
+        Experiment("chunk", small, "float32", budget=8),
+    ]
+    stories = [
+        StreamExperiment(toy, backends=backends, budget=15),
+        StreamExperiment(small, backends=backends, budget=8),
+    ]
+    return [*layers, *ops, *stories]
+
+
+def kernels(gpu: bool, backends: tuple[str, ...]) -> list[Experiment]:
+    base = "wan-1.3b-480p"
+    swept = [name for sweep in ("memory", "window", "top_k", "resolution", "streams") for name in of(sweep, base)]
+    names = [base, *swept, "wan-14b-480p"] if gpu else [base]
+    found = [Experiment("attention", case(name), "bfloat16", budget=4 if gpu else 120) for name in names]
+    found += [Experiment("attention", case(base), dtype, budget=4 if gpu else 120) for dtype in ("float16", "float32")]
+    dtypes = ("bfloat16", "float32")
+    found += [Experiment(op, case(base), dtype, budget=3) for op in ("write", "means") for dtype in dtypes]
+    return [*found, Experiment("update", case(base), "bfloat16" if gpu else "float32", budget=5)]
+
+
+def streams(gpu: bool, backends: tuple[str, ...]) -> list[Experiment | StreamExperiment]:
+    if not gpu:
+        small = case("quarter")
+        whole = [Experiment("layer", case("wan-1.3b-480p"), dtype, budget=150) for dtype in ("float32", "bfloat16")]
+        told = [StreamExperiment(case("toy"), budget=60), StreamExperiment(small, without_memory=True, budget=60)]
+        return [*whole, Experiment("chunk", small, "float32", budget=30), *told]
+    base = case("wan-1.3b-480p")
+    return [
+        *(Experiment(workload, base, "bfloat16", budget=10) for workload in ("layer", "chunk")),
+        StreamExperiment(base, "bfloat16", backends, without_memory=True, budget=60),
+        StreamExperiment(case("toy"), backends=backends, budget=15),
+    ]

@@ -1,0 +1,108 @@
+"""What the project set out to reach, read off the rows: reached or not, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .rows import Row
+from .timing import ratio, spread
+
+REFERENCE = "reference path"
+BASE = "wan-1.3b-480p"
+
+
+class Target(NamedTuple):
+    what: str
+    value: str
+    needed: str
+    verdict: str
+
+
+def targets(rows: list[Row], ceilings: dict) -> list[Target]:
+    """The targets that these rows can answer."""
+    right = [row for row in rows if row.status == "ok"]
+    found = [*layer_targets(right), *update_targets(right), *toy_targets(right)]
+    gpu = [row for row in right if row.device == "cuda"]
+    return [*found, *attention_targets(gpu), *bandwidth_targets(gpu, ceilings), *chunk_targets(gpu)]
+
+
+def at_least(what: str, value: float, needed: float, unit: str = "x") -> Target:
+    shown = (f"{value:.0%}", f">= {needed:.0%}") if unit == "%" else (f"{value:.2f}{unit}", f">= {needed:g}{unit}")
+    return Target(what, *shown, "reached" if value >= needed else "NOT reached")
+
+
+def best_of_ours(rows: list[Row]) -> Row | None:
+    """The fastest of our backends."""
+    ours = [row for row in rows if row.provider.startswith("ours") and "no bank" not in row.provider]
+    return min(ours, key=lambda row: spread(row.seconds)["median"], default=None)
+
+
+def pairs(rows: list[Row], workload: str, cases: tuple[str, ...]) -> Iterator[tuple[Row, Row]]:
+    """(ours, dense reference path) per group and mode."""
+    groups = dict.fromkeys(row.group for row in rows if row.workload == workload and row.case in cases)
+    for group in groups:
+        members = [row for row in rows if row.group == group]
+        reference = next((r for r in members if r.provider == REFERENCE and not r.activated), None)
+        for activated in (False, True):
+            ours = best_of_ours([row for row in members if row.activated == activated])
+            if ours is not None and reference is not None:
+                yield ours, reference
+
+
+def layer_targets(rows: list[Row]) -> Iterator[Target]:
+    for ours, reference in pairs([row for row in rows if row.device == "cpu"], "layer", (BASE,)):
+        what = (
+            f"attention layer, {'activated' if ours.activated else 'dense'}, {ours.dtype}, against the dense reference"
+        )
+        yield at_least(what, ratio(ours.seconds, reference.seconds), 1.3 if ours.activated else 1.1)
+
+
+def update_targets(rows: list[Row]) -> Iterator[Target]:
+    for ours, reference in pairs([row for row in rows if row.device == "cpu"], "update", (BASE,)):
+        yield at_least(
+            f"memory update, {ours.dtype}, against the reference", ratio(ours.seconds, reference.seconds), 20
+        )
+
+
+def toy_targets(rows: list[Row]) -> Iterator[Target]:
+    for ours, reference in pairs([row for row in rows if row.device == "cpu"], "stream", ("toy",)):
+        if not ours.activated:
+            yield at_least("toy stream, against the reference path", ratio(ours.seconds, reference.seconds), 1.5)
+
+
+def attention_targets(rows: list[Row]) -> Iterator[Target]:
+    members = [r for r in rows if r.workload == "attention" and r.case == BASE and r.dtype == "bfloat16"]
+    ours = best_of_ours([row for row in members if row.activated])
+    peers = [r for r in members if not r.activated and not r.provider.startswith(("ours", REFERENCE))]
+    if ours is None or not peers:
+        return
+    best = min(peers, key=lambda row: spread(row.seconds)["median"])
+    faster = ratio(ours.seconds, best.seconds)
+    yield at_least(f"{ours.provider}, activated, against {best.provider}, dense", faster, 1.0)
+    yield at_least("its TFLOP/s against theirs", faster * ours.flops / best.flops, 0.9)
+
+
+def bandwidth_targets(rows: list[Row], ceilings: dict) -> Iterator[Target]:
+    for workload in ("write", "means"):
+        members = [r for r in rows if r.workload == workload and r.case == BASE and r.dtype == "bfloat16"]
+        ours = best_of_ours(members)
+        if ours is not None:
+            best = spread(ours.graph_seconds or ours.seconds)["median"]
+            share = ours.nbytes / best / ceilings["bfloat16"]["bytes"]
+            yield at_least(f"{workload}: share of the copy bandwidth", share, 0.8, "%")
+
+
+def chunk_targets(rows: list[Row]) -> Iterator[Target]:
+    members = [row for row in rows if row.workload == "stream" and row.case == BASE]
+    for ours, reference in pairs(members, "stream", (BASE,)):
+        mode = "activated" if ours.activated else "dense"
+        yield at_least(f"1.3B chunk, {mode}, against the reference path", ratio(ours.seconds, reference.seconds), 2)
+        bare = next((row for row in members if row.provider == f"{REFERENCE}, no bank"), None)
+        if bare is not None:
+            yield at_least(
+                f"the same against the reference without a bank, {mode}", ratio(ours.seconds, bare.seconds), 1
+            )
+        share = ours.parts.get("memory", 0.0) / max(sum(ours.parts.values()), 1e-12)
+        verdict = "reached" if share <= 0.01 else "NOT reached"
+        yield Target(f"memory update: share of a chunk, {mode}", f"{share:.2%}", "<= 1%", verdict)

@@ -1,0 +1,74 @@
+"""The command line, on experiments that take no time."""
+
+import subprocess
+
+import pytest
+import torch
+
+from benchmarks import command, streams
+from benchmarks.against import compare
+from benchmarks.cases import case
+from benchmarks.environment import ROOT
+from benchmarks.rows import read
+from benchmarks.runner import Experiment
+from benchmarks.streams import StreamExperiment
+from benchmarks.suites import SUITES, suite
+
+TOY = case("toy")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_names_an_experiment_once(name, device):
+    titles = [experiment.title for experiment in suite(name, device, ("torch",))]
+    assert titles
+    assert len(set(titles)) == len(titles)
+
+
+def test_run_measures_checks_and_writes(tmp_path, monkeypatch, capsys):
+    experiments = [
+        Experiment("means", TOY, "float32", budget=0.0),
+        Experiment("attention", TOY, "float32", budget=0.0, only=("ours (torch)", "SDPA cudnn", "reference path")),
+        StreamExperiment(TOY, modes=(False,), budget=0.0, least=1),
+    ]
+    monkeypatch.setattr(command, "suite", lambda *arguments: experiments)
+    monkeypatch.setattr(streams, "CHUNKS", 2)
+    monkeypatch.setattr(command.environment, "ceilings", lambda *arguments: {"flops": 1e11, "bytes": 1e10})
+    threads = torch.get_num_threads()
+    file = tmp_path / "results" / "toy.json"
+    assert command.main(["run", "--device", "cpu", "--threads", str(threads), "-o", str(file)]) == 0
+    facts, _, rows = read(file)
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == threads
+    timed = {(row.workload, row.provider) for row in rows if row.seconds}
+    assert {("stream", "ours (torch)"), ("stream", "reference path"), ("attention", "reference path")} <= timed
+    out = capsys.readouterr().out
+    assert "toy stream, against the reference path" in out
+    assert "SDPA cudnn - missing: runs on a GPU only" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workloads", "sort"], "sort not in this suite"),
+        (["--providers", "nobody"], "none of ours (torch)"),
+    ],
+)
+def test_a_wrong_wish_is_named(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(command, "suite", lambda *_: [Experiment("means", TOY, "float32", budget=0.0)])
+    monkeypatch.setattr(command.environment, "ceilings", lambda *_: {"flops": 1e11, "bytes": 1e10})
+    assert command.main(["run", "--device", "cpu", *arguments]) == 2
+    assert message in capsys.readouterr().out
+
+
+def test_two_builds_are_compared(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_PROC_BIND", "false")  # tests may run side by side
+    if subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True).returncode:
+        pytest.skip("this is not a git checkout: there is no other build to compare with")
+    experiments = [Experiment("attention", TOY, "float32", modes=(True,))]
+    assert compare("HEAD", experiments, torch.device("cpu"), tmp_path / "against.json") == 0
+    out = capsys.readouterr().out
+    assert "| attention toy float32, activated |" in out
+    assert "failed" not in out
+    with pytest.raises(ValueError, match="--against no-such-commit"):
+        compare("no-such-commit", experiments, torch.device("cpu"), None)

@@ -1,0 +1,106 @@
+"""Result files, tables, plots, targets."""
+
+import csv
+
+import pytest
+
+from benchmarks.command import main
+from benchmarks.rows import Row, read, write
+from benchmarks.table import markdown
+from benchmarks.targets import targets
+
+FACTS = {"command": "python -m benchmarks run", "cpu": "a cpu", "cores": 2, "threads": 2, "torch": "2.13",
+         "triton": None, "commit": "abc", "time": "now", "load_average": [0.0, 0.0, 0.0]}  # fmt: skip
+CEILINGS = {dtype: {"flops": 1e12, "bytes": 1e11} for dtype in ("float32", "bfloat16")}
+
+
+def row(provider, seconds, workload="layer", case="wan-1.3b-480p", activated=False, device="cpu", **more):
+    dtype = more.pop("dtype", "float32")
+    title = f"{workload} {case} {dtype}"
+    return Row(workload, case, activated, dtype, device, provider, title, seconds=seconds, error=1e-7, **more)
+
+
+def verdicts(rows):
+    return {target.what: (target.value, target.verdict) for target in targets(rows, CEILINGS)}
+
+
+def test_targets_of_the_cpu_are_read_pair_by_pair():
+    rows = [
+        row("ours (torch)", [1.0, 2.0, 4.0]),
+        row("ours (torch)", [1.0, 1.0, 1.0], activated=True),
+        row("reference path", [1.2, 2.4, 4.0]),
+        row("ours (torch)", [1.0], "update"),
+        row("reference path", [19.0], "update"),
+        row("ours (torch)", [1.0], "stream", "toy", frames=96),
+        row("reference path", [1.5], "stream", "toy", frames=96),
+    ]
+    assert verdicts(rows) == {
+        "attention layer, dense, float32, against the dense reference": ("1.20x", "reached"),
+        "attention layer, activated, float32, against the dense reference": ("2.40x", "reached"),
+        "memory update, float32, against the reference": ("19.00x", "NOT reached"),
+        "toy stream, against the reference path": ("1.50x", "reached"),
+    }
+
+
+def test_targets_of_a_gpu():
+    gpu = {"device": "cuda", "dtype": "bfloat16"}
+    rows = [
+        row("ours (triton)", [0.8], "attention", activated=True, flops=80, **gpu),
+        row("SDPA flash", [1.5], "attention", flops=100, **gpu),
+        row("SDPA cudnn", [1.0], "attention", flops=100, **gpu),
+        row("ours (triton)", [1.0], "write", nbytes=79 * 10**9, **gpu),
+        row("ours (triton)", [1.0], "stream", parts={"linear": 0.97, "memory": 0.03}, frames=12, **gpu),
+        row("reference path", [2.5], "stream", frames=12, **gpu),
+        row("reference path, no bank", [0.9], "stream", frames=12, **gpu),
+    ]
+    assert verdicts(rows) == {
+        "ours (triton), activated, against SDPA cudnn, dense": ("1.25x", "reached"),
+        "its TFLOP/s against theirs": ("1.00x", "reached"),
+        "write: share of the copy bandwidth": ("79%", "NOT reached"),
+        "1.3B chunk, dense, against the reference path": ("2.50x", "reached"),
+        "the same against the reference without a bank, dense": ("0.90x", "NOT reached"),
+        "memory update: share of a chunk, dense": ("3.00%", "NOT reached"),
+    }
+
+
+def test_a_row_of_the_table():
+    rows = [
+        row("ours (torch)", [0.02, 0.02], "attention", flops=10**10, nbytes=10**8, peak_bytes=2**21),
+        row("reference path", [0.05, 0.05], "attention", flops=10**10, nbytes=10**8),
+    ]
+    table = markdown(FACTS, CEILINGS, rows)
+    line = next(line for line in table.splitlines() if line.startswith("| ours (torch)"))
+    expected = ["ours (torch)", "dense", "20 ms", "20 ms", "20 ms", "0.5", "50%", "5", "5%", "2", "1e-07", "2.50x"]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == expected
+
+
+def test_a_result_file_becomes_a_table_a_csv_and_plots(tmp_path):
+    rows = [
+        row("ours (torch)", [0.2], "attention", case, flops=10**9, nbytes=10**7, activated=activated)
+        for case in ("quarter", "quarter-bank6", "quarter-bank12")
+        for activated in (False, True)
+    ]
+    rows += [row("ours (torch)", [0.5], "stream", "quarter", parts={"linear": 0.3, "attention": 0.2}, frames=12)]
+    rows += [row("broken", [], "attention", "quarter", status="wrong", reason="relative error 0.5")]
+    file = tmp_path / "result.json"
+    write(file, FACTS, CEILINGS, rows)
+    assert read(file) == (FACTS, CEILINGS, rows)
+    assert main(["report", str(file), "-o", str(tmp_path / "out")]) == 0
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert made == {
+        "result.md", "result.csv", "result-sweep-memory.png", "result-roofline.png", "result-split.png"
+    }  # fmt: skip
+    lines = list(csv.DictReader((tmp_path / "out" / "result.csv").open()))
+    assert [line["status"] for line in lines] == ["ok"] * 7 + ["wrong"]
+    assert lines[0]["flops_per_s"] == "5000000000.0"
+    assert lines[-1]["median"] is None
+    assert "result-split.png" in (tmp_path / "out" / "result.md").read_text()
+
+
+def test_another_file_is_refused(tmp_path, capsys):
+    file = tmp_path / "other.json"
+    file.write_text("{}")
+    assert main(["report", str(file)]) == 2
+    assert "not a benchmark result" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="cannot be read"):
+        read(tmp_path / "none.json")
