@@ -1,7 +1,7 @@
 """Attention processors that give diffusers' WanTransformer3DModel a memory, the model itself unchanged.
 
-`install(transformer)` replaces the attention processors and the `rope` module. The processors keep nothing of their
-own: pools, prompt and position come with a call, as a `memflow.memory.Pass`, so that several streams can share a model.
+`install(transformer)` replaces the attention processors and the `rope` module. The processors own nothing: pools,
+prompt and position belong to a call, a `memflow.memory.Pass` that they are bound to; so streams can share a model.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ class MemorySelfAttention:
         self.pool: Pool | None = None
 
     def bind(self, step: Pass) -> None:
-        """The next calls belong to `step`. A layer's tensors are picked here and not in the call, so that compiled
-        blocks share one graph."""
+        """The next calls belong to `step`.
+
+        A layer's tensors are picked here and not in the call, so that compiled blocks share one graph.
+        """
         self.pool = step.pools[self.layer]
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Pass = None):
@@ -49,14 +51,13 @@ class MemorySelfAttention:
             eps=attn.norm_q.eps,
             grid=step.grid,
             start_frame=step.start_frame,
-            pool=step.pools[self.layer] if step.pools else self.pool,
+            pool=self.pool,
             slots=step.slots,
         )
 
     def attend(self, query: Tensor, step: Pass) -> Tensor:
         """[B, L, H, D]: attention over the slots of the pool that this call sees."""
-        pool = step.pools[self.layer] if step.pools else self.pool
-        tokens = step.grid[0] * step.grid[1]
+        pool, tokens = self.pool, step.grid[0] * step.grid[1]
         count = step.end_slot - step.first_slot
         return memory_attention(
             query,

@@ -71,11 +71,13 @@ class Ours(Provider):
     def layer(self, state: LayerState):
         _, step = our_memory(state)
         processor = MemorySelfAttention(0)
+        processor.bind(step)
         return lambda: processor.attend(_write(state, step), step)
 
     def chunk(self, state: ChunkState):
         memory, step = our_memory(state.layer)
         processor = MemorySelfAttention(0)
+        processor.bind(step)
 
         @torch.no_grad()
         def run():

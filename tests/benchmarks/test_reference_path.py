@@ -53,6 +53,7 @@ class Pair:
 
     def outputs(self, start: int, hidden: torch.Tensor, store: bool, top_k: int | None):
         step = self.memory.pass_over(start, hidden.shape[1] // TOKENS, self.prompt)._replace(top_k=top_k)
+        self.processors[0].bind(step)
         yield self.processors[0](self.attn, hidden, rotary_emb=step)
         step = ReferencePass([self.layer], self.prompt, start, store, top_k)
         yield self.processors[1](self.attn, hidden, rotary_emb=step)

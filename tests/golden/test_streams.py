@@ -96,6 +96,7 @@ class Replay:
         memory, x = self.memory, self.recorded(event, "x")
         step = memory.pass_over(event["start"], event["frames"], None)
         self.check_attended(event, step)
+        self.layer.bind(step)
         for name, top_k in (("out_sma", SMA_TOP_K), ("out_dense", None)):
             expected = self.recorded(event, name)
             if expected is not None:

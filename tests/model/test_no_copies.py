@@ -48,7 +48,9 @@ def layer_after(chunks: int, config: MemoryConfig):
     hidden = torch.randn(BATCH, 3 * TOKENS, HEADS * DIM)
     for chunk in range(chunks):
         memory.update(3 * chunk, prompt)
-        processor(attn, hidden, rotary_emb=memory.pass_over(3 * chunk, 3, prompt))
+        step = memory.pass_over(3 * chunk, 3, prompt)
+        processor.bind(step)
+        processor(attn, hidden, rotary_emb=step)
         memory.end_chunk(3 * chunk)
     return attn, memory, prompt, processor, hidden
 
