@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Verdict(NamedTuple):
         return self.error <= self.allowed  # False for NaN
 
 
-class Workload:
+class Workload(ABC):
     """One thing to time, on one state.
 
     name: of the workload, and of the providers' method that prepares it. baseline: whose time the ratios refer to.
@@ -41,12 +42,13 @@ class Workload:
         self.state = self.make_state(seed)
         self.expected = [x.to(device) for x in self.expect()]
 
+    @abstractmethod
     def make_state(self, seed: int):
-        raise NotImplementedError
+        """What the providers get."""
 
+    @abstractmethod
     def expect(self) -> list[Tensor]:
         """The right results in float64, in the form that `results` gives."""
-        raise NotImplementedError
 
     def results(self, returned: object) -> list[Tensor]:
         """What to compare, out of what a run returned."""
