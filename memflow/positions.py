@@ -57,17 +57,45 @@ class Places(NamedTuple):
         return self.sink + slot
 
 
-def turns_in_time(places: Tensor, head_dim: int) -> Tensor:
-    """exp(i angle) by which a key at each of `places` [...] is turned: complex128 [..., P].
+class Unplaced(NamedTuple):
+    """What a layer's clean passes keep of their keys at place 0, for S slots of N tokens.
 
-    P = p - 2 floor(p / 3) of the p = head_dim / 2 channel pairs turn with time, the first ones; pair i by
-    place * 10000^(-i / P), as Wan 2.1 defines it.
+    key: [B, S*N, H, channels_in_time(D)], the channels that turn with time. frame_mean: [B, S, H, D].
     """
+
+    key: Tensor
+    frame_mean: Tensor
+
+    def write(self, key: Tensor, slots: Tensor) -> None:
+        """Keys at place 0 [B, n, N, H, D] into `slots` [n]."""
+        frames = self.key.unflatten(1, (self.frame_mean.shape[1], -1))
+        frames[:, slots.long()] = key[..., : self.key.shape[-1]]
+        self.frame_mean[:, slots.long()] = key.mean(2, dtype=self.frame_mean.dtype)
+
+
+def channels_in_time(head_dim: int) -> int:
+    """How many channels of a head turn with time, the first ones: two for each of its P = p - 2 floor(p / 3) pairs,
+    p = head_dim / 2, as Wan 2.1 defines it. The others turn with row and column."""
     pairs = head_dim // 2
-    count = pairs - 2 * (pairs // 3)
+    return 2 * (pairs - 2 * (pairs // 3))
+
+
+def turns_in_time(places: Tensor, head_dim: int) -> Tensor:
+    """exp(i angle) by which a key at each of `places` [...] is turned: complex128 [..., 1, P], the same for all heads.
+
+    Pair i of P turns by place * 10000^(-i / P), as Wan 2.1 defines it.
+    """
+    count = channels_in_time(head_dim) // 2
     speed = _BASE ** (-torch.arange(count, dtype=torch.float64, device=places.device) / count)
-    angle = places.to(torch.float64).unsqueeze(-1) * speed
+    angle = places.to(torch.float64)[..., None, None] * speed
     return torch.polar(torch.ones_like(angle), angle)
+
+
+def turn(x: Tensor, turns: Tensor) -> Tensor:
+    """Channel pairs of x [..., H, 2P] turned by `turns` [..., 1, P], in float32 (float64 for float64); dtype of x."""
+    wide, turning = (torch.float64, torch.complex128) if x.dtype == torch.float64 else (torch.float32, torch.complex64)
+    pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turns.to(turning)).flatten(-2).to(x.dtype)
 
 
 def place_keys(key: Tensor, places: Tensor) -> Tensor:
@@ -77,11 +105,6 @@ def place_keys(key: Tensor, places: Tensor) -> Tensor:
     keys [B, F, N, H, D] take places [F, 1] or [B, F, 1]. Arithmetic in float32 (float64 for float64).
     Returns the placed keys, of key's shape and dtype.
     """
-    wide, turning = (
-        (torch.float64, torch.complex128) if key.dtype == torch.float64 else (torch.float32, torch.complex64)
-    )
-    table = turns_in_time(places, key.shape[-1]).to(turning).unsqueeze(-2)  # [..., 1, P]
-    width = 2 * table.shape[-1]
-    pairs = torch.view_as_complex(key[..., :width].to(wide).unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * table).flatten(-2).to(key.dtype)
+    width = channels_in_time(key.shape[-1])
+    turned = turn(key[..., :width], turns_in_time(places, key.shape[-1]))
     return torch.cat([turned, key[..., width:]], -1)
