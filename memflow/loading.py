@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
 from memflow_kernels.backends import available_backends, refused, use_backend
 
 

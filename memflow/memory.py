@@ -36,7 +36,8 @@ class Pass(NamedTuple):
     """One call of the transformer as the attention processors need it.
 
     pools: the layers' pools. prompt: what cross-attention attends to. grid: token rows and columns of a frame.
-    start_frame: [1] int64 on the device, the place of its first frame (`memflow.positions`). slots: [n] int32, where the frames of the call are written (-1: nowhere).
+    start_frame: [1] int64 on the device, the place of its first frame (`memflow.positions`).
+    slots: [n] int32, where the frames of the call are written (-1: nowhere).
     first_slot, end_slot: the slots attended to. candidates: how many of them compete. top_k: places they compete for.
     unplaced: with relative positions, what a clean pass writes beside its keys, by layer.
     """
@@ -192,9 +193,7 @@ class FrameMemory:
         relevance = torch.full(held.shape, float("nan"))
         if self.bank_used:
             relevance[..., config.bank_frames - self.bank_used :] = self.relevance(prompt).float().cpu()
-        sink = list(range(min(stop, config.sink_frames)))
-        window = list(range(max(config.sink_frames, stop - config.window_frames), stop))
-        return MemorySnapshot(held.numpy(), relevance.numpy(), held.numpy().copy(), sink, window)
+        return MemorySnapshot(held.numpy(), relevance.numpy(), held.numpy().copy(), *self._spans(stop))
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that a resumed stream needs: tensors and whole numbers apart."""
@@ -210,8 +209,10 @@ class FrameMemory:
         return ("bank_used", "updated_for")
 
     def relevance(self, prompt: Prompt) -> Tensor:
-        """[layers, B, bank_used] float32: relevance of the held frames to the prompt, as the layers voted on it; padding
-        tokens do not count."""
+        """[layers, B, bank_used] float32: relevance of the held frames to the prompt, as the layers voted on it.
+
+        Padding tokens do not count.
+        """
         mask = prompt.mask.repeat(prompt.key.shape[0], 1)
         return self._vote(self._relevance(prompt.key, mask, *self._used_slots()))
 
@@ -259,17 +260,24 @@ class FrameMemory:
         here = index.clamp(min=0)
         self.held.scatter_(2, here, torch.where(index < 0, self.held.gather(2, here), prototype))
 
+    def _spans(self, stop: int) -> tuple[list[int], list[int]]:
+        """Frames of sink and window when the frames before `stop` have been made."""
+        config = self.config
+        window = range(max(config.sink_frames, stop - config.window_frames), stop)
+        return list(range(min(stop, config.sink_frames))), list(window)
+
     def _place(self, start: int, stop: int) -> int:
         """Where attention sees the first frame of a call over the frames from `start` to `stop`."""
         return start if self.places is None else self.places.of_window(start, stop)
 
     def _slot_places(self, stop: int) -> list[int]:
         """Places of all slots that the calls up to frame `stop` attend to, from slot 0 on."""
-        config, places = self.config, self.places
-        bank = [places.of_bank(slot) for slot in range(config.bank_frames)]
-        sink = [places.of_sink(frame, stop) for frame in range(min(stop, config.sink_frames))]
-        window = range(max(config.sink_frames, stop - config.window_frames), stop)
-        return bank + sink + [places.of_window(frame, stop) for frame in sorted(window, key=self.pool.slot_of)]
+        places, (sink, window) = self.places, self._spans(stop)
+        return [
+            *(places.of_bank(slot) for slot in range(self.config.bank_frames)),
+            *(places.of_sink(frame, stop) for frame in sink),
+            *(places.of_window(frame, stop) for frame in sorted(window, key=self.pool.slot_of)),
+        ]
 
     def _leaving_prototype(self, start: int) -> int | None:
         """The recorded frame that the chunk at `start` will overwrite, if there is one and a bank to take it."""

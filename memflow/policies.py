@@ -6,7 +6,7 @@ A policy is a class with one method of its own, `victim` (who leaves) or `worth`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,6 +86,36 @@ class RandomPolicy(PromptPolicy):
         return _draw(held.frames, held.seeds)
 
 
+class ArchivePolicy(PromptPolicy):
+    """Nothing is forgotten: the frames that the coming prompt calls for are brought back from host memory."""
+
+    keeps_all = True
+
+
+class OraclePolicy(PromptPolicy):
+    """Nothing is forgotten, and the caller says what is shown: for experiments that know what should be remembered.
+
+    Before a chunk is made set `stream.memory.policy.wanted`: for each batch row the numbers of past frames, prototypes
+    that have left the window. Places that are left over show the newest of the others.
+    """
+
+    keeps_all = True
+
+    def __init__(self):
+        self.wanted: Sequence[Sequence[int]] = ()
+
+    def worth(self, held: Held) -> Tensor:
+        worth = held.frames.double()
+        if not self.wanted:
+            return worth
+        if len(self.wanted) != worth.shape[1]:
+            raise ValueError(f"wanted must have one list of frames per batch row ({worth.shape[1]}), got {self.wanted}")
+        for row, frames in enumerate(self.wanted):
+            numbers = torch.tensor(list(frames), dtype=torch.int64, device=worth.device)
+            worth[:, row] += torch.isin(held.frames[:, row], numbers) * 2.0**53
+        return worth
+
+
 class NoPolicy(PromptPolicy):
     """No bank: sink and window alone. A memory with this policy has no bank slots, so that it is never asked."""
 
@@ -94,7 +124,9 @@ POLICIES: dict[str, type[PromptPolicy]] = {
     "prompt": PromptPolicy,
     "fifo": FifoPolicy,
     "diverse": DiversePolicy,
+    "archive": ArchivePolicy,
     "random": RandomPolicy,
+    "oracle": OraclePolicy,
     "none": NoPolicy,
 }
 

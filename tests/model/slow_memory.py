@@ -13,21 +13,22 @@ from memflow.memory import Pass
 
 
 @functools.cache
-def cosines(place: int, grid: tuple[int, int], head_dim: int):
+def cosines(place: int, grid: tuple[int, int], head_dim: int, rows_and_columns: bool):
     """cos and sin [N, 1, D/2] of the angles of one frame's tokens at (place, row, column), as Wan 2.1 turns them."""
     rows, cols = grid
+    space = int(rows_and_columns)
     third = head_dim // 2 // 3
     angles = []
     for token in range(rows * cols):
-        axes = ((head_dim // 2 - 2 * third, place), (third, token // cols), (third, token % cols))
+        axes = ((head_dim // 2 - 2 * third, place), (third, space * (token // cols)), (third, space * (token % cols)))
         angles.append([position * 10000 ** (-i / size) for size, position in axes for i in range(size)])
     angles = torch.tensor(angles, dtype=torch.float64).unsqueeze(1)
     return angles.cos(), angles.sin()
 
 
-def turned(x, place: int, grid: tuple[int, int]):
+def turned(x, place: int, grid: tuple[int, int], rows_and_columns: bool = True):
     """x [B, N, H, D] of one frame at a place: channel pairs (2i, 2i + 1) turned."""
-    cos, sin = cosines(place, grid, x.shape[-1])
+    cos, sin = cosines(place, grid, x.shape[-1], rows_and_columns)
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
