@@ -96,7 +96,7 @@ class OraclePolicy(PromptPolicy):
     """Nothing is forgotten, and the caller says what is shown: for experiments that know what should be remembered.
 
     Before a chunk is made set `stream.memory.policy.wanted`: for each batch row the numbers of past frames, prototypes
-    that have left the window. Places that are left over show the newest of the others.
+    that have left the window. Places that are left over show the newest of the others. `Stream.save` does not keep it.
     """
 
     keeps_all = True
@@ -112,7 +112,7 @@ class OraclePolicy(PromptPolicy):
             raise ValueError(f"wanted must have one list of frames per batch row ({worth.shape[1]}), got {self.wanted}")
         for row, frames in enumerate(self.wanted):
             numbers = torch.tensor(list(frames), dtype=torch.int64, device=worth.device)
-            worth[:, row] += torch.isin(held.frames[:, row], numbers) * 2.0**53
+            worth[:, row] += torch.isin(held.frames[:, row], numbers) * 2.0**40  # above all frame numbers
         return worth
 
 

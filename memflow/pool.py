@@ -158,11 +158,12 @@ class RelativeFramePool(FramePool):
     def place(self, places: Sequence[int]) -> None:
         """The arithmetic of `memflow.positions.place_keys`, on the channels that turn alone and a layer at a time."""
         count = len(places)
-        places = torch.tensor(places, device=self.key.device)
-        table = turns_in_time(places, self.key.shape[-1]).repeat_interleave(self.tokens_per_frame, 0)
+        places = torch.tensor(places).to(self.key.device, non_blocking=True)
+        turns = turns_in_time(places, self.key.shape[-1]).unsqueeze(1)  # [count, 1, 1, P], for all tokens of a frame
         tokens = self.tokens(0, count)
         for key, still in zip(self.key[:, :, tokens], self.still_key[:, :, tokens], strict=True):
-            key[..., : self.channels] = turn(still, table)
+            key, still = (states.unflatten(1, (count, -1)) for states in (key, still))
+            key[..., : self.channels] = turn(still, turns)
         self.frame_mean[:, :, :count] = place_keys(self.still_mean[:, :, :count], places)
 
     def state_dict(self) -> dict[str, Tensor]:

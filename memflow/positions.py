@@ -67,7 +67,7 @@ class Unplaced(NamedTuple):
     frame_mean: Tensor
 
     def write(self, key: Tensor, slots: Tensor) -> None:
-        """Keys at place 0 [B, n, N, H, D] into `slots` [n]."""
+        """Keys at place 0 [B, n, N, H, D] into `slots` [n], none of them -1."""
         frames = self.key.unflatten(1, (self.frame_mean.shape[1], -1))
         frames[:, slots.long()] = key[..., : self.key.shape[-1]]
         self.frame_mean[:, slots.long()] = key.mean(2, dtype=self.frame_mean.dtype)

@@ -212,7 +212,7 @@ class Timeline:
             (1.35, 1.95, "relevance: least"),
             (6.75, 1.95, "most"),
             (1.35, 1.15, "height and strength: share of the layers"),
-            (1.35, 0.55, "that hold it"),
+            (1.35, 0.55, "that show it"),
         ):
             legend.text(x, y, text, fontsize=8, va="center", color=_INK)
         legend.set(xlim=(0, 10), ylim=(0, top))
