@@ -120,7 +120,9 @@ class RelativeFramePool(FramePool):
     def __init__(self, **sizes) -> None:
         super().__init__(**sizes)
         self.channels = channels_in_time(self.key.shape[-1])
-        self.still_key = torch.zeros_like(self.key[..., : self.channels])
+        layers, batch, tokens, heads, _ = self.key.shape
+        still = self.key.new_zeros((layers, batch, heads, tokens, self.channels))
+        self.still_key = still.transpose(2, 3)
         self.still_mean = torch.zeros_like(self.frame_mean)
 
     def unplaced(self, index: int) -> Unplaced:
