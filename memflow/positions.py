@@ -94,7 +94,10 @@ def turns_in_time(places: Tensor, head_dim: int) -> Tensor:
 def turn(x: Tensor, turns: Tensor) -> Tensor:
     """Channel pairs of x [..., H, 2P] turned by `turns` [..., 1, P], in float32 (float64 for float64); dtype of x."""
     wide, turning = (torch.float64, torch.complex128) if x.dtype == torch.float64 else (torch.float32, torch.complex64)
-    pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)).contiguous())
+    pairs = x.to(wide).unflatten(-1, (-1, 2))
+    if pairs.storage_offset() % 2 or pairs.stride(-1) != 1 or any(stride % 2 for stride in pairs.stride()[:-1]):
+        pairs = pairs.contiguous()  # a complex number lies on an even address
+    pairs = torch.view_as_complex(pairs)
     return torch.view_as_real(pairs * turns.to(turning)).flatten(-2).to(x.dtype)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from slow_memory import SlowAttention, SlowMemory
@@ -69,8 +67,10 @@ def test_a_story_is_the_one_recomputed_from_scratch(toy, config, monkeypatch):
     settings = {"seconds_per_prompt": 5 * CHUNK_SECONDS, "height": 32, "width": 32, "memory": config}
     fast = toy.stream(STORY, **settings)
     latents = torch.cat([chunk.latents for chunk in fast], 2)
-    absolute = toy.stream(STORY, **settings | {"memory": replace(config, positions="absolute")})
-    other = torch.cat([chunk.latents for chunk in absolute], 2)
+    if config == MemoryConfig(positions="relative"):
+        absolute = toy.stream(STORY, **settings | {"memory": MemoryConfig()})
+        other = torch.cat([chunk.latents for chunk in absolute], 2)
+        assert (other - latents).abs().max() > 0.01, "positions make no difference here, so that nothing is shown"
     slow = toy.stream(STORY, **settings)
     slow.memory = SlowMemory(config, len(toy.transformer.blocks), slow.memory.grid, slow.memory.pool)
     monkeypatch.setattr(SlowAttention, "memory", slow.memory, raising=False)
@@ -81,7 +81,6 @@ def test_a_story_is_the_one_recomputed_from_scratch(toy, config, monkeypatch):
         monkeypatch.setattr(block.attn1, "processor", processor)
     expected = torch.cat([chunk.latents for chunk in slow], 2)
     torch.testing.assert_close(latents, expected, rtol=0, atol=2e-4)
-    assert (other - expected).abs().max() > 0.01, "positions make no difference here, so that nothing was shown"
     for layer, bank in enumerate(slow.memory.bank):
         held = [bank[slot][0] if slot in bank else -1 for slot in range(config.bank_frames)]
         assert fast.memory.held[layer, 0].tolist() == held
@@ -131,7 +130,7 @@ def drift(toy, chunks: int) -> tuple[list[float], list[float]]:
     return latents, keys
 
 
-@pytest.mark.parametrize("chunks", [60, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunks", [50, pytest.param(5000, marks=pytest.mark.slow)])
 def test_a_long_stream_stays_sane(toy, chunks):
     latents, keys = drift(toy, chunks)
     assert len(latents) == chunks
