@@ -20,8 +20,11 @@ def latents(pipeline, memory: MemoryConfig, graphs=None) -> torch.Tensor:
     return torch.cat(made, dim=2)
 
 
-@pytest.mark.parametrize("positions", ["absolute", pytest.param("relative", marks=pytest.mark.slow)])
-def test_compiled_blocks(toy, positions):
+@pytest.mark.parametrize(
+    ("positions", "most"),
+    [("absolute", 4), pytest.param("relative", 8, marks=pytest.mark.slow)],  # clean passes have graphs of their own
+)
+def test_compiled_blocks(toy, positions, most):
     memory = MemoryConfig(top_k=2, positions=positions)
     compiled, graphs = MemFlowPipeline.from_preset("toy"), []
     torch._dynamo.reset()
@@ -33,4 +36,4 @@ def test_compiled_blocks(toy, positions):
         torch._dynamo.reset()
     assert len(graphs) == 12
     assert graphs[7:] == [graphs[7]] * 5, "a full memory, a prompt switch among them, compiles nothing"
-    assert graphs[-1] <= 4, "layers share their graphs; sizes that grow with the memory are dynamic"
+    assert graphs[-1] <= most, "layers share their graphs; sizes that grow with the memory are dynamic"
