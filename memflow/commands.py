@@ -23,6 +23,8 @@ class Memory(str, Enum):
 
     prompt = "prompt"
     fifo = "fifo"
+    diverse = "diverse"
+    archive = "archive"
     none = "none"
     reference = "reference"
 
@@ -91,8 +93,18 @@ def generate(
     memory: Annotated[
         Memory | None,
         typer.Option(
-            help="What is remembered: frames that the prompts call for, the newest, only first frames and window, "
-            "or as the published code has it. \\[default: the model's]",
+            help="What is remembered: frames that the prompts call for, the newest, those least alike, all of them "
+            "(in host memory), only first frames and window, or as the published code has it. "
+            "\\[default: the model's]",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
+    held: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Past frames that are held; attention sees the most relevant of them. \\[default: as many as it sees]",
             rich_help_panel=_MEMORY,
         ),
     ] = None,
@@ -165,6 +177,7 @@ def generate(
         height=height,
         width=width,
         memory=memory and memory.value,
+        held=held,
         top_k=top_k,
         model=model,
         device=device,

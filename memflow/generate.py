@@ -91,7 +91,7 @@ def _stream(pipe, job: Job, request: Request):
         height=request.height,
         width=request.width,
         seed=request.seed or 0,
-        memory=choose_memory(request.memory, request.top_k, pipe.memory_config),
+        memory=choose_memory(request.memory, request.held, request.top_k, pipe.memory_config),
     )
 
 
@@ -161,8 +161,9 @@ def _report(job: Job, stream):
 
     config = stream.config
     attended = "all" if config.top_k is None else str(config.top_k)
+    held = "" if config.held_frames is None else f", {config.held_frames} held"
     facts = [
-        f"memory: {'reference' if config.published else config.policy}",
+        f"memory: {'reference' if config.published else config.policy}{held}",
         f"sink {config.sink_frames}, window {config.window_frames}, bank {config.bank_frames} latent frames",
         f"every head attends to {attended} of sink and bank",
         f"seed {stream.seeds[0]}",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
 from memflow_kernels.backends import available_backends, refused, use_backend
 
 
@@ -62,22 +62,32 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype):
     return pipeline.to(device)
 
 
-def choose_memory(policy: str | None, top_k: int | None, trained: MemoryConfig) -> MemoryConfig:
-    """The memory that the model was trained for, with another policy or top_k where they are given."""
+def choose_memory(policy: str | None, held: int | None, top_k: int | None, trained: MemoryConfig) -> MemoryConfig:
+    """The memory that the model was trained for, with another policy, held_frames or top_k where they are given."""
     changes = {} if top_k is None else {"top_k": top_k}
+    if held is not None:
+        changes["held_frames"] = held
     bank = trained.bank_frames or MemoryConfig.bank_frames
-    if policy == "reference":
-        return MemoryConfig.reference(
-            trained.published or "interactive",
-            local_frames=trained.sink_frames + trained.window_frames,
-            sink_frames=trained.sink_frames,
-            bank_frames=bank,
-            frames_per_chunk=trained.frames_per_chunk,
-            **changes,
-        )
-    if policy is not None:
-        changes |= {"policy": policy, "published": None, "bank_frames": bank}
-    return replace(trained, **changes)
+    try:
+        if policy == "reference":
+            if trained.positions != "absolute":
+                raise MemFlowError(
+                    f"--memory reference: the published code has absolute positions, this model {trained.positions}"
+                )
+            return MemoryConfig.reference(
+                trained.published or "interactive",
+                local_frames=trained.sink_frames + trained.window_frames,
+                sink_frames=trained.sink_frames,
+                bank_frames=bank,
+                frames_per_chunk=trained.frames_per_chunk,
+                **changes,
+            )
+        if policy is not None:
+            changes = {"held_frames": None, "published": None} | changes | {"policy": policy, "bank_frames": bank}
+        return replace(trained, **changes)
+    except ValueError as error:
+        option = f"--memory {policy}" if held is None else f"--held {held}"
+        raise MemFlowError(f"{option}: {error}") from None
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from memflow.codec import spatial_factor, temporal_factor
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
 from memflow.plan import Plan
 from memflow.schedule import DistilledSchedule
 from memflow.state import load_stream

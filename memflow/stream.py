@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from memflow.codec import stream_decoder
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig, MemorySnapshot, Pass, Prompt
+from memflow.memory import MemorySnapshot, Pass, Prompt
 from memflow.noise import Noise
 from memflow.passes import denoise, encode_prompt, fix
 from memflow.plan import Plan
@@ -68,6 +69,7 @@ class Stream(Iterator[Chunk]):
             grid=(rows // patch[1], columns // patch[2]),
             dtype=transformer.dtype,
             device=pipeline._execution_device,
+            seeds=self.seeds,
         )
         self.latent_shape = (transformer.config.in_channels, config.frames_per_chunk, rows, columns)
         self.history: Tensor | None = None

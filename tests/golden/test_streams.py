@@ -103,7 +103,7 @@ class Replay:
                 out = self.layer(self.attn, x, rotary_emb=step._replace(top_k=top_k))
                 assert_close(out, expected, self.out_tolerance)
         assert self.recorded(event, "out_dense") is not None
-        self.check_choice(event, step, self.layer.write(self.attn, x, step))
+        self.check_choice(event, step, self.layer.write(self.attn, x, step)[0])
         if event["kind"] == "clean":
             memory.end_chunk(event["start"])
             assert event["update_bank"] == memory.pending_is_new
