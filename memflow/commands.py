@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from memflow import model_commands
+
 app = typer.Typer(
     help="Stories that stream out as video and remember who was in them.",
     no_args_is_help=True,
@@ -15,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(model_commands.convert)
 _STORY, _MEMORY, _RUN = "Story", "Memory", "Running and pausing"
 
 
