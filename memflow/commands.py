@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(model_commands.convert)
+app.command()(model_commands.download)
 _STORY, _MEMORY, _RUN = "Story", "Memory", "Running and pausing"
 
 
@@ -114,6 +115,14 @@ def generate(
             metavar="NAME", help="A preset, or a folder of a saved pipeline. \\[default: toy]", rich_help_panel=_RUN
         ),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Run the model as memflow-1.3b, longlive-1.3b or self-forcing-1.3b. \\[default: what its folder says]",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -130,6 +139,14 @@ def generate(
             help="Kernels to use, one that `memflow doctor` lists. \\[default: the fastest]", rich_help_panel=_RUN
         ),
     ] = None,
+    prompt_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prompt-cache/--no-prompt-cache",
+            help="Keep the embeddings of prompts on disk: the text encoder is loaded for new prompts only.",
+            rich_help_panel=_RUN,
+        ),
+    ] = True,
     report: Annotated[
         bool, typer.Option("--report", help="Also draw what was remembered: OUT with .png.", rich_help_panel=_RUN)
     ] = False,
@@ -170,9 +187,11 @@ def generate(
         memory=memory and memory.value,
         top_k=top_k,
         model=model,
+        preset=preset,
         device=device,
         dtype=dtype and dtype.value,
         backend=backend,
+        prompt_cache=prompt_cache,
         report=report,
         chunks=chunks,
         save_state=save_state,

@@ -137,9 +137,7 @@ def _check_output(output: Path, record: dict, parts: dict[str, Part]) -> None:
         except (OSError, ValueError):
             raise MemFlowError(f"{output}: holds something else; choose a new folder") from None
         if found != record:
-            raise MemFlowError(
-                f"{output}: holds a conversion of other files or with other options; choose a new folder"
-            )
+            raise MemFlowError(f"{output}: holds another conversion (files or options differ); choose a new folder")
     parent = next(folder for folder in (output, *output.resolve().parents) if folder.is_dir())
     needed = sum(shard.nbytes for part in parts.values() for shard in part.shards)
     there = sum(path.stat().st_size for path in output.rglob("*.safetensors")) if output.is_dir() else 0

@@ -76,3 +76,20 @@ def convert(
             shard_bytes=round(shard_gigabytes * 10**9),
         )
     )
+
+
+def download(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="memflow-1.3b, longlive-1.3b, self-forcing-1.3b, wan2.1-t2v-1.3b or wan2.1-t2v-14b.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where to put the files.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Accept the licences without being asked.")] = False,
+) -> None:
+    """Fetch published files from the Hugging Face hub, after showing licences and sizes; what is there stays."""
+    from memflow.hub import download as run
+
+    run(name, output, yes=yes)

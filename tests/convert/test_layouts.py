@@ -105,5 +105,5 @@ def test_what_tells_the_size_is_needed_even_of_a_part():
 
 def test_another_vae_is_refused():
     shapes = {name: [48 if size == 16 else size for size in shape] for name, (_, shape) in vae_table().items()}
-    with pytest.raises(MemFlowError, match="a VAE of 48 latent channels; that of Wan 2[.]1 has 16"):
+    with pytest.raises(MemFlowError, match=r"a VAE of 48 latent channels; that of Wan 2\.1 has 16"):
         vae_layout(meta(shapes), source="f")
