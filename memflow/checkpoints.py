@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from memflow.layouts import transformer_layout
 from memflow.originals import read_tensors, strip_prefixes
@@ -50,6 +51,11 @@ def convert_transformer(
 
 
 def kept_dtype(model: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
-    """What `from_pretrained(dtype=dtype)` makes of the parameter `name`: some modules stay in float32."""
+    """What `from_pretrained(dtype=dtype)` makes of the parameter `name`.
+
+    Some modules stay in float32: with diffusers in every dtype, with transformers only against the range of float16.
+    """
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return dtype if kept.isdisjoint(name.split(".")) else torch.float32
+    if kept.isdisjoint(name.split(".")) or (isinstance(model, PreTrainedModel) and dtype != torch.float16):
+        return dtype
+    return torch.float32

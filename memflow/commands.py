@@ -201,8 +201,25 @@ def generate(
 
 
 @app.command()
-def doctor() -> None:
-    """Show what this machine can run, and why not the rest."""
-    from memflow.doctor import collect, show
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What this folder or preset takes of a GPU, computed from its shapes."),
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, metavar="PIXELS", help="Of the video.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, metavar="PIXELS", help="Of the video.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format. \\[default: bfloat16]")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, metavar="N", help="Activation, as for generate.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A card such as rtx-4090, or GiB. \\[default: those present]")
+    ] = None,
+) -> None:
+    """Show what this machine can run, and why not the rest; with --model, what a model needs."""
+    if model is None:
+        from memflow.doctor import collect, show
 
-    show(collect())
+        show(collect())
+        return
+    from memflow.model_doctor import examine
+
+    examine(model, height=height, width=width, dtype=dtype and dtype.value, top_k=top_k, gpu=gpu)

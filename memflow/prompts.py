@@ -49,7 +49,10 @@ class PromptBook:
         """Have the embeddings of `texts` ready and no encoder in memory."""
         for text in texts:
             self._row(text)
-        self._encoder = None
+        if self._encoder is not None:
+            self._encoder = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # its room is needed by tensors of quite other sizes
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """As `encode_prompts`, on the CPU: embeddings [B, text_length, text_dim], mask [B, text_length]."""
