@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from memflow import model_commands
+from memflow.model_commands import Dtype
 
 app = typer.Typer(
     help="Stories that stream out as video and remember who was in them.",
@@ -29,14 +30,6 @@ class Memory(str, Enum):
     fifo = "fifo"
     none = "none"
     reference = "reference"
-
-
-class Dtype(str, Enum):
-    """Number format of the weights and of the memory."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _version(wanted: bool) -> None:

@@ -8,6 +8,7 @@ pipeline, comes last.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,9 @@ from memflow.errors import MemFlowError
 from memflow.layouts import LAYOUTS, Layout
 from memflow.lora import Lora, check_fits, write_lora
 from memflow.memory import MemoryConfig
+from memflow.originals import listed
 from memflow.presets import Preset, find_preset
-from memflow.shards import Shard, Weight, plan_shards, write_shards
+from memflow.shards import DTYPES, Shard, Weight, plan_shards, write_shards
 from memflow.sources import Sources, find_sources
 
 _STEM = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
@@ -96,9 +98,9 @@ def _part(name: str, sources: Sources, request: Conversion) -> Part:
         )
         for new, old in layout.original.items()
     ]
-    numbers = [weight.name for weight in weights if not weight.dtype.is_floating_point]
-    if numbers:
-        raise MemFlowError(f"{title}: {', '.join(numbers[:12])}: not floating point")
+    other = [f"{weight.name} ({weight.source.dtype})" for weight in weights if weight.source.dtype not in DTYPES]
+    if other:
+        raise MemFlowError(f"{title}: weights in number formats that are not known here: {listed(other)}")
     return Part(layout, plan_shards(weights, _STEM[name], request.shard_bytes))
 
 
@@ -117,6 +119,8 @@ def _refuse_incomplete(sources: Sources, request: Conversion) -> None:
         raise MemFlowError(f"{sources.loras[0].path.name}: a LoRA without the transformer that it belongs to")
     if request.keep_lora and len(sources.loras) != 1:
         raise MemFlowError(f"--keep-lora is for one LoRA, {len(sources.loras)} are given")
+    if request.lora_alpha is not None and not 0 < request.lora_alpha < math.inf:
+        raise MemFlowError(f"--lora-alpha must be above 0, got {request.lora_alpha}")
     if request.lora_alpha is not None and not sources.loras:
         raise MemFlowError("--lora-alpha: there is no LoRA among the given files")
 

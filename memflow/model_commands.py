@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 
-class FileDtype(str, Enum):
-    """Number format of weights in files."""
+class Dtype(str, Enum):
+    """Number format of weights, in a file or in memory."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -34,9 +34,7 @@ def convert(
             help="How the model is run, recorded in FOLDER: memflow-1.3b, longlive-1.3b or self-forcing-1.3b.",
         ),
     ] = None,
-    dtype: Annotated[
-        FileDtype | None, typer.Option(help="Number format to write. \\[default: that of the files]")
-    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format to write. \\[default: that of the files]")] = None,
     lora_alpha: Annotated[
         float | None,
         typer.Option(

@@ -56,7 +56,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         transformer,
         vae,
         scheduler,
-        denoising_steps: tuple = (1000, 750, 500, 250),
+        denoising_steps: list | tuple = (1000, 750, 500, 250),
         fps: float = 16.0,
         text_length: int = 512,
         height: int = 480,

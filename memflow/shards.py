@@ -22,7 +22,7 @@ from torch import Tensor
 from memflow.lora import Update
 
 _BLOCK = 32 * 2**20  # bytes of a tensor in hand at a time
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4; Python's mmap has no name for it
 
 
@@ -106,7 +106,7 @@ def _header(shard: Shard) -> bytes:
     for weight in shard.weights:
         end = offset + weight.nbytes
         entries[weight.name] = {
-            "dtype": _DTYPES[weight.dtype],
+            "dtype": DTYPES[weight.dtype],
             "shape": list(weight.source.shape),
             "data_offsets": [offset, end],
         }

@@ -34,14 +34,14 @@ def find_sources(paths: list[Path], lora_alpha: float | None = None) -> Sources:
     for path in paths:
         if not path.exists():
             raise MemFlowError(f"{path}: there is no such file or folder")
-        found = Sources()
+        found, taken = Sources(), {lora.path.resolve() for lora in sources.loras}
         if path.is_dir():
             _take_folder(found, path, lora_alpha)
         else:
             _take(found, read_checkpoint(path), lora_alpha)
         sources.models |= found.models
         sources.titles |= found.titles
-        sources.loras += found.loras
+        sources.loras += [lora for lora in found.loras if lora.path.resolve() not in taken]
         sources.tokenizer = found.tokenizer or sources.tokenizer
         sources.files += [file for file in found.files if file not in sources.files]
     return sources

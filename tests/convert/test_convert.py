@@ -146,7 +146,9 @@ BROKEN = {
     "1 misshapen tensors: blocks.0.ffn.0.bias [3] (needs [40])": lambda t: t.update(
         {"blocks.0.ffn.0.bias": torch.zeros(3)}
     ),
-    "proj_out.bias: not floating point": lambda t: t.update({"head.head.bias": torch.zeros(64).long()}),
+    "weights in number formats that are not known here: proj_out.bias (torch.float8_e4m3fn)": lambda t: t.update(
+        {"head.head.bias": torch.zeros(64).to(torch.float8_e4m3fn)}
+    ),
 }
 
 
@@ -194,6 +196,7 @@ def test_wrong_sources_and_outputs(wan, ours, tmp_path, capsys):
         (wan, "-o", tmp_path / "out"): "48 channels are no multiple of the usual 128",
         (wan, *ours, "--preset", "sora"): "there is no preset 'sora' of a published model; there are memflow-1.3b",
         (wan, *ours, "--keep-lora"): "--keep-lora is for one LoRA, 0 are given",
+        (wan, *ours, "--lora-alpha", "0"): "--lora-alpha must be above 0, got 0.0",
         (wan, *ours, "--lora-alpha", "8"): "--lora-alpha: there is no LoRA among the given files",
         (tokenizer(tmp_path / "words"), *ours, "--partial"): "there is no model among the given files",
     }

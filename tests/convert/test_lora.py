@@ -33,9 +33,17 @@ def with_adapter_name(tensors):
 LAYOUTS = {"bare": dict, "generator_lora": as_peft, "kohya": as_kohya, "adapter name": with_adapter_name}
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The transformer alone."""
+    path = tmp_path_factory.mktemp("base") / "base.pt"
+    torch.save({"generator": transformer()}, path)
+    return path
+
+
 @pytest.fixture
 def ours(tmp_path):
-    return ["-o", tmp_path / "out", "--heads", HEADS]
+    return ["-o", tmp_path / "out", "--heads", HEADS, "--partial"]
 
 
 def merged(tensors, scale):
@@ -57,17 +65,19 @@ def assert_close(folder, wanted):
         torch.testing.assert_close(found[name].double(), tensor, atol=1e-6, rtol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rank", [1, 3, 256])
-def test_every_layout_and_rank_is_merged(layout, rank, wan, ours, tmp_path, capsys):
+RANKS = [*((layout, 3) for layout in LAYOUTS), ("bare", 1), ("generator_lora", 256)]
+
+
+@pytest.mark.parametrize(("layout", "rank"), RANKS)
+def test_every_layout_and_rank_is_merged(layout, rank, base, ours, tmp_path, capsys):
     torch.save(LAYOUTS[layout](lora(rank)), tmp_path / "lora.pt")
-    code, told, error = convert(capsys, wan, tmp_path / "lora.pt", *ours)
+    code, told, error = convert(capsys, base, tmp_path / "lora.pt", *ours)
     assert code == 0 and "10 updates, merged into the transformer, from lora.pt" in told
     assert "lora.pt: no alpha is known: the rank is taken, a scale of 1; --lora-alpha gives another" in error
     assert_close(tmp_path / "out", merged(lora(rank), lambda _: 1))
 
 
-def test_alpha_from_the_command_line_the_file_or_peft(wan, ours, tmp_path, capsys):
+def test_alpha_from_the_command_line_the_file_or_peft(base, ours, tmp_path, capsys):
     plain = lora(4)
     alphas = {f"{name.removesuffix('.lora_A.weight')}.alpha": torch.tensor(6.0) for name in plain if "lora_A" in name}
     config = tmp_path / "adapter_config.json"
@@ -84,18 +94,26 @@ def test_alpha_from_the_command_line_the_file_or_peft(wan, ours, tmp_path, capsy
         if peft_config:
             config.write_text(json.dumps(peft_config))
         out = tmp_path / name
-        code, _, error = convert(capsys, wan, tmp_path / "lora.safetensors", "-o", out, "--heads", HEADS, *options)
+        code, _, error = convert(capsys, base, tmp_path / "lora.safetensors", "-o", out, *ours[2:], *options)
         assert code == 0 and "no alpha is known" not in error
         assert_close(out, merged(plain, scale))
 
 
-def test_two_loras_add_up(wan, ours, tmp_path, capsys):
+def test_two_loras_add_up(base, ours, tmp_path, capsys):
     first, second = lora(2, seed=3), lora(5, seed=4, modules=("ffn.0", "cross_attn.k"))
     torch.save(first, tmp_path / "a.pt")
     torch.save(as_peft(second), tmp_path / "b.pt")
-    assert convert(capsys, wan, tmp_path / "a.pt", tmp_path / "b.pt", *ours)[0] == 0
+    assert convert(capsys, base, tmp_path / "a.pt", tmp_path / "b.pt", *ours)[0] == 0
     one, two, base = merged(first, lambda _: 1), merged(second, lambda _: 1), merged({}, lambda _: 1)
     assert_close(tmp_path / "out", {name: one[name] + two[name] - base[name] for name in base})
+
+
+def test_a_lora_named_twice_counts_once(base, ours, tmp_path, capsys):
+    (tmp_path / "hub").mkdir()
+    torch.save(lora(2), tmp_path / "hub" / "lora.pt")
+    code, told, _ = convert(capsys, base, tmp_path / "hub", tmp_path / "hub" / "lora.pt", *ours)
+    assert code == 0 and told.count("merged into the transformer") == 1
+    assert_close(tmp_path / "out", merged(lora(2), lambda _: 1))
 
 
 def test_merged_equals_kept(wan, tmp_path, capsys):
@@ -124,9 +142,9 @@ def test_merged_equals_kept(wan, tmp_path, capsys):
         torch.testing.assert_close(bare.transformer(*inputs, text).sample, flows["merged"], atol=1e-5, rtol=0)
 
 
-def test_half_precision_is_rounded_once(wan, ours, tmp_path, capsys):
+def test_half_precision_is_rounded_once(base, ours, tmp_path, capsys):
     save_file(lora(3), tmp_path / "lora.safetensors")
-    assert convert(capsys, wan, tmp_path / "lora.safetensors", *ours, "--dtype", "bfloat16")[0] == 0
+    assert convert(capsys, base, tmp_path / "lora.safetensors", *ours, "--dtype", "bfloat16")[0] == 0
     found = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
     name = "blocks.1.attn1.to_q.weight"
     wanted = merged(lora(3), lambda _: 1)[name].bfloat16()
@@ -156,14 +174,14 @@ def test_broken_loras_are_named(tensors, message, tmp_path):
         read_lora(read_checkpoint(tmp_path / "lora.pt"))
 
 
-def test_loras_of_another_model_are_refused(wan, ours, tmp_path, capsys):
+def test_loras_of_another_model_are_refused(base, ours, tmp_path, capsys):
     other = {name.replace("blocks.0", "blocks.7"): tensor for name, tensor in lora(3).items()}
     torch.save(other, tmp_path / "deep.pt")
     torch.save(spoiled(**{"blocks.0.ffn.2.lora_A.weight": torch.zeros(3, 41)}), tmp_path / "wide.pt")
-    code, _, error = convert(capsys, wan, tmp_path / "deep.pt", *ours)
+    code, _, error = convert(capsys, base, tmp_path / "deep.pt", *ours)
     assert code == 2 and "deep.pt: the transformer has no weights of these names: blocks.7.cross_attn.o.weight" in error
-    code, _, error = convert(capsys, wan, tmp_path / "wide.pt", *ours)
+    code, _, error = convert(capsys, base, tmp_path / "wide.pt", *ours)
     assert code == 2 and "1 misshapen updates: blocks.0.ffn.2.weight [48, 41] (needs [48, 40])" in error
-    code, _, error = convert(capsys, tmp_path / "deep.pt", *ours, "--partial")
+    code, _, error = convert(capsys, tmp_path / "deep.pt", *ours)
     assert code == 2 and "there is no model among the given files" in error
     assert not (tmp_path / "out").exists()
