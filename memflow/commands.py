@@ -202,7 +202,6 @@ def doctor(
     height: Annotated[int | None, typer.Option(min=1, metavar="PIXELS", help="Of the video.")] = None,
     width: Annotated[int | None, typer.Option(min=1, metavar="PIXELS", help="Of the video.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format. \\[default: bfloat16]")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, metavar="N", help="Activation, as for generate.")] = None,
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="A card such as rtx-4090, or GiB. \\[default: those present]")
     ] = None,
@@ -215,4 +214,4 @@ def doctor(
         return
     from memflow.model_doctor import examine
 
-    examine(model, height=height, width=width, dtype=dtype and dtype.value, top_k=top_k, gpu=gpu)
+    examine(model, height=height, width=width, dtype=dtype and dtype.value, gpu=gpu)

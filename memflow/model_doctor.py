@@ -28,11 +28,10 @@ def examine(
     height: int | None = None,
     width: int | None = None,
     dtype: str | None = None,
-    top_k: int | None = None,
     gpu: str | None = None,
 ) -> None:
     """Print the table for a folder or a preset. gpu: a name of GPUS or a number of GiB; None = those present."""
-    described = describe(model, height, width, top_k)
+    described = describe(model, height, width)
     targets = _targets(gpu)
     found = footprint(described, dtype=getattr(torch, dtype or "bfloat16"))
     print(f"{model}: {described.height} x {described.width} pixels, {dtype or 'bfloat16'}, one story")
@@ -50,7 +49,7 @@ def examine(
     print(f"  fits: with {_RESERVE:g} GiB to spare, for the CUDA context and workspaces of libraries")
 
 
-def describe(model: str, height: int | None = None, width: int | None = None, top_k: int | None = None) -> Model:
+def describe(model: str, height: int | None = None, width: int | None = None) -> Model:
     """The configurations in the folder `model`, or those of the published models of that preset."""
     folder = Path(model)
     if not folder.exists() and model in PRESETS:
@@ -58,12 +57,9 @@ def describe(model: str, height: int | None = None, width: int | None = None, to
         settings, configs = preset.settings(), {"transformer": _TRANSFORMER, "vae": {}, "text_encoder": _UMT5_XXL}
     else:
         settings, configs = _read(folder)
-    memory = settings.get("memory") or {}
-    if top_k is not None:
-        memory = {**memory, "top_k": top_k}
     return Model(
         **configs,
-        memory=MemoryConfig(**memory),
+        memory=MemoryConfig(**(settings.get("memory") or {})),
         text_length=settings.get("text_length", 512),
         height=height or settings.get("height", 480),
         width=width or settings.get("width", 832),

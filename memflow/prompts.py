@@ -79,7 +79,7 @@ class PromptBook:
         self._encoder = self._encoder or self._load_encoder()
         # One by one: what a prompt is encoded together with may change the last bits.
         embeds, mask = encode_prompts(self.tokenizer, self._encoder, [text], self.text_length)
-        return embeds[0, mask[0]].cpu().contiguous()
+        return embeds[0, mask[0]].to("cpu", self.dtype).contiguous()  # parts of the encoder may be in float32
 
     def _path(self, text: str) -> Path:
         key = hashlib.sha256(f"{self.text_length} {self.dtype} {text}".encode()).hexdigest()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from written import HEADS, LISTS
 
+from memflow import model_doctor
 from memflow.cli import main
 from memflow.footprint import _Peak
 from memflow.loading import load_pipeline
@@ -101,11 +102,14 @@ def test_published_sizes(capsys):
     assert "in all" in told and "RTX-4090" in told and told.count("fits\n") == 4
 
 
-def test_what_fits_depends_on_the_card(model, capsys, monkeypatch):
+def test_what_fits_depends_on_the_card(model, found, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(model_doctor, "footprint", lambda described, dtype: asked.append((described, dtype)) or found)
     small = ["--height", 32, "--width", 48]
-    code, told, _ = doctor(capsys, model, *small, "--gpu", "1.01gb", "--dtype", "float32", "--top-k", 2)
-    assert code == 0 and "1.01 GiB" in told and "fits\n" in told and "float32" in told
-    assert told.count("no\n") == 0
+    code, told, _ = doctor(capsys, model, *small, "--gpu", "1.01gb", "--dtype", "float32")
+    assert code == 0 and "1.01 GiB" in told and told.count("fits\n") == 4 and "float32" in told
+    described, dtype = asked.pop()
+    assert (described.height, described.width, dtype) == (32, 48, torch.float32)
     card = type("Card", (), {"name": "Some GPU", "total_memory": GIB})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
