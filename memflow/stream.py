@@ -18,7 +18,6 @@ from memflow.noise import Noise
 from memflow.passes import denoise, encode_prompt, fix
 from memflow.plan import Plan
 from memflow.processors import head_sizes, install
-from memflow.text import encode_prompts
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class Stream(Iterator[Chunk]):
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt."""
         pipe = self.pipeline
-        embeds, mask = encode_prompts(pipe.tokenizer, pipe.text_encoder, list(texts), pipe.config.text_length)
+        embeds, mask = pipe.encode(texts)
         device = pipe._execution_device
         return embeds.to(device, self.memory.pool.key.dtype), mask.to(device)
 
