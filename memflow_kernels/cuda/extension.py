@@ -61,7 +61,7 @@ def _library() -> Path:
 
 @functools.cache
 def unloadable() -> str | None:
-    """Build the library where needed, load it, and say why it cannot be used; None, and its ops are there, where it can.
+    """Builds the library where needed and loads it: None, and its ops are there, or why it cannot be used.
 
     A reason is also shown as a RuntimeWarning, once: who asked for these kernels gets others.
     """
@@ -79,7 +79,7 @@ def unloadable() -> str | None:
 
 @functools.cache
 def not_compiled_for(index: int) -> str | None:
-    """Why the loaded library has no code for GPU number `index`; None where it has. A reason is shown once as a warning."""
+    """Why the loaded library does not run on GPU number `index`, also shown as a warning, once; None where it does."""
     names = torch.ops.memflow_cuda.architectures()
     capability = torch.cuda.get_device_capability(index)
     if any(architecture.serves(capability) for architecture in parse(names)):

@@ -96,9 +96,8 @@ def test_how_the_cuda_kernels_would_be_built(tmp_path):
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
 
     def said():
-        result = subprocess.run(
-            [sys.executable, "-c", WHERE], env=environment, capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-c", WHERE]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return json.loads(result.stdout)
 
     nvcc.write_text("#!/bin/sh\necho 'release 12.4, V12.4.131'; echo compute_80; echo compute_90\n")
@@ -115,16 +114,8 @@ def test_the_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["doctor"]) == 0
     output = capsys.readouterr().out
-    for word in (
-        "python",
-        "torch backend",
-        "triton backend",
-        "cuda backend",
-        "nvcc",
-        "CUDA kernels",
-        "diffusers",
-        "libx264",
-    ):
+    kernels = ("torch backend", "triton backend", "cuda backend", "nvcc", "CUDA kernels")
+    for word in ("python", *kernels, "diffusers", "libx264"):
         assert word in output
 
 
