@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 
 from memflow_kernels import available_backends, use_backend
 from memflow_kernels.backends import interpreting
+from memflow_kernels.cuda import extension
 
 # The backend is the same for all examples of a test, so that it need not be set up for each.
 settings.register_profile(
@@ -31,13 +32,19 @@ def _kernel_settings():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "cuda"])
 def backend(request):
-    """The test runs once on every backend; one that cannot run here is skipped and says why."""
+    """The test runs once on every backend; one that cannot run here is skipped and says why.
+
+    A compiled library that cannot be built or loaded is a failure: other kernels would run in its place.
+    """
     reason = available_backends()[request.param]
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
-    on_gpu = request.param != "torch" and not interpreting()
+    if request.param == "cuda":
+        assert extension.unloadable() is None
+        assert extension.not_compiled_for(torch.cuda.current_device()) is None
+    on_gpu = request.param == "cuda" or (request.param == "triton" and not interpreting())
     torch.set_default_device("cuda" if on_gpu else None)
     with use_backend(request.param):
         yield request.param
