@@ -36,8 +36,8 @@ def _kernel_settings():
 def backend(request):
     """The test runs once on every backend; one that cannot run here is skipped and says why.
 
-    The compiled kernels join in where there is a GPU; elsewhere tests of their own run them on the CPU. That they cannot
-    be built or loaded is a failure: other kernels would run in their place.
+    The compiled kernels join in where there is a GPU; elsewhere tests of their own run them on the CPU. It is a failure
+    that they cannot be built or loaded: other kernels would run in their place.
     """
     reason = available_backends()[request.param]
     if reason is not None:

@@ -184,7 +184,8 @@ def test_a_library_is_built_once(recipe, tmp_path, capfd):
     made = cached_library(recipe(f'echo "$all" >> {calls}'))
     assert made == library_of(recipe()) and made.is_relative_to(cache_folder())
     said = capfd.readouterr()
-    assert said.err.count("memflow: building the CUDA kernels for 8.0;8.6;8.9;9.0a;10.0a;12.0a with nvcc 13.0.88") == 1
+    title = "memflow: building the CUDA kernels with nvcc 13.0.88 for 8.0;8.6;8.9;9.0a;10.0a;12.0a\n"
+    assert said.err == title
     assert said.out == ""
     assert len(calls.read_text().splitlines()) == 4  # three files and the library
     assert sorted(path.name for path in made.parent.iterdir()) == ["lock", "memflow_cuda.so"]
@@ -199,6 +200,9 @@ def test_what_the_compiler_is_told(recipe, tmp_path):
     device, host = (next(line for line in commands if flag in line) for flag in ("sm_80", "-isystem"))
     assert "code=sm_90a" in device and "torch" not in device.replace(str(tmp_path), "")  # kernels know nothing of torch
     assert f"-isystem {tmp_path}/torch/include" in host and "sm_" not in host
+    assert (
+        f"-L{tmp_path}/torch/lib -L{tmp_path}/home/lib -ltorch_cpu" in text
+    )  # the pip package has its libraries there
     assert "-cudart=static" in text and "-ltorch_cpu" in text and "-ltorch_cuda" not in text and "python" not in text
 
 
@@ -212,9 +216,10 @@ def test_progress_in_a_terminal(recipe, tmp_path):
     os.close(theirs)
     said = os.read(ours, 10_000).decode()
     os.close(ours)
-    title = "memflow: building the CUDA kernels for 8.0 with nvcc 13.0.88"
-    assert said.startswith(title) and said.endswith("\r\n")
-    assert [part[-5:] for part in said.strip().split("\r")[1:]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    lines = said.strip().split("\r")
+    assert lines[0] == "memflow: building the CUDA kernels with nvcc 13.0.88 for 8.0"
+    steps = [f"memflow: building the CUDA kernels [{step}/4] with nvcc 13.0.88 for 8.0" for step in range(1, 5)]
+    assert lines[1:] == steps and said.endswith("\r\n")
 
 
 FAILURES = {  # what the compiler says -> what is shown of it
@@ -273,6 +278,9 @@ def test_the_users_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "memflow" / "cuda"
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(BuildError, match=r"no place for a cache \(no home\); MEMFLOW_CUDA_CACHE can name one"):
+        cache_folder()
 
 
 def test_first_error_of_no_output():

@@ -100,7 +100,7 @@ def test_with_the_switch_the_wheel_holds_the_library(tree, tmp_path):
     assert "-cp310-abi3-linux_" in wheel.name
     assert "memflow_kernels/cuda/memflow_cuda.abi3.so" in names_in(wheel)
     assert sources() <= names_in(wheel)
-    assert "memflow: building the CUDA kernels for 8.0;9.0a with nvcc 13.0.88" in done.stderr
+    assert "memflow: building the CUDA kernels with nvcc 13.0.88 for 8.0;9.0a" in done.stderr
 
 
 @pytest.mark.parametrize(

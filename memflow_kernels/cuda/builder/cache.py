@@ -20,11 +20,17 @@ LIBRARY = "memflow_cuda.so"
 
 
 def cache_folder() -> Path:
-    """MEMFLOW_CUDA_CACHE, or memflow/cuda in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    """MEMFLOW_CUDA_CACHE, or memflow/cuda in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
+
+    Raises BuildError where none of them is known.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "memflow", "cuda")
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "memflow", "cuda")
+    except RuntimeError as error:
+        raise BuildError(f"there is no place for a cache ({error}); {CACHE_VARIABLE} can name one") from None
 
 
 def library_of(recipe: Recipe) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +31,10 @@ def compile_library(recipe: Recipe, folder: Path, name: str) -> Path:
     """
     library = folder / name
     (folder / "build.ninja").write_text(recipe.ninja_file(library))
-    title = f"memflow: building the CUDA kernels for {recipe.target_names} with {recipe.toolchain}"
-    with Progress(title) as progress, open(folder / "build.log", "w") as log:
+    with (
+        Progress(f"with nvcc {recipe.toolchain.version} for {recipe.target_names}") as progress,
+        open(folder / "build.log", "w") as log,
+    ):
         status, output = _run(recipe.toolchain.ninja, folder, progress, log)
     if status or not library.is_file():
         raise BuildError(first_error(output))
@@ -41,22 +44,28 @@ def compile_library(recipe: Recipe, folder: Path, name: str) -> Path:
 class Progress:
     """One line on stderr: in a terminal it changes with every finished step, in a log it stays as it began."""
 
-    def __init__(self, title: str):
-        self.title, self.changes = title, sys.stderr.isatty()
+    def __init__(self, how: str):
+        self.how, self.changes = how, sys.stderr.isatty()
 
     def __enter__(self) -> Progress:
-        print(self.title, end="" if self.changes else "\n", file=sys.stderr, flush=True)
+        self._print("")
         return self
 
     def show(self, line: str) -> None:
         """`line`: what ninja said; only the beginning of a step, [2/9], counts."""
         step = _STEP.match(line)
         if step and self.changes:
-            print(f"\r{self.title} {step[0]}", end="", file=sys.stderr, flush=True)
+            self._print(f" {step[0]}")
 
     def __exit__(self, *error: object) -> None:
         if self.changes:
             print(file=sys.stderr, flush=True)
+
+    def _print(self, step: str) -> None:
+        text = f"memflow: building the CUDA kernels{step} {self.how}"
+        if self.changes:  # a line that fills the width would begin another
+            text = f"\r{text[: shutil.get_terminal_size().columns - 1]}"
+        print(text, end="" if self.changes else "\n", file=sys.stderr, flush=True)
 
 
 def _run(ninja: str, folder: Path, progress: Progress, log: TextIO) -> tuple[int, list[str]]:

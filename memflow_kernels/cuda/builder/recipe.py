@@ -85,10 +85,11 @@ class Recipe(NamedTuple):
         nvcc, own = self.toolchain.nvcc, f"-I{self.sources}"
         torch_headers = ["-isystem", str(self.torch / "include"), f'-DMEMFLOW_ARCHITECTURES="{self.target_names}"']
         targets = [*(flag for target in self.targets for flag in target.flags), "--threads", str(len(self.targets))]
+        folders = [f"-L{self.torch / 'lib'}", f"-L{self.toolchain.libraries}"]
         commands = {
             "host": _command([nvcc, *COMPILE_FLAGS, own, *torch_headers], "-c $in -o $out"),
             "device": _command([nvcc, *COMPILE_FLAGS, own, *targets], "-c $in -o $out"),
-            "library": _command([nvcc, *LINK_FLAGS], "-o $out $in", [f"-L{self.torch / 'lib'}", *LIBRARIES]),
+            "library": _command([nvcc, *LINK_FLAGS], "-o $out $in", [*folders, *LIBRARIES]),
         }
         lines = [f"rule {name}\n  command = {command}" for name, command in commands.items()]
         objects = []

@@ -26,12 +26,17 @@ class Toolchain(NamedTuple):
     def __str__(self) -> str:
         return f"nvcc {self.version} ({self.nvcc})"
 
+    @property
+    def libraries(self) -> Path:
+        """Where the pip package has the CUDA runtime: its nvcc does not look there by itself."""
+        return Path(self.nvcc).parents[1] / "lib"
 
-def _packaged(package: str, *patterns: str) -> list[Path]:
-    """Files in the folders of an installed Python package, found without importing it."""
-    spec = importlib.util.find_spec(package)
+
+def _packaged_nvcc() -> list[Path]:
+    """That of the pip package nvidia-cuda-nvcc, of CUDA 13 or newer: the older package holds no nvcc."""
+    spec = importlib.util.find_spec("nvidia")
     folders = (spec.submodule_search_locations or ()) if spec else ()
-    return [path for folder in folders for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
+    return [path for folder in folders for path in sorted(Path(folder).glob("cu*/bin/nvcc"))]
 
 
 def find_nvcc() -> str:
@@ -44,7 +49,7 @@ def find_nvcc() -> str:
     on_path = shutil.which("nvcc")
     if on_path:
         places.append(Path(on_path))
-    places += _packaged("nvidia", "cu*/bin/nvcc", "cuda_nvcc/bin/nvcc")
+    places += _packaged_nvcc()
     places.append(USUAL_HOME / "bin" / "nvcc")
     for place in places:
         if os.access(place, os.X_OK):
