@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_kernel(const __gr
     position = schedule.share(blockIdx.x);
     end = schedule.share(blockIdx.x + 1);
   }
-  int whole = blockIdx.x, piece = 0;
+  int whole = blockIdx.x, piece = -1;
   while (whole < schedule.whole || position < end) {
     int index = whole, first = 0, last = schedule.units;
     if (whole < schedule.whole) {
@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_kernel(const __gr
       first = static_cast<int>(position % schedule.units);
       last = static_cast<int>(min(int64_t(last), first + end - position));
       position += last - first;
+      ++piece;  // of a share, only the first tile and the last are not whole
     }
     const QueryTile tile = query_tile(a, index);
     const int32_t* table_row = a.frame_table + tile.row * a.places;
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_kernel(const __gr
     }
     bool complete = last - first == schedule.units;
     if (complete) store_rows<T, D>(a, tile, out, queries);
-    int64_t slot = int64_t(blockIdx.x) * 2 + piece;
+    int64_t slot = int64_t(blockIdx.x) * 2 + min(piece, 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int row = warp_row + lane / 4 + 8 * half;
@@ -155,7 +156,6 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_kernel(const __gr
         *reinterpret_cast<float2*>(target + n * 8) = make_float2(out[n][2 * half], out[n][2 * half + 1]);
       if (lane % 4 == 0) a.partial_lse[slot * BM + row] = log_mass[half];
     }
-    piece = 1;  // of a share, only the first tile and the last are not whole
     __syncthreads();  // nobody reads this tile any more
   }
 }

@@ -10,6 +10,7 @@ namespace memflow {
 
 constexpr int WARP = 32;
 constexpr uint32_t ALL_LANES = 0xffffffffu;
+constexpr float LOG2_E = 1.4426950408889634f;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

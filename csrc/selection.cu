@@ -26,7 +26,7 @@ select_kernel(const float* queries, int parts, const float* frame_mean, int64_t 
               int64_t mean_head, const uint8_t* valid, int32_t* table, int64_t heads, int64_t blocks, int frames,
               int head_dim, int places) {
   constexpr int PER_LANE = MOST_CHANNELS / WARP;
-  uint32_t* keys = reinterpret_cast<uint32_t*>(memflow_shared);  // [frames]
+  uint32_t* keys = reinterpret_cast<uint32_t*>(memflow_shared);  // [frames]; a lane touches lane, lane + 32, ... only
   int lane = threadIdx.x;
   int64_t row = blockIdx.x;
   int64_t block = row % blocks, head = row / blocks % heads, batch = row / blocks / heads;
@@ -51,7 +51,6 @@ select_kernel(const float* queries, int parts, const float* frame_mean, int64_t 
     bool free = !valid || valid[batch * frames + frame];
     if (lane == frame % WARP) keys[frame] = free ? sortable(score) : NOT_FREE;
   }
-  __syncwarp();  // from here on every lane touches its own frames only: lane, lane + 32, ...
 
   for (int place = 0; place < places; ++place) {
     uint32_t best = 0, winner = 0xffffffffu;

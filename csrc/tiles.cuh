@@ -8,7 +8,6 @@
 
 namespace memflow {
 
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOWEST = -3.0e38f;  // below every logit, and finite: no inf - inf where there is no key
 
 template <int D>

@@ -1,8 +1,10 @@
 """Settings of the kernel tests: the same examples on every run, no wall-clock deadlines, one thread, every backend."""
 
+import host_build
 import interpreter
 import pytest
 import torch
+from host_ops import HostOps
 from hypothesis import HealthCheck, settings
 
 from memflow_kernels import available_backends, use_backend
@@ -50,3 +52,20 @@ def backend(request):
     with use_backend(request.param):
         yield request.param
     torch.set_default_device(None)
+
+
+@pytest.fixture(scope="session")
+def host_library():
+    """The host build of csrc/, made once for all workers."""
+    reason = host_build.missing()
+    if reason is not None:
+        pytest.skip(f"CUDA kernels on the CPU: {reason}")
+    return host_build.library()
+
+
+@pytest.fixture(scope="module")
+def host(host_library):
+    """The ops by the CUDA kernels, on the CPU, under AddressSanitizer and UBSan."""
+    process = host_build.Process(host_library)
+    yield HostOps(process)
+    process.close()

@@ -6,6 +6,7 @@ is the message of the HostError. Builds are kept in a folder per user, keyed by 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 HEADERS = ROOT / "tests" / "cuda_host"
 COMMON = ["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{HEADERS}"]
-KERNELS = ["-x", "c++", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+# -O0: compiling at -O1 takes longer than all the tests save by it
+KERNELS = ["-x", "c++", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 SCHEDULER = ["-O2"]
 
 
@@ -83,26 +86,27 @@ def compile_object(source: Path, text: bytes, options: list[str], headers: bytes
         line = [*command, f"-I{source.parent}", "-c", "-", "-o", str(target)]
         if "-x" not in options:
             line[1:1] = ["-x", "c++"]
-        done = subprocess.run(line, input=text, capture_output=True)
+        done = subprocess.run(line, input=f'#line 1 "{source}"\n'.encode() + text, capture_output=True)
         if done.returncode:
             raise RuntimeError(f"{source.name} does not compile for the host:\n{done.stderr.decode()[:4000]}")
 
     return once(cache() / f"{source.stem}-{digest(repr(command).encode(), text, headers)}.o", make)
 
 
-def library(sources: tuple[str, ...] = (), changes: dict[str, tuple[str, str]] | None = None) -> Path:
+def library(sources: tuple[str, ...] = (), changes: Iterable[tuple[str, str, str]] = ()) -> Path:
     """The shared library of the named .cu files (default: all).
 
-    changes: per file of csrc, one piece of its text and what stands there instead: a broken copy for a test.
+    changes: (file of csrc, a piece of its text that occurs once, what stands there instead), for a broken copy.
     """
     texts = {path.name: path.read_text() for path in sorted(CSRC.iterdir()) if path.suffix in (".cu", ".cuh", ".h")}
-    for name, (old, new) in (changes or {}).items():
+    for name, old, new in changes:
         if texts[name].count(old) != 1:
             raise ValueError(f"{name} holds {texts[name].count(old)} times {old!r}; it must be once")
         texts[name] = texts[name].replace(old, new)
     own = {name: text for name, text in texts.items() if not name.endswith(".cu")}
     host = [path for path in sorted(HEADERS.iterdir()) if path.suffix in (".h", ".cpp")]
-    headers = "\0".join(own.values()).encode() + b"".join(path.read_bytes() for path in host if path.suffix == ".h")
+    runtime = b"".join(path.read_bytes() for path in host if path.suffix == ".h")
+    headers = runtime + "\0".join(own.values()).encode()
     folder = CSRC
     if changes:  # the copies of the headers must be found first
         folder = cache() / f"csrc-{digest(headers)}"
@@ -111,7 +115,7 @@ def library(sources: tuple[str, ...] = (), changes: dict[str, tuple[str, str]] |
             once(folder / name, lambda target, text=text: target.write_text(text))
     names = [name for name in texts if name.endswith(".cu") and (not sources or name in sources)]
     jobs = [(folder / name, texts[name].encode(), KERNELS, headers) for name in names]
-    jobs += [(path, path.read_bytes(), SCHEDULER, headers) for path in host if path.suffix == ".cpp"]
+    jobs += [(path, path.read_bytes(), SCHEDULER, runtime) for path in host if path.suffix == ".cpp"]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: compile_object(*job), jobs))
 
@@ -126,18 +130,25 @@ class Process:
     """A process that has loaded one library and calls its functions."""
 
     def __init__(self, path: Path) -> None:
-        self.log = tempfile.TemporaryFile()
+        self.path = path
+        self.start()
+
+    def start(self) -> None:
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         environment = {
             **os.environ,
             "LD_PRELOAD": sanitizer(),
             "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:handle_abort=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
-        command = [sys.executable, "-I", str(HEADERS / "worker.py"), str(path)]
+        command = [sys.executable, "-I", str(HEADERS / "worker.py"), str(self.path)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process = subprocess.Popen(command, env=environment, **pipes)
 
     def call(self, request: object) -> object:
+        """The answer of worker.py. A process that ends instead is started again for the next call."""
+        if not self.alive:
+            self.start()
         message = pickle.dumps(request)
         try:
             self.process.stdin.write(struct.pack("<q", len(message)) + message)
@@ -145,15 +156,23 @@ class Process:
             answer = self.process.stdout.read(struct.unpack("<q", self.process.stdout.read(8))[0])
             return pickle.loads(answer)
         except (BrokenPipeError, struct.error, EOFError) as error:
-            self.close()
+            self.stop()
             self.log.seek(0)
-            raise HostError(self.log.read().decode(errors="replace")[-6000:]) from error
+            said = self.log.read().decode(errors="replace")
+            self.log.close()
+            raise HostError(said[:6000]) from error
 
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def close(self) -> None:
+    def stop(self) -> None:
         for pipe in (self.process.stdin, self.process.stdout):
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
         self.process.wait()
+
+    def close(self) -> None:
+        if self.alive:
+            self.stop()
+        self.log.close()

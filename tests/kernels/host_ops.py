@@ -31,6 +31,10 @@ class HostOps:
     def __init__(self, process: Process) -> None:
         self.process = process
 
+    def set_multiprocessors(self, number: int) -> None:
+        """How many multiprocessors the kernels see; 3 at first."""
+        self.process.call(("cuda_host_multiprocessors", [("int", number)], "int", []))
+
     def call(self, name: str, *arguments: object, result: str = "int") -> int:
         """A function of launch.h: int, float, None, Tensor or States in; every tensor's memory is brought back."""
         buffers, memories, request = [], [], []
