@@ -2,8 +2,8 @@
 
 The build of the CUDA kernels, the kernel tests natively on every backend, compute-sanitizer's memcheck and racecheck on
 small cases, and the speed table beside the peers. Needs torch, triton, numpy, pytest, hypothesis and einops; without
-nvcc and ninja the CUDA kernels are left out, and the reason is printed. Writes benchmarks/results/<gpu>.json after every
-step, so that what was found survives an interruption; exit code 0 only where every step ran and passed.
+nvcc and ninja the CUDA kernels are left out, and the reason is printed. Writes benchmarks/results/<gpu>.json after
+every step, so that what was found survives an interruption; exit code 0 only where every step ran and passed.
 """
 
 from __future__ import annotations

@@ -92,15 +92,13 @@ def table(rows: list[Resources]) -> str:
     return "\n".join(lines)
 
 
-def machine_code(library: Path) -> dict[str, str]:
-    """Mangled kernel name -> its instructions, by the cuobjdump of the CUDA toolkit or of triton."""
+def machine_code(file: Path) -> dict[str, str]:
+    """Of a library or object file: name of each kernel -> its instructions, by cuobjdump, which triton brings too."""
     triton = pytest.importorskip(
         "triton", reason="no cuobjdump: the package triton, which brings one, is not installed"
     )
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     program = shutil.which("cuobjdump") or str(tools / "cuobjdump")
     environment = {**os.environ, "PATH": f"{os.environ['PATH']}{os.pathsep}{tools}"}  # it runs nvdisasm
-    said = subprocess.run(
-        [program, "-sass", library], capture_output=True, text=True, check=True, env=environment
-    ).stdout
+    said = subprocess.run([program, "-sass", file], capture_output=True, text=True, check=True, env=environment).stdout
     return {part.split(maxsplit=1)[0]: part for part in said.split("Function : ")[1:]}
