@@ -13,10 +13,11 @@ FORMAT = "memflow-benchmarks-1"
 class Row:
     """One provider on one workload.
 
-    status: "ok"; "wrong" (error above `allowed`), "failed" (an exception) and "missing" (cannot run here) have a reason
-    and no time. seconds: every sample, in the order in which it was taken; sample i of all rows of one `group` was
-    taken in the same round. graph_seconds: the same for replays of a CUDA graph. flops, nbytes: useful ones of a call.
-    peak_bytes: memory that a call took beyond its inputs. parts: split of the time, by name, in seconds.
+    status: "ok"; "floor" (a time that nothing in its place can undercut: it has no result to be right or wrong);
+    "wrong" (error above `allowed`), "failed" (an exception) and "missing" (cannot run here) have a reason and no time.
+    seconds: every sample, in the order in which it was taken; sample i of all rows of one `group` was taken in the same
+    round. graph_seconds: the same for replays of a CUDA graph. flops, nbytes: useful ones of a call. peak_bytes: memory
+    that a call took beyond its inputs. parts: split of the time, by name, in seconds.
     """
 
     workload: str
@@ -37,6 +38,10 @@ class Row:
     frames: int | None = None
     peak_bytes: int | None = None
     parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def timed(self) -> bool:
+        return self.status in ("ok", "floor")
 
 
 def write(path: Path, environment: dict, ceilings: dict, rows: list[Row]) -> None:

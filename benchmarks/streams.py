@@ -14,10 +14,12 @@ from memflow_kernels import use_backend
 from memflow_kernels.testing import relative_error
 
 from .cases import Case
+from .floor import without_memory_attention
 from .models import Middle, config_of, in_float64, pipeline_of
 from .reference_path.stream import ReferenceStream
 from .rows import Row
 from .splits import Split
+from .targets import FLOOR
 from .timing import in_turns
 
 ALLOWED = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}  # of the latents, after all steps and layers
@@ -67,7 +69,7 @@ def run_stream(experiment: StreamExperiment, device: torch.device, say: Callable
     for entry in entries:
         row = entry.row
         say(f"  {row.provider}{', activated' if row.activated else ''}: {row.status} {row.reason}".rstrip())
-    runs = {index: entry for index, entry in enumerate(entries) if entry.row.status == "ok"}
+    runs = {index: entry for index, entry in enumerate(entries) if entry.row.timed}
     rounds = in_turns(runs, device, budget=experiment.budget, least=experiment.least, most=60, cold=False)
     for samples in rounds:
         for index, seconds in samples.items():
@@ -129,7 +131,11 @@ def toy_entries(experiment: StreamExperiment, device: torch.device) -> list[Entr
         for entry in entries[-len(experiment.backends) - 1 :]:
             entry.row.frames = CHUNKS * pipeline.frames_per_chunk
             judge(entry.row, entry(), expected)
-    return entries
+    bare = without_memory_attention(pipeline)
+    told = lambda: our_story(bare, MemoryConfig.reference(), seconds)  # noqa: E731
+    row = new_row(experiment, FLOOR, False, device)
+    row.status, row.frames = "floor", CHUNKS * pipeline.frames_per_chunk
+    return [*entries, Entry(row, told, "torch")]
 
 
 def our_story(pipeline: MemFlowPipeline, config: MemoryConfig, seconds: float) -> Tensor:

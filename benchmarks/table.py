@@ -40,7 +40,7 @@ def environment_lines(facts: dict, ceilings: dict) -> str:
 
 
 def group_table(rows: list[Row], ceilings: dict) -> str:
-    filled = [cells(row, rows, ceilings) for row in rows if row.status == "ok"]
+    filled = [cells(row, rows, ceilings) for row in rows if row.timed]
     used = [name for name in COLUMNS if any(line.get(name) for line in filled)]
     lines = []
     if filled:
@@ -48,7 +48,7 @@ def group_table(rows: list[Row], ceilings: dict) -> str:
         lines += ["| " + " | ".join(line.get(name, "") for name in used) + " |" for line in filled]
     left_out: dict[str, list[str]] = {}
     for row in rows:
-        if row.status != "ok":
+        if not row.timed:
             # What cannot run cannot run in any mode.
             name = row.provider if row.status == "missing" else label(row)
             left_out.setdefault(f"{row.status}: {row.reason}", []).append(name)
@@ -119,7 +119,7 @@ def write_csv(path: Path, rows: list[Row], ceilings: dict) -> None:
         for row in rows:
             facts = (row.group, row.workload, row.case, mode(row), row.dtype, row.device, row.provider, row.status)
             line = [*facts, row.reason, row.error, len(row.seconds)]
-            if row.status == "ok":
+            if row.timed:
                 times = spread(row.seconds)
                 graph = spread(row.graph_seconds)["median"] if row.graph_seconds else None
                 best = graph or times["median"]

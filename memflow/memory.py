@@ -129,6 +129,11 @@ class Pass(NamedTuple):
     candidates: int
     top_k: int | None
 
+    @property
+    def chooses(self) -> bool:
+        """Whether heads attend to a choice of the candidates in this call."""
+        return self.top_k is not None and self.top_k < self.candidates
+
 
 class MemorySnapshot(NamedTuple):
     """What the memory holds, on the host. held [layers, B, bank]: frame numbers, -1 = empty place;

@@ -31,18 +31,21 @@ class MemorySelfAttention:
         self.pool = step.pools[self.layer]
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Pass = None):
-        query = self.write(attn, hidden_states, rotary_emb)
-        hidden_states = self.attend(query, rotary_emb)
+        query, query_mean = self.write(attn, hidden_states, rotary_emb)
+        hidden_states = self.attend(query, query_mean, rotary_emb)
         return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2)))
 
-    def write(self, attn, hidden_states: Tensor, step: Pass) -> Tensor:
-        """Project, norm and rotate; keys and values go into the pool. Returns the queries [B, L, H, D]."""
+    def write(self, attn, hidden_states: Tensor, step: Pass) -> tuple[Tensor, Tensor | None]:
+        """Project, norm and rotate; keys and values go into the pool.
+
+        Returns the queries [B, L, H, D] and, where heads choose frames by it, their mean [B, H, D].
+        """
         if getattr(attn, "fused_projections", False):
             projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
-        return qk_norm_rope_write(
+        written = qk_norm_rope_write(
             query,
             key,
             value,
@@ -53,9 +56,11 @@ class MemorySelfAttention:
             start_frame=step.start_frame,
             pool=self.pool,
             slots=step.slots,
+            query_mean=step.chooses,
         )
+        return written if step.chooses else (written, None)
 
-    def attend(self, query: Tensor, step: Pass) -> Tensor:
+    def attend(self, query: Tensor, query_mean: Tensor | None, step: Pass) -> Tensor:
         """[B, L, H, D]: attention over the slots of the pool that this call sees."""
         pool, tokens = self.pool, step.grid[0] * step.grid[1]
         count = step.end_slot - step.first_slot
@@ -67,6 +72,7 @@ class MemorySelfAttention:
             candidate_frames=step.candidates,
             top_k=step.top_k if step.candidates else None,
             frame_mean=pool.frame_mean.narrow(1, step.first_slot, step.candidates),
+            query_mean=query_mean,
         )
 
 

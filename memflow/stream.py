@@ -163,7 +163,7 @@ class Stream(Iterator[Chunk]):
         pipe = self.pipeline
         embeds, mask = encode_prompts(pipe.tokenizer, pipe.text_encoder, list(texts), pipe.config.text_length)
         device = pipe._execution_device
-        return embeds.to(device, pipe.transformer.dtype), mask.to(device)
+        return embeds.to(device, self.memory.pool.key.dtype), mask.to(device)
 
     def _denoise(self, start: int) -> Tensor:
         schedule, device = self.pipeline.schedule, self.memory.pool.key.device
@@ -184,7 +184,7 @@ class Stream(Iterator[Chunk]):
         return clean
 
     def _model_input(self, latents: Tensor) -> Tensor:
-        return latents.to(self.pipeline.transformer.dtype)
+        return latents.to(self.memory.pool.key.dtype)
 
     def _refuse_if_broken(self) -> None:
         if self._broken_at is not None:

@@ -33,11 +33,11 @@ class Pool(NamedTuple):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Pool:
-        """A pool of empty slots."""
-        shape = (batch, slots * tokens_per_frame, heads, head_dim)
+        """A pool of empty slots. In memory a head's tokens follow one another, which attention reads fastest."""
+        shape = (batch, heads, slots * tokens_per_frame, head_dim)
         return cls(
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2),
+            torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2),
             torch.zeros((batch, slots, heads, head_dim), dtype=statistics_dtype(dtype), device=device),
         )
 

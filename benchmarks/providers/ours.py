@@ -52,7 +52,7 @@ class Ours(Provider):
         slots = step.slots.tolist()
 
         def run():
-            query = _write(state, step)
+            query, _ = _write(state, step)
             first = slots[0] * tokens  # the chunk's slots lie side by side
             return query, memory.pool.key[0, :, first : first + state.case.queries]
 
@@ -73,7 +73,7 @@ class Ours(Provider):
         _, step = our_memory(state)
         processor = MemorySelfAttention(0)
         processor.bind(step)
-        return lambda: processor.attend(_write(state, step), step)
+        return lambda: processor.attend(*_write(state, step), step)
 
     def chunk(self, state: ChunkState):
         memory, step = our_memory(state.layer)

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..backends import dispatch
 from ..dtypes import statistics_dtype
 from . import _checks
+from ._call import call
 from .means import frame_means
 from .selection import select_frames
 
@@ -99,6 +100,7 @@ def _check_frames(
     top_k: int | None,
     frame_table: Tensor | None,
     frame_mean: Tensor | None,
+    query_mean: Tensor | None,
     query_block: int | None,
 ) -> None:
     batch, queries, heads, head_dim = query.shape
@@ -125,6 +127,11 @@ def _check_frames(
         needed = (batch, candidate_frames, heads, head_dim)
         _checks.shape("frame_mean", frame_mean, needed, "[B, candidate_frames, H, D]")
         _checks.statistics("frame_mean", frame_mean, "query", query)
+    if query_mean is not None:
+        _checks.shape("query_mean", query_mean, (batch, heads, head_dim), "[B, H, D]")
+        _checks.statistics("query_mean", query_mean, "query", query)
+        if query_block is not None:
+            raise ValueError(f"query_mean is one mean for all queries: query_block must be None, got {query_block}")
 
 
 def memory_attention(
@@ -137,6 +144,7 @@ def memory_attention(
     top_k: int | None = None,
     frame_table: Tensor | None = None,
     frame_mean: Tensor | None = None,
+    query_mean: Tensor | None = None,
     query_block: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
@@ -150,6 +158,7 @@ def memory_attention(
     frame_table: [B, H, n] int32, candidates per head in place of the choice; -1 = empty place, a frame named
     twice counts twice.
     frame_mean: [B, candidate_frames, H, D] float32 (float64 for float64), the candidates' means where known.
+    query_mean: [B, H, D] float32 (float64 for float64), the mean query where known (qk_norm_rope_write returns it).
     query_block: at least 1; every block of that many queries has a choice of its own (the last block may be shorter),
     and frame_table is [B, H, ceil(Lq / query_block), n]. None: one choice for all queries, as published.
     scale: D^-1/2 by default.
@@ -168,13 +177,14 @@ def memory_attention(
         _checks.shape(name, x, (batch, key.shape[1], heads, head_dim), "[B, F*N, H, D]")
         _checks.same_kind(name, x, "query", query)
     frames = _checks.frame_count("key", key.shape[1], tokens_per_frame)
-    _check_frames(query, candidate_frames, frames, top_k, frame_table, frame_mean, query_block)
+    _check_frames(query, candidate_frames, frames, top_k, frame_table, frame_mean, query_mean, query_block)
     scale = _checks.scale(scale, head_dim)
 
     if top_k is not None and top_k < candidate_frames:
         if frame_mean is None:
             frame_mean = frame_means(key[:, : candidate_frames * tokens_per_frame].detach(), tokens_per_frame)
-        frame_table = select_frames(query, frame_mean, top_k, query_block=query_block)
+        choosing = query if query_mean is None else query_mean.unsqueeze(1)
+        frame_table = select_frames(choosing, frame_mean, top_k, query_block=query_block)
     sizes = (tokens_per_frame, candidate_frames, scale, query_block)
-    out, lse = _memory_attention(query, key, value, frame_table, *sizes)
+    out, lse = call(_memory_attention, "memory_attention", query, key, value, frame_table, *sizes)
     return (out, lse) if return_lse else out

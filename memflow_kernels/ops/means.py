@@ -7,6 +7,7 @@ from ..backends import dispatch
 from ..dtypes import statistics_dtype
 from ..reference.means import frame_means_backward
 from . import _checks
+from ._call import call
 
 
 @torch.library.custom_op("memflow::frame_means", mutates_args=())
@@ -41,4 +42,4 @@ def frame_means(key: Tensor, tokens_per_frame: int) -> Tensor:
     """
     _checks.states("key", key, "[B, F*N, H, D]", empty_tokens=True)
     _checks.frame_count("key", key.shape[1], tokens_per_frame)
-    return _frame_means(key, tokens_per_frame)
+    return call(_frame_means, "frame_means", key, tokens_per_frame)

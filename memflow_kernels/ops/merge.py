@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..backends import dispatch
 from . import _checks
+from ._call import call
 
 
 @torch.library.custom_op("memflow::merge_attention", mutates_args=())
@@ -60,4 +61,4 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         _checks.shape(name, lse, (batch, heads, queries), "[B, H, Lq]")
         _checks.statistics(name, lse, "out_a", out_a)
-    return _merge_attention(out_a, lse_a, out_b, lse_b)
+    return call(_merge_attention, "merge_attention", out_a, lse_a, out_b, lse_b)

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from ..backends import dispatch
-from ..dtypes import SUPPORTED
+from ..dtypes import SUPPORTED, statistics_dtype
 from ..pool import Pool
 from . import _checks
+from ._call import call
 
 
 @torch.library.custom_op("memflow::qk_norm_rope", mutates_args=())
@@ -83,10 +84,11 @@ def _qk_norm_rope_write(
     pool_value: Tensor,
     pool_frame_mean: Tensor,
     slots: Tensor,
-) -> Tensor:
+    query_mean: bool,
+) -> tuple[Tensor, Tensor]:
     run = dispatch("qk_norm_rope_write", query.device)
     place = (eps, rows, cols, start_frame, start)
-    return run(query, key, value, weight_q, weight_k, *place, pool_key, pool_value, pool_frame_mean, slots)
+    return run(query, key, value, weight_q, weight_k, *place, pool_key, pool_value, pool_frame_mean, slots, query_mean)
 
 
 @_qk_norm_rope_write.register_fake
@@ -105,8 +107,10 @@ def _(
     pool_value,
     pool_frame_mean,
     slots,
+    query_mean,
 ):
-    return query.new_empty(query.shape)
+    mean_shape = (query.shape[0], *query.shape[2:]) if query_mean else (0,)
+    return query.new_empty(query.shape), query.new_empty(mean_shape, dtype=statistics_dtype(query.dtype))
 
 
 def _check(
@@ -172,7 +176,7 @@ def qk_norm_rope(
     Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes.
     """
     first, start = _check(query, key, weight_q, weight_k, eps, grid, start_frame)
-    return _qk_norm_rope(query, key, weight_q, weight_k, float(eps), *grid, first, start)
+    return call(_qk_norm_rope, "qk_norm_rope", query, key, weight_q, weight_k, float(eps), *grid, first, start)
 
 
 def qk_norm_rope_write(
@@ -187,12 +191,15 @@ def qk_norm_rope_write(
     start_frame: int | Tensor,
     pool: Pool,
     slots: Tensor,
-) -> Tensor:
+    query_mean: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """qk_norm_rope, with key, value and the mean key of every frame written straight into its slot of the pool.
 
     Arguments as for qk_norm_rope, and: value: [B, L, H, D]; pool: a Pool of rows*cols tokens per slot, changed in
     place; slots: [n] int32 on the device, n = L / (rows*cols): the slot of each frame, -1 = not stored; no slot twice.
-    Returns the normed and rotated query [B, L, H, D]. Slots that are not named keep their content.
+    query_mean: also return the mean of the new queries, which memory_attention chooses frames by.
+    Returns the normed and rotated query [B, L, H, D]; with query_mean (query, query_mean), the mean [B, H, D] over all
+    L queries, float32 (float64 for float64). Slots that are not named keep their content.
     Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes, and on the CPU for slots outside the pool
     (on a GPU they are not read on the host); RuntimeError where gradients are asked for: it writes in place.
     """
@@ -208,6 +215,9 @@ def qk_norm_rope_write(
     _checks.shape("slots", slots, (query.shape[1] // (rows * cols),), "[n], one slot per frame")
     _checks.same_device("slots", slots, "query", query)
     _checks.no_gradients("qk_norm_rope_write", query, key, value, weight_q, weight_k, *pool)
-    return _qk_norm_rope_write(
-        query, key, value, weight_q, weight_k, float(eps), rows, cols, first, start, *pool, slots
-    )
+    if not isinstance(query_mean, bool):
+        raise TypeError(f"query_mean must be True or False, got {query_mean!r}")
+    place = (float(eps), rows, cols, first, start)
+    arguments = (query, key, value, weight_q, weight_k, *place, *pool, slots, query_mean)
+    new_query, mean = call(_qk_norm_rope_write, "qk_norm_rope_write", *arguments)
+    return (new_query, mean) if query_mean else new_query

@@ -7,6 +7,7 @@ from ..backends import dispatch
 from ..dtypes import statistics_dtype
 from ..reference.relevance import prompt_relevance_mean_backward
 from . import _checks
+from ._call import call
 from .means import frame_means
 
 
@@ -117,7 +118,7 @@ def prompt_relevance(
     if aggregate == "softmax":
         if key is None:
             raise ValueError('key is needed for aggregate="softmax", got None')
-        return _relevance_softmax(text_key, key, text_mask, tokens_per_frame, scale)
+        return call(_relevance_softmax, "prompt_relevance_softmax", text_key, key, text_mask, tokens_per_frame, scale)
     if frame_mean is None:
         if key is None:
             raise ValueError('frame_mean, or key and tokens_per_frame, is needed for aggregate="mean", got neither')
@@ -125,4 +126,4 @@ def prompt_relevance(
     _checks.states("frame_mean", frame_mean, "[B, F, H, D]", empty_tokens=True)
     _checks.shape("frame_mean", frame_mean, (batch, frame_mean.shape[1], heads, head_dim), "[B, F, H, D]")
     _checks.statistics("frame_mean", frame_mean, "text_key", text_key)
-    return _relevance_mean(text_key, frame_mean, text_mask, scale)
+    return call(_relevance_mean, "prompt_relevance_mean", text_key, frame_mean, text_mask, scale)

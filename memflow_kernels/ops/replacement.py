@@ -6,6 +6,7 @@ from torch import Tensor
 from ..backends import dispatch
 from ..pool import Pool
 from . import _checks
+from ._call import call
 
 
 @torch.library.custom_op("memflow::replace_frame", mutates_args=("pool_key", "pool_value", "pool_frame_mean"))
@@ -37,4 +38,4 @@ def replace_frame(pool: Pool, slot: Tensor, source_slot: Tensor) -> None:
         _checks.shape(name, index, (pool.key.shape[0],), "[B]")
         _checks.same_device(name, index, "pool.key", pool.key)
     _checks.no_gradients("replace_frame", *pool)
-    _replace_frame(*pool, slot, source_slot)
+    call(_replace_frame, "replace_frame", *pool, slot, source_slot)

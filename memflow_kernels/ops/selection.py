@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..backends import dispatch
 from . import _checks
+from ._call import call
 
 
 @torch.library.custom_op("memflow::select_frames", mutates_args=())
@@ -49,4 +50,4 @@ def select_frames(
         _checks.of_dtype("valid", valid, torch.bool)
         _checks.shape("valid", valid, (batch, frames), "[B, F]")
         _checks.same_device("valid", valid, "query", query)
-    return _select_frames(query.detach(), frame_mean.detach(), top_k, valid, query_block)
+    return call(_select_frames, "select_frames", query.detach(), frame_mean.detach(), top_k, valid, query_block)

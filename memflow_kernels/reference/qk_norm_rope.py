@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -86,6 +87,26 @@ def _check_slots(slots: list[int], available: int) -> None:
         raise ValueError(f"slots is {slots}: two frames cannot take the same slot")
 
 
+def _turned_query(query: Tensor, weight: Tensor, eps: float, table: Tensor, query_mean: bool) -> tuple[Tensor, Tensor]:
+    """The normed and rotated query and the mean over its tokens, empty unless asked for."""
+    turned = rotate(rms_norm_heads(query, weight, eps), table).contiguous()
+    if query_mean:
+        return turned, frame_means(turned, turned.shape[1]).squeeze(1)
+    return turned, query.new_empty((0,), dtype=statistics_dtype(query.dtype))
+
+
+def _runs(slots: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(first frame, its slot, count) of frames that go to slots next to one another; -1 = not stored."""
+    first = 0
+    while first < len(slots):
+        end = first + 1
+        if slots[first] >= 0:
+            while end < len(slots) and slots[end] == slots[end - 1] + 1:
+                end += 1
+            yield first, slots[first], end - first
+        first = end
+
+
 def _store_by_index(new: Tensor, held: Tensor, slots: Tensor) -> None:
     """Write new [B, n, ...] to the places `slots` of held [B, S, ...] without reading them on the host.
 
@@ -112,8 +133,12 @@ def qk_norm_rope_write(
     pool_value: Tensor,
     pool_frame_mean: Tensor,
     slots: Tensor,
-) -> Tensor:
-    """Norm and rotate query and key; key, value and the mean key of every frame go to its slot of the pool."""
+    query_mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """Norm and rotate query and key; key, value and the mean key of every frame go to its slot of the pool.
+
+    Returns the new query and, with query_mean, the mean over its tokens [B, H, D] (otherwise an empty tensor).
+    """
     tokens = rows * cols
     table = _table(query, rows, cols, start_frame, start)
     normed_key = rms_norm_heads(key, weight_k, eps)
@@ -122,16 +147,14 @@ def qk_norm_rope_write(
         _store_by_index(new_key.unflatten(1, (-1, tokens)), pool_key.unflatten(1, (-1, tokens)), slots)
         _store_by_index(value.unflatten(1, (-1, tokens)), pool_value.unflatten(1, (-1, tokens)), slots)
         _store_by_index(frame_means(new_key, tokens), pool_frame_mean, slots)
-        return rotate(rms_norm_heads(query, weight_q, eps), table).contiguous()
+        return _turned_query(query, weight_q, eps, table, query_mean)
 
     places = slots.tolist()
     _check_slots(places, pool_frame_mean.shape[1])
-    for frame, slot in enumerate(places):
-        if slot < 0:
-            continue
-        source = slice(frame * tokens, (frame + 1) * tokens)
-        target = pool_key[:, slot * tokens : (slot + 1) * tokens]
+    for frame, slot, count in _runs(places):
+        source = slice(frame * tokens, (frame + count) * tokens)
+        target = pool_key[:, slot * tokens : (slot + count) * tokens]
         rotate(normed_key[:, source], table[source], out=target)
-        pool_value[:, slot * tokens : (slot + 1) * tokens].copy_(value[:, source])
-        pool_frame_mean[:, slot : slot + 1].copy_(frame_means(target, tokens))
-    return rotate(rms_norm_heads(query, weight_q, eps), table).contiguous()
+        pool_value[:, slot * tokens : (slot + count) * tokens].copy_(value[:, source])
+        pool_frame_mean[:, slot : slot + count].copy_(frame_means(target, tokens))
+    return _turned_query(query, weight_q, eps, table, query_mean)

@@ -3,17 +3,16 @@
 import torch
 from torch import Tensor
 
-from ..dtypes import statistics_dtype
+from .means import frame_means
 
 
 def mean_queries(query: Tensor, query_block: int) -> Tensor:
     """query [B, Lq, H, D] -> [B, blocks, H, D] means of every query_block tokens; the last block may be shorter."""
-    wide = statistics_dtype(query.dtype)
     whole = query.shape[1] // query_block * query_block
-    means = query[:, :whole].unflatten(1, (-1, query_block)).mean(2, dtype=wide) if whole else None
+    means = frame_means(query[:, :whole], query_block) if whole else None
     if whole == query.shape[1]:
         return means
-    rest = query[:, whole:].mean(1, keepdim=True, dtype=wide)
+    rest = frame_means(query[:, whole:], query.shape[1] - whole)
     return rest if means is None else torch.cat([means, rest], 1)
 
 

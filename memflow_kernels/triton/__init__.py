@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from .. import reference
-from . import attention, means, merge, qk_norm_rope, relevance, replacement, selection
+from . import attention, means, merge, qk_norm_rope, qk_norm_rope_backward, relevance, replacement, selection
 
 
 def _float64_by_torch(kernels: Callable) -> Callable:
@@ -35,9 +35,10 @@ prompt_relevance_softmax = _float64_by_torch(relevance.prompt_relevance_softmax)
 prompt_relevance_softmax_backward = _float64_by_torch(relevance.prompt_relevance_softmax_backward)
 replace_frame = _float64_by_torch(replacement.replace_frame)
 select_frames = _float64_by_torch(selection.select_frames)
-qk_norm_rope_backward = _float64_by_torch(qk_norm_rope.qk_norm_rope_backward)
 qk_norm_rope_write = _float64_by_torch(qk_norm_rope.qk_norm_rope_write)
-qk_norm_rope = _float64_by_torch(qk_norm_rope.qk_norm_rope)  # last: the module of this name gives way to its op
+# last: modules of these names give way to their ops
+qk_norm_rope_backward = _float64_by_torch(qk_norm_rope_backward.qk_norm_rope_backward)
+qk_norm_rope = _float64_by_torch(qk_norm_rope.qk_norm_rope)
 
 __all__ = [
     "frame_means",

@@ -75,7 +75,9 @@ def qk_norm_rope(kernels, heads, head_dim, dtype):
     kernels.qk_norm_rope(query, key, *weights, *place)
     kernels.qk_norm_rope_backward(query, key, query, key, *weights, *place)
     pool = (states(15 * FULL, heads, head_dim, dtype), states(15 * FULL, heads, head_dim, dtype))
-    kernels.qk_norm_rope_write(query, key, value, *weights, *start, *pool, means(15, heads, head_dim), numbers(3))
+    write = (query, key, value, *weights, *start, *pool, means(15, heads, head_dim), numbers(3))
+    for query_mean in (False, True):
+        kernels.qk_norm_rope_write(*write, query_mean)
 
 
 @case("replace_frame bf16")

@@ -61,7 +61,7 @@ def test_activation_equals_the_loop(case, candidate_frames, top_k, means_given):
     candidates = min(candidate_frames, case.frames)
     means = frame_means(key[:, : candidates * case.tokens_per_frame], case.tokens_per_frame)
     table = select_frames(query, means, top_k) if candidates else None
-    options = {"frame_mean": means} if means_given else {}
+    options = {"frame_mean": means, "query_mean": frame_means(query, query.shape[1])[:, 0]} if means_given else {}
     check(
         (query, key, value),
         case.tokens_per_frame,
@@ -269,6 +269,18 @@ def int32(*shape):
             {"frame_table": int32(2, 2, 1), "query_block": 2},
             ValueError,
             r"frame_table must be \[B, H, blocks of query_block queries, n\] = \[2, 2, 2, 1\], got \[2, 2, 1\]",
+        ),
+        (
+            (QUERY, KEY, KEY),
+            {"query_mean": torch.zeros(2, 4, 2), "candidate_frames": 2, "top_k": 1},
+            ValueError,
+            r"query_mean must be \[B, H, D\] = \[2, 2, 4\], got \[2, 4, 2\]",
+        ),
+        (
+            (QUERY, KEY, KEY),
+            {"query_mean": torch.zeros(2, 2, 4), "candidate_frames": 2, "top_k": 1, "query_block": 2},
+            ValueError,
+            "query_mean is one mean for all queries: query_block must be None, got 2",
         ),
         (
             (QUERY, KEY, KEY),

@@ -67,9 +67,14 @@ def test_write_equals_the_functional_op(case, start_frame, data):
     before = Pool(*(part.clone() for part in pool))
     options = {"weight_q": weight_q, "weight_k": weight_k, "eps": 1e-6, "grid": grid_of(case)}
     with poisoned_memory():
-        written = qk_norm_rope_write(
+        written, query_mean = qk_norm_rope_write(
+            query, key, value, start_frame=start_frame, pool=pool, slots=slot_tensor(*slots), query_mean=True, **options
+        )
+        alone = qk_norm_rope_write(
             query, key, value, start_frame=start_frame, pool=pool, slots=slot_tensor(*slots), **options
         )
+    assert torch.equal(written, alone)
+    assert_close(query_mean, written.double().mean(1))
     new_query, new_key = qk_norm_rope(query, key, start_frame=start_frame, **options)
     assert torch.equal(written, new_query)
     by_frame = (-1, case.tokens_per_frame)
@@ -188,18 +193,19 @@ def test_zero_rows_stay_zero():
     assert torch.equal(new, x)
 
 
-def test_write_moves_one_frame_at_a_time():
-    """Values are copied once, straight into the pool, and nothing of the size of the pool is ever made."""
+@pytest.mark.parametrize(("slots", "runs"), [((12, 13, 14), [3]), ((12, 14, 13), [1, 1, 1]), ((-1, 0, 1), [2])])
+def test_write_copies_each_value_once(slots, runs):
+    """Straight into the pool, slots side by side together; nothing of the size of the pool is ever made."""
     tokens = 3 * 60
     query, key, value = (states(1, tokens, 2, 32, seed=seed) for seed in range(3))
     pool = Pool.zeros(1, 15, 60, 2, 32)
     weight = torch.ones(64)
     place = (1e-6, 6, 10, 3, None)
     with Traffic() as traffic:
-        write_reference(query, key, value, weight, weight, *place, *pool, slot_tensor(12, 13, 14))
-    frame = value[:, :60].nbytes
+        write_reference(query, key, value, weight, weight, *place, *pool, slot_tensor(*slots), False)
+    frame, mean = value[:, :60].nbytes, pool.frame_mean[:, :1].nbytes
     copies = [size for name, size in traffic.written if name == "aten::copy_"]
-    assert copies == [frame, pool.frame_mean[:, :1].nbytes] * 3
+    assert copies == [size * count for count in runs for size in (frame, mean)]
     assert max(size for _, size in traffic.written) <= query.nbytes
 
 
@@ -257,7 +263,7 @@ def test_opcheck():
     query, key, weight_q, weight_k = (x.detach() for x in arguments)
     states_ = (query, key, key.clone(), weight_q, weight_k)
     pool = Pool.zeros(2, 5, 2, 2, 4)
-    torch.library.opcheck(torch.ops.memflow.qk_norm_rope_write, (*states_, *place, *pool, slot_tensor(4, -1)))
+    torch.library.opcheck(torch.ops.memflow.qk_norm_rope_write, (*states_, *place, *pool, slot_tensor(4, -1), True))
     backward = (query, key, query.clone(), key.clone(), weight_q, weight_k, *place)
     torch.library.opcheck(torch.ops.memflow.qk_norm_rope_backward, backward, test_utils="test_faketensor")
 
@@ -269,7 +275,8 @@ def test_fakes_have_the_strides_of_the_results(layout):
     pool = Pool.zeros(1, 5, 2, 3, 8)
     torch.library.opcheck(torch.ops.memflow.qk_norm_rope, (x, x.clone(), weight, weight, *place))
     arguments = (x, x.clone(), x.clone(), weight, weight, *place, *pool, slot_tensor(4, -1, 0))
-    torch.library.opcheck(torch.ops.memflow.qk_norm_rope_write, arguments)
+    for query_mean in (False, True):
+        torch.library.opcheck(torch.ops.memflow.qk_norm_rope_write, (*arguments, query_mean))
 
 
 @BACKENDS
@@ -352,6 +359,7 @@ POOL = Pool.zeros(2, 5, 4, 2, 4)
         ({"slots": slot_tensor(0, 5)}, ValueError, r"slots is \[0, 5\]: each must be -1 .* 0 to 4"),
         ({"slots": slot_tensor(-2, 0)}, ValueError, r"slots is \[-2, 0\]"),
         ({"slots": slot_tensor(3, 3)}, ValueError, "two frames cannot take the same slot"),
+        ({"query_mean": 1}, TypeError, "query_mean must be True or False, got 1"),
     ],
 )
 def test_bad_write(options, error, message):
