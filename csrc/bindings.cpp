@@ -76,11 +76,14 @@ Tensor select_frames(Tensor query, Tensor frame_mean, int64_t top_k, MaybeTensor
   Launch on("select_frames", {{"query", query}, {"frame_mean", frame_mean}, {"valid", free}});
   const Sizes whole = {shape.batch, shape.heads, places}, parts = {shape.batch, shape.heads, blocks, places};
   Tensor table = on.empty(query_block ? parts : whole, ScalarType::Int);
-  void* workspace = on.workspace(memflow_select_frames_workspace(shape.batch, shape.tokens, shape.heads, shape.head_dim,
-                                                                 query_block.value_or(0)));
-  on.check(memflow_select_frames(queries, dtype, nullptr, means, pointer<uint8_t>(free), shape.batch, shape.tokens,
-                                 frames, shape.heads, shape.head_dim, top_k, query_block.value_or(0),
-                                 static_cast<int32_t*>(table.data_ptr()), workspace, on.stream));
+  // One query per block is its own mean: qk_norm_rope_write has then taken it already.
+  const bool known = blocks == shape.tokens && dtype == MEMFLOW_FLOAT32 && query.is_contiguous();
+  const int64_t bytes = memflow_select_frames_workspace(shape.batch, shape.tokens, shape.heads, shape.head_dim,
+                                                        query_block.value_or(0));
+  on.check(memflow_select_frames(queries, dtype, known ? static_cast<const float*>(query.data_ptr()) : nullptr, means,
+                                 pointer<uint8_t>(free), shape.batch, shape.tokens, frames, shape.heads,
+                                 shape.head_dim, top_k, query_block.value_or(0),
+                                 static_cast<int32_t*>(table.data_ptr()), on.workspace(known ? 0 : bytes), on.stream));
   return table;
 }
 
@@ -133,9 +136,10 @@ struct PoolStates {
   MemflowStates key, value, mean;
 };
 
-Tensor qk_norm_rope_write(Tensor query, Tensor key, Tensor value, Tensor weight_q, Tensor weight_k, double eps,
-                          int64_t rows, int64_t cols, int64_t start_frame, MaybeTensor start, Tensor pool_key,
-                          Tensor pool_value, Tensor pool_frame_mean, Tensor slots) {
+std::tuple<Tensor, Tensor> qk_norm_rope_write(Tensor query, Tensor key, Tensor value, Tensor weight_q, Tensor weight_k,
+                                              double eps, int64_t rows, int64_t cols, int64_t start_frame,
+                                              MaybeTensor start, Tensor pool_key, Tensor pool_value,
+                                              Tensor pool_frame_mean, Tensor slots, bool query_mean) {
   const Shape shape = shape_of("query", query);
   const int dtype = dtype_of("query", query);
   if (rows < 1 || cols < 1) fail("rows and cols must be at least 1, got ", rows, " and ", cols);
@@ -163,14 +167,17 @@ Tensor qk_norm_rope_write(Tensor query, Tensor key, Tensor value, Tensor weight_
                                    {"pool_frame_mean", pool_frame_mean},
                                    {"slots", places}});
   Tensor new_query = on.empty(shape.with(shape.tokens), query.scalar_type());
+  const Sizes mean_shape = {shape.batch, shape.heads, shape.head_dim};
+  Tensor mean = on.empty(query_mean ? mean_shape : Sizes{0}, ScalarType::Float);
   void* workspace = on.workspace(
-      memflow_qk_norm_rope_write_workspace(shape.batch, frames, rows * cols, shape.heads, shape.head_dim, 0));
+      memflow_qk_norm_rope_write_workspace(shape.batch, frames, rows * cols, shape.heads, shape.head_dim, query_mean));
   on.check(memflow_qk_norm_rope_write(
       queries, keys, values, dtype, pointer<void>(scale_q), dtype_q, pointer<void>(scale_k), dtype_k, shape.batch,
       frames, rows, cols, shape.heads, shape.head_dim, eps, start_frame, pointer<void>(start),
       start ? static_cast<int>(start->element_size()) : 0, pool.key, pool.value, pool.mean, pool.slots,
-      pointer<int32_t>(places), new_query.data_ptr(), nullptr, workspace, on.stream));
-  return new_query;
+      pointer<int32_t>(places), new_query.data_ptr(), query_mean ? static_cast<float*>(mean.data_ptr()) : nullptr,
+      workspace, on.stream));
+  return {new_query, mean};
 }
 
 void replace_frame(Tensor pool_key, Tensor pool_value, Tensor pool_frame_mean, Tensor slot, Tensor source_slot) {
@@ -234,7 +241,7 @@ STABLE_TORCH_LIBRARY(memflow_cuda, m) {
   m.def(
       "qk_norm_rope_write(Tensor query, Tensor key, Tensor value, Tensor weight_q, Tensor weight_k, float eps,"
       " int rows, int cols, int start_frame, Tensor? start, Tensor(a!) pool_key, Tensor(b!) pool_value,"
-      " Tensor(c!) pool_frame_mean, Tensor slots) -> Tensor");
+      " Tensor(c!) pool_frame_mean, Tensor slots, bool query_mean) -> (Tensor, Tensor)");
   m.def(
       "replace_frame(Tensor(a!) pool_key, Tensor(b!) pool_value, Tensor(c!) pool_frame_mean, Tensor slot,"
       " Tensor source_slot) -> ()");

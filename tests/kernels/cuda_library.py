@@ -24,7 +24,7 @@ def wrong_calls() -> dict:
     weight = states(128)
     attend = lambda q=x, k=x, v=x, t=None, n=4, c=0, block=None: ops.memory_attention(q, k, v, t, n, c, 1.0, block)  # noqa: E731
     write = lambda q=x, rows=3, start=None, p=pool, s=slots, w=weight: ops.qk_norm_rope_write(  # noqa: E731
-        q, x, x, w, weight, 1e-6, rows, 4, 0, start, *p, s
+        q, x, x, w, weight, 1e-6, rows, 4, 0, start, *p, s, True
     )
     return {
         "on the CPU": lambda: ops.frame_means(x, 4),

@@ -65,7 +65,7 @@ def calls(heads: int = 2, head_dim: int = 64, frames: int = 3, **options) -> dic
         "memory_attention": (x, x, x, None, 4, 0, 0.1, None),
         "prompt_relevance_mean": (x, mean, None, 0.1),
         "prompt_relevance_softmax": (x, x, None, 4, 0.1),
-        "qk_norm_rope_write": (x, x, x, weight, weight, 1e-6, 2, 3, 0, None, *parts, slots),
+        "qk_norm_rope_write": (x, x, x, weight, weight, 1e-6, 2, 3, 0, None, *parts, slots, True),
         "replace_frame": (*parts, slots[:1], slots[1:]),
         "select_frames": (x, mean, 2, None, None),
     }

@@ -118,6 +118,7 @@ def test_served_write(heads, head_dim, dtype):
     for name in ("cuda", "torch"):
         pool = Pool.zeros(2, slots, 24, heads, head_dim, dtype=dtype, device="cuda")
         with use_backend(name):
-            results.append((qk_norm_rope_write(query, key, value, pool=pool, **place), *pool))
+            new_query, query_mean = qk_norm_rope_write(query, key, value, pool=pool, query_mean=True, **place)
+        results.append((new_query, *pool, query_mean))
     for mine, expected in zip(*results, strict=True):
         assert_close(mine, expected, dtype, roundings=2)
