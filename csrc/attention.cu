@@ -61,7 +61,8 @@ __device__ __forceinline__ void store_rows(const Attention& a, const QueryTile& 
 }
 
 template <class T, int D, bool ASYNC>
-__global__ void __launch_bounds__(ATTENTION_THREADS) attention_kernel(const __grid_constant__ Attention a) {
+__global__ void __launch_bounds__(ATTENTION_THREADS, 1)
+attention_kernel(const __grid_constant__ Attention a) {
   constexpr uint32_t QUERY_BYTES = BM * D * 2, KEY_BYTES = BN * D * 2;
   const uint32_t queries = shared_address(memflow_shared), stages = queries + QUERY_BYTES;  // [2, key and value]
   const int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * 16;
@@ -265,6 +266,7 @@ extern "C" int memflow_memory_attention(MemflowStates query, MemflowStates key, 
                                         float* lse, void* workspace, void* stream) {
   using namespace memflow;
   if (!frame_table) places = candidate_frames = query_block = 0;
+  if (reinterpret_cast<uintptr_t>(out) % 16) return MEMFLOW_INVALID;
   bool async = aligned(query, dtype, head_dim) && aligned(key, dtype, head_dim) && aligned(value, dtype, head_dim);
   Attention a{};
   int error = describe(a, dtype, batch, queries, frames, tokens_per_frame, heads, head_dim, places, candidate_frames,

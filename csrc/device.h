@@ -33,20 +33,20 @@ struct alignas(N * sizeof(T) == 16 ? 16 : alignof(T)) Vector {
 
 template <class T, int N>
 __device__ __forceinline__ Vector<T, N> load(const T* address) {
+  Vector<T, N> result;
   if constexpr (N * sizeof(T) == 16) {
-    return *reinterpret_cast<const Vector<T, N>*>(address);
+    *reinterpret_cast<uint4*>(&result) = *reinterpret_cast<const uint4*>(address);
   } else {
-    Vector<T, N> result;
 #pragma unroll
     for (int i = 0; i < N; ++i) result.x[i] = address[i];
-    return result;
   }
+  return result;
 }
 
 template <class T, int N>
 __device__ __forceinline__ void store(T* address, const Vector<T, N>& vector) {
   if constexpr (N * sizeof(T) == 16) {
-    *reinterpret_cast<Vector<T, N>*>(address) = vector;
+    *reinterpret_cast<uint4*>(address) = *reinterpret_cast<const uint4*>(&vector);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) address[i] = vector.x[i];

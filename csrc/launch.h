@@ -5,7 +5,8 @@
 // MEMFLOW_UNSUPPORTED a size or dtype that this kernel does not serve (another backend does). Sizes and strides are
 // int64, strides in elements. Index tensors are read on the device; an index outside its range is skipped.
 // `workspace` is device memory of at least as many bytes as the op's *_workspace function says, aligned to 16 bytes; it
-// may be uninitialised, and null where 0 bytes are needed. Results do not depend on what it held.
+// may be uninitialised, and null where 0 bytes are needed. Results do not depend on what it held. Outputs that are
+// called contiguous are aligned to 16 bytes, as every allocation on a GPU is.
 #pragma once
 
 #include <stdint.h>

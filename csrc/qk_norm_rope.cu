@@ -30,7 +30,7 @@ __device__ __forceinline__ float read_number(const void* address, int dtype, int
 }
 
 // Counts this block as done; true in the block that is the last of `parts` to come here. What the others wrote before
-// is then visible to it. The counter is left at 0.
+// is then visible to it.
 __device__ __forceinline__ bool last_of(uint32_t* counter, int parts, uint32_t* shared) {
   __threadfence();
   __syncthreads();
