@@ -1,8 +1,9 @@
 """Everything that only a GPU can show about the kernels, in one command: `make gpu-check`.
 
-The kernel tests natively, compute-sanitizer's memcheck and racecheck on small cases, and the speed table beside the
-peers. Needs torch, triton, numpy, pytest, hypothesis and einops. Writes benchmarks/results/<gpu>.json after every step,
-so that what was found survives an interruption; exit code 0 only where every step ran and passed.
+The build of the CUDA kernels, the kernel tests natively on every backend, compute-sanitizer's memcheck and racecheck on
+small cases, and the speed table beside the peers. Needs torch, triton, numpy, pytest, hypothesis and einops; without
+nvcc and ninja the CUDA kernels are left out, and the reason is printed. Writes benchmarks/results/<gpu>.json after
+every step, so that what was found survives an interruption; exit code 0 only where every step ran and passed.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ from pathlib import Path
 
 import torch
 
+from memflow_kernels.cuda import extension
+from memflow_kernels.cuda.builder import ARCHITECTURES_VARIABLE
+from memflow_kernels.cuda.builder.architectures import DEFAULT, parse
+
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # Small cases of every kernel, forward and backward; sanitizers slow a kernel down a hundredfold.
 SMALL = (
-    "(triton and (odd_sizes or any_layout or gradient_equals or larger_sizes or test_cases or low_precision)) "
+    "((triton or cuda) and "
+    "(odd_sizes or any_layout or gradient_equals or larger_sizes or test_cases or low_precision or served)) "
     "or pieces or head_sizes or gathered"
 )
-STEPS = ("tests", "memcheck", "racecheck", "speed")
+STEPS = ("build", "tests", "memcheck", "racecheck", "speed")
 
 
 def environment() -> dict[str, str]:
@@ -50,6 +56,31 @@ def run(command: list[str], **variables: str) -> dict[str, object]:
     return {"passed": process.wait() == 0, "seconds": seconds, "said": lines[-3:]}
 
 
+def architecture(capability: tuple[int, int]) -> str:
+    """The entry of the default list that was made for this GPU, or a plain one where none serves it."""
+    serving = [str(entry) for entry in parse(DEFAULT) if entry.serves(capability)]
+    return serving[-1] if serving else "{}.{}".format(*capability)
+
+
+def build() -> dict[str, object]:
+    """Build the CUDA kernels as their first use would, and load them. passed None: there is no compiler here."""
+    reason = extension.missing()
+    if reason is not None:
+        print("the CUDA kernels are left out:", reason)
+        return {"passed": None, "seconds": 0, "said": [f"did not run: {reason}"]}
+    begin = time.perf_counter()
+    reason = extension.unloadable()
+    seconds = round(time.perf_counter() - begin, 1)
+    said = reason or f"{extension.described()}, for {torch.ops.memflow_cuda.architectures()}"
+    return {"passed": reason is None, "seconds": seconds, "said": [said]}
+
+
+def ours() -> dict[str, str]:
+    """The rows of the speed table: what a user gets, and the CUDA kernels where there are any."""
+    there = extension.missing() is None and extension.unloadable() is None
+    return {"ours": "triton"} | ({"ours (cuda)": "cuda"} if there else {})
+
+
 def tests() -> dict[str, object]:
     return run([*PYTEST, "-m", "not slow", "--ignore=tests/kernels/test_aot.py", "tests/kernels"])
 
@@ -67,7 +98,7 @@ def speed() -> dict[str, object]:
     from benchmarks import gpu_speed
 
     begin = time.perf_counter()
-    rows, ceilings, wrong = gpu_speed.measure(torch.device("cuda"), gpu_speed.MODEL)
+    rows, ceilings, wrong = gpu_speed.measure(torch.device("cuda"), gpu_speed.MODEL, ours())
     print(gpu_speed.table(rows))
     met = gpu_speed.targets(rows, ceilings)
     for target, reached in met.items():
@@ -99,7 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
     import triton
 
     found |= {"gpu": name, "torch": torch.__version__, "triton": triton.__version__}
-    actions = {"tests": tests, "speed": speed}
+    os.environ.setdefault(ARCHITECTURES_VARIABLE, architecture(torch.cuda.get_device_capability()))
+    actions = {"build": build, "tests": tests, "speed": speed}
     for step in options.steps or STEPS:
         found[step] = actions[step]() if step in actions else sanitizer(step)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +139,11 @@ def main(arguments: list[str] | None = None) -> int:
     print()
     passed = []
     for step in STEPS:
-        passed.append(found.get(step, {}).get("passed", False))
-        print(f"{step:10} {'passed' if passed[-1] else 'not run' if step not in found else 'FAILED'}")
+        result = found.get(step, {"passed": False, "said": ["not asked for"]})
+        left_out = step == "build" and result["passed"] is None
+        passed.append(result["passed"] or left_out)
+        state = "passed" if result["passed"] else "FAILED" if step in found and not left_out else "not run"
+        print(f"{step:10} {state}{': ' + result['said'][-1] if left_out else ''}")
     return 0 if all(passed) else 1
 
 

@@ -61,7 +61,11 @@ class Call(NamedTuple):
     unit: str  # "TFLOP/s" or "GB/s"
 
 
-def attention_calls(size: Size, device: torch.device, ours: str) -> list[Call]:
+# What a row is called -> the backend that it shows. The promised numbers are those of "ours", what a user gets.
+Ours = dict[str, str]
+
+
+def attention_calls(size: Size, device: torch.device, ours: Ours) -> list[Call]:
     made = partial(states, 1, heads=size.heads, head_dim=size.head_dim, dtype=size.dtype, device=device)
     query, key, value = (made(frames * size.tokens, seed=seed) for seed, frames in enumerate((CHUNK, FRAMES, FRAMES)))
     means = frame_means(key[:, : CANDIDATES * size.tokens], size.tokens)
@@ -83,10 +87,11 @@ def attention_calls(size: Size, device: torch.device, ours: str) -> list[Call]:
     few, many = per_frame * (FRAMES - CANDIDATES + TOP_K), per_frame * FRAMES
     group = "attention"
     calls = [
-        Call(group, "ours, top 3 of 6 + 9", partial(backend, ours, TOP_K), top, few, "TFLOP/s"),
-        Call(group, "ours, all 15", partial(backend, ours, None), all_, many, "TFLOP/s"),
         Call(group, "reference path, top 3 of 6 + 9", partial(backend, "torch", TOP_K), top, few, "TFLOP/s"),
     ]
+    for label, name in ours.items():
+        calls.append(Call(group, f"{label}, top 3 of 6 + 9", partial(backend, name, TOP_K), top, few, "TFLOP/s"))
+        calls.append(Call(group, f"{label}, all 15", partial(backend, name, None), all_, many, "TFLOP/s"))
     if device.type == "cuda":
         for kernel, label in ((SDPBackend.CUDNN_ATTENTION, "cuDNN"), (SDPBackend.FLASH_ATTENTION, "flash")):
             calls.append(Call(group, f"SDPA {label}, all 15", partial(dense, kernel), all_, many, "TFLOP/s"))
@@ -101,7 +106,7 @@ def attention_calls(size: Size, device: torch.device, ours: str) -> list[Call]:
     return calls
 
 
-def write_calls(size: Size, device: torch.device, ours: str) -> list[Call]:
+def write_calls(size: Size, device: torch.device, ours: Ours) -> list[Call]:
     shape = (size.heads, size.head_dim)
     query, key, value = (
         states(1, CHUNK * size.tokens, *shape, dtype=size.dtype, device=device, seed=seed) for seed in (3, 4, 5)
@@ -125,7 +130,7 @@ def write_calls(size: Size, device: torch.device, ours: str) -> list[Call]:
     checking = True
     expected = write("torch")
     calls = []
-    for name, label in ((ours, "ours"), ("torch", "reference path")):
+    for label, name in {**ours, "reference path": "torch"}.items():
         checked = relative_error(write(name), expected)
         if checked > tolerance(size.dtype):
             raise AssertionError(f"write, {label}: the pool is wrong, relative error {checked:.2g}")
@@ -135,7 +140,7 @@ def write_calls(size: Size, device: torch.device, ours: str) -> list[Call]:
     return calls
 
 
-def update_calls(size: Size, device: torch.device, ours: str) -> list[Call]:
+def update_calls(size: Size, device: torch.device, ours: Ours) -> list[Call]:
     """What a chunk costs beside its passes: relevance and replacement for all layers at once, and one selection."""
     shape = (size.heads, size.head_dim)
     pool = Pool.zeros(size.layers, FRAMES, size.tokens, *shape, dtype=size.dtype, device=device)
@@ -172,7 +177,7 @@ def update_calls(size: Size, device: torch.device, ours: str) -> list[Call]:
     return [
         Call(group, label, partial(run, name), run("torch"), work, "GB/s")
         for group, (run, work) in runs.items()
-        for name, label in ((ours, "ours"), ("torch", "reference path"))
+        for label, name in {**ours, "reference path": "torch"}.items()
     ]
 
 
@@ -181,7 +186,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-5 if dtype == torch.float32 else 6 * torch.finfo(dtype).eps
 
 
-def measure(device: torch.device, size: Size, ours: str = "triton", budget: float = 4.0):
+def measure(device: torch.device, size: Size, ours: Ours, budget: float = 4.0):
     """rows (one dictionary per call), ceilings of this machine, and what was wrong (nothing, one hopes)."""
     ceilings = measure_ceilings(device, size, budget)
     groups: dict[str, list[Call]] = {}

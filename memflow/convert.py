@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from memflow.checkpoints import kept_dtype
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
 from memflow.layouts import LAYOUTS, Layout
 from memflow.lora import Lora, check_fits, write_lora
-from memflow.memory import MemoryConfig
 from memflow.originals import listed
 from memflow.presets import Preset, find_preset
 from memflow.shards import DTYPES, Shard, Weight, plan_shards, write_shards

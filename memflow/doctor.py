@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import textwrap
 from importlib import import_module, metadata
 from typing import Any
@@ -16,7 +15,8 @@ _MODEL_PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "av", "ma
 def collect() -> dict[str, Any]:
     """Facts about this machine, with plain values (strings, numbers, lists, dicts; None = absent). Nothing here fails.
 
-    Keys: python, platform, cpu, memflow_kernels, torch, gpus, nvcc, triton, backends (name to None or the reason why it
+    Keys: python, platform, cpu, memflow_kernels, torch, gpus, nvcc (version and path), cuda_kernels (where the compiled
+    library is, or how it would be built, or why it cannot be), triton, backends (name to None or the reason why it
     cannot run), packages (name to version), libx264 (None or the reason).
     """
     return {
@@ -27,6 +27,7 @@ def collect() -> dict[str, Any]:
         "torch": _torch(),
         "gpus": _gpus(),
         "nvcc": _nvcc(),
+        "cuda_kernels": _cuda_kernels(),
         "triton": _version("triton"),
         "backends": _backends(),
         "packages": {name: _version(name) for name in _MODEL_PACKAGES},
@@ -70,6 +71,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, bool, str]]]
     kernels.append(
         ("nvcc", facts["nvcc"] is not None, facts["nvcc"] or "not found; only building CUDA kernels needs it")
     )
+    kernels.append(("CUDA kernels", facts["cuda_kernels"].startswith("built"), facts["cuda_kernels"]))
     install = "not installed: pip install 'memflow-kernels[model]'"
     stories = [(name, version is not None, version or install) for name, version in facts["packages"].items()]
     stories.append(("libx264", facts["libx264"] is None, facts["libx264"] or "video can be written"))
@@ -120,17 +122,19 @@ def _backends() -> dict[str, str | None]:
 
 
 def _nvcc() -> str | None:
-    path = shutil.which("nvcc") or shutil.which(
-        "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
-    )
-    if path is None:
-        return None
     try:
-        output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+        toolchain = import_module("memflow_kernels.cuda.builder.toolchain")
+        path = toolchain.find_nvcc()
+        return f"{toolchain.nvcc_version(path)}, {path}"
+    except Exception:  # not there, or broken: what stands under "CUDA kernels" says more
         return None
-    release = next((line for line in output.splitlines() if "release" in line), "")
-    return f"{release.partition('release ')[2].partition(',')[0] or 'unknown version'}, {path}"
+
+
+def _cuda_kernels() -> str:
+    try:
+        return import_module("memflow_kernels.cuda.extension").described()
+    except Exception as error:  # as for torch
+        return _reason(error)
 
 
 def _libx264() -> str | None:

@@ -22,8 +22,9 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from memflow.checkpoints import kept_dtype
 from memflow.codec import WanDecoder, spatial_factor
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig, Prompt
+from memflow.memory import Prompt
 from memflow.passes import denoise, fix
 from memflow.processors import head_sizes, install
 

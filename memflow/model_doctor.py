@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
 from memflow.footprint import Footprint, Model, footprint
-from memflow.memory import MemoryConfig
 from memflow.presets import PRESETS, find_preset
 
 GIB = 2**30

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
 
 
 @dataclass(frozen=True)

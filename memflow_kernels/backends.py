@@ -3,6 +3,7 @@
 A backend is a package that holds one callable per op, named like the op and taking the op's arguments in its order.
 `torch` (memflow_kernels.reference) runs everywhere and is the specification of the others. `triton`
 (memflow_kernels.triton) is the default on a GPU; it runs on the CPU only through Triton's interpreter, for tests.
+`cuda` (memflow_kernels.cuda) has compiled kernels, and hands on what they do not serve.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+NO_GPU = "torch sees no GPU here"
+
+
 @functools.cache
 def _gpu_missing() -> str | None:
     if not torch.cuda.is_available():
-        return "torch sees no GPU here (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+        return NO_GPU
     if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
         return f"{torch.cuda.get_device_name()} is too old: compute capability 8.0 (Ampere) is needed"
     return None
@@ -42,14 +46,27 @@ def _gpu_missing() -> str | None:
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (it exists for Linux: pip install triton)"
-    return None if interpreting() else _gpu_missing()
+    reason = None if interpreting() else _gpu_missing()
+    return (
+        f"{NO_GPU} (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)" if reason == NO_GPU else reason
+    )
+
+
+def _cuda_missing() -> str | None:
+    if torch.version.hip:
+        return "the compiled kernels are for NVIDIA GPUs"
+    return _gpu_missing() or importlib.import_module("memflow_kernels.cuda.extension").missing()
 
 
 BACKENDS: dict[str, Backend] = {
     "torch": Backend("memflow_kernels.reference", lambda: None),
     "triton": Backend("memflow_kernels.triton", _triton_missing),
-    "cuda": Backend("memflow_kernels.cuda", lambda: "this version of memflow_kernels has no compiled CUDA kernels"),
+    "cuda": Backend("memflow_kernels.cuda", _cuda_missing),
 }
+
+# Where the compiled kernels are the default: (op, GPU such as "sm_90"). An entry needs a committed measurement in
+# benchmarks/results/<gpu>.json in which they are faster than Triton's. There is none yet.
+COMPILED_IS_FASTER: frozenset[tuple[str, str]] = frozenset()
 
 # Process-wide rather than per thread: autograd runs the backward of a GPU op in a thread of its own.
 _forced: list[str] = []
@@ -82,17 +99,31 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def current_backend(device: torch.device) -> str:
-    """The backend that runs an op on `device`: use_backend, else MEMFLOW_BACKEND, else the device's default.
+def uncompiled() -> str:
+    """The default on a GPU where nothing compiled runs: `triton` where it can run, otherwise `torch`."""
+    return "triton" if _triton_missing() is None else "torch"
 
-    The default is `triton` on a GPU where it can run, and `torch` everywhere else.
+
+@functools.cache
+def _compiled_is_faster(op_name: str, index: int) -> bool:
+    major, minor = torch.cuda.get_device_capability(index)
+    return (op_name, f"sm_{major}{minor}") in COMPILED_IS_FASTER and _cuda_missing() is None
+
+
+def current_backend(device: torch.device, op_name: str | None = None) -> str:
+    """The backend that runs op `op_name` on `device`: use_backend, else MEMFLOW_BACKEND, else the default.
+
+    The default on a GPU is `triton` where it can run, but `cuda` for the ops that COMPILED_IS_FASTER names; everywhere
+    else it is `torch`.
     """
     if _forced:
         return _forced[-1]
     wished = os.environ.get("MEMFLOW_BACKEND")
     if wished:
         return _require(wished, "MEMFLOW_BACKEND")
-    return "triton" if device.type == "cuda" and _triton_missing() is None else "torch"
+    if device.type != "cuda":
+        return "torch"
+    return "cuda" if COMPILED_IS_FASTER and _compiled_is_faster(op_name, device.index or 0) else uncompiled()
 
 
 @functools.cache
@@ -112,6 +143,8 @@ def refused(backend: str, device: torch.device) -> str | None:
     """Why a backend that can run here does not take tensors on `device`; None where it does."""
     if backend == "triton" and device.type == "cpu" and not interpreting():
         return "the backend 'triton' runs on a GPU, not on the CPU (but for tests, slowly, with TRITON_INTERPRET=1)"
+    if backend == "cuda" and device.type == "cpu":
+        return "the backend 'cuda' runs on a GPU, not on the CPU"
     return None
 
 
@@ -120,7 +153,7 @@ def dispatch(op_name: str, device: torch.device) -> Callable:
 
     Raises RuntimeError where the backend that was asked for does not run on this kind of device.
     """
-    backend = current_backend(device)
+    backend = current_backend(device, op_name)
     reason = refused(backend, device)
     if reason is not None:
         raise RuntimeError(f"{op_name}: {reason}")

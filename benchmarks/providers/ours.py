@@ -6,6 +6,7 @@ import torch
 
 from memflow.processors import MemorySelfAttention
 from memflow_kernels import available_backends, frame_means, memory_attention, qk_norm_rope_write, use_backend
+from memflow_kernels.cuda import extension
 
 from ..states import EPS, AttentionState, LayerState, our_memory
 from ..workloads.whole_layer import PASSES, ChunkState
@@ -21,7 +22,7 @@ class Ours(Provider):
         reason = available_backends()[self.backend]
         if reason is None and self.backend != "torch" and device.type == "cpu":
             reason = "runs on a GPU only; on the CPU its interpreter is for tests"
-        return reason
+        return reason or (_compiled_missing(device, dtype) if self.backend == "cuda" else None)
 
     def prepare(self, workload, state):
         run = super().prepare(workload, state)
@@ -88,6 +89,13 @@ class Ours(Provider):
             return out
 
         return run
+
+
+def _compiled_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the row would not show the compiled kernels, but those that run in their place."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"attention in {dtype} has no compiled kernel"
+    return extension.unloadable() or extension.not_compiled_for(device.index or 0)
 
 
 def _write(state: LayerState, step):

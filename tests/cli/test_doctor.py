@@ -1,6 +1,7 @@
 """`memflow doctor` names what is there and gives the reason for what is not."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -72,17 +73,49 @@ def test_the_compiler_is_asked_for_its_release(monkeypatch, tmp_path):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
     nvcc.chmod(0o755)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert doctor._nvcc() == f"13.0, {nvcc}"
+    assert doctor._nvcc() == f"13.0.88, {nvcc}"
     nvcc.write_text("#!/bin/sh\nexit 1\n")
     assert doctor._nvcc() is None
+
+
+WHERE = """
+import json
+from memflow.doctor import collect
+print(json.dumps(collect()["cuda_kernels"]))
+"""
+
+
+def test_how_the_cuda_kernels_would_be_built(tmp_path):
+    """Nothing is compiled: the table says that it can be and with what, or why it cannot."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    nvcc = tools / "nvcc"
+    environment = {"PATH": str(tools), "CUDA_HOME": str(tmp_path), "MEMFLOW_CUDA_CACHE": str(tmp_path / "cache")}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def said():
+        command = [sys.executable, "-c", WHERE]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return json.loads(result.stdout)
+
+    nvcc.write_text("#!/bin/sh\necho 'release 12.4, V12.4.131'; echo compute_80; echo compute_90\n")
+    nvcc.chmod(0o755)
+    (tools / "ninja").symlink_to(nvcc)
+    assert f"not built yet; the first use on a GPU does it with nvcc 12.4.131 ({nvcc})" in said()
+    assert f"into {tmp_path / 'cache'}, for 8.0;9.0a " in said()
+    assert not (tmp_path / "cache").exists()
+    nvcc.write_text("#!/bin/sh\necho 'libfoo.so: cannot open' >&2; exit 127\n")
+    assert said() == f"not built and cannot be: {nvcc} --version failed: libfoo.so: cannot open"
 
 
 def test_the_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["doctor"]) == 0
     output = capsys.readouterr().out
-    for word in ("python", "torch backend", "triton backend", "cuda backend", "nvcc", "diffusers", "libx264"):
+    kernels = ("torch backend", "triton backend", "cuda backend", "nvcc", "CUDA kernels")
+    for word in ("python", *kernels, "diffusers", "libx264"):
         assert word in output
 
 

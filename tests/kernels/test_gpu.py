@@ -5,6 +5,7 @@ import torch
 
 from memflow_kernels import (
     Pool,
+    available_backends,
     frame_means,
     memory_attention,
     merge_attention,
@@ -13,8 +14,10 @@ from memflow_kernels import (
     qk_norm_rope_write,
     replace_frame,
     select_frames,
+    use_backend,
 )
 from memflow_kernels.backends import current_backend
+from memflow_kernels.cuda import extension
 from memflow_kernels.testing import states
 
 pytestmark = [
@@ -68,6 +71,19 @@ def chunk(x: Inputs) -> list[torch.Tensor]:
     return [*results, *new, *torch.autograd.grad(sum(part.float().square().sum() for part in new), rotated)]
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def on_gpu(request):
+    """The test runs on every backend that a GPU has."""
+    reason = available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    if request.param == "cuda":
+        assert extension.unloadable() is None
+    with use_backend(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_captured_chunk_follows_its_inputs(dtype):
     """One graph, captured once, gives what the ops give when called with other inputs, start frames and slots."""
@@ -91,6 +107,7 @@ def test_triton_is_the_default():
     assert current_backend(torch.device("cuda", 0)) == "triton"
 
 
+@pytest.mark.usefixtures("on_gpu")
 def test_addresses_past_two_to_the_31():
     """The last frames of a pool of 2.4 billion numbers: written, averaged, copied, attended to."""
     slots, tokens, heads, head_dim = 1000, 1560, 12, 128

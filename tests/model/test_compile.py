@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from memflow.memory import MemoryConfig
+from memflow.config import MemoryConfig
 from memflow.pipeline import MemFlowPipeline
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from memory_driver import DIM, MemoryDriver, prompt_of
 
-from memflow.memory import MemoryConfig
+from memflow.config import MemoryConfig
 from memflow.policies import POLICIES
 
 CONFIGS = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from slow_memory import SlowAttention, SlowMemory
 
-from memflow.memory import MemoryConfig
+from memflow.config import MemoryConfig
 from memflow.positions import Places, place_keys
 from memflow_kernels import frame_means, qk_norm_rope
 
