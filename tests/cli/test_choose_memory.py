@@ -2,9 +2,9 @@
 
 import pytest
 
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
 from memflow.loading import choose_memory
-from memflow.memory import MemoryConfig
 
 TRAINED = MemoryConfig(positions="relative", layers="mean", bank_frames=4, policy="diverse", held_frames=12)
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 from memflow.checkpoints import load_transformer
+from memflow.config import MemoryConfig
 from memflow.convert import Conversion, convert
-from memflow.memory import MemoryConfig
 from memflow.pipeline import MemFlowPipeline
 from memflow.plan import Plan
 from memflow.stream import Stream

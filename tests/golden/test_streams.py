@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 
-from memflow.memory import MemoryConfig, Prompt
+from memflow.config import MemoryConfig
+from memflow.memory import Prompt
 from memflow.processors import MemorySelfAttention
 from memflow_kernels import select_frames
 

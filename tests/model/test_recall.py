@@ -10,7 +10,7 @@ import torch
 from memory_driver import DIM, TOKENS, MemoryDriver, prompt_of
 from slow_memory import turned
 
-from memflow.memory import MemoryConfig
+from memflow.config import MemoryConfig
 from memflow.policies import POLICIES, DiversePolicy, Held
 
 CHUNK_SECONDS = 0.75
