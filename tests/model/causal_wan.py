@@ -55,7 +55,7 @@ class SelfAttention(nn.Module):
         update_bank=False,
         is_recache=False,
     ):
-        count, rows, columns = grid_sizes[0].tolist()
+        _, rows, columns = grid_sizes[0].tolist()
         tokens, start = rows * columns, current_start // (rows * columns)
         query, key, value = (
             y.unflatten(2, (self.num_heads, -1)) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x))

@@ -257,5 +257,5 @@ def test_an_argument_of_the_fork_that_is_not_known():
     arguments = (torch.zeros(1, 3 * TOKENS, DIM), GRID_SIZES, built(StoringModel).freqs, new_cache(1, 12)[0], 0)
     with torch.no_grad():
         assert model[0](*arguments).shape == (1, 18, DIM)
-        with pytest.raises(ValueError, match="^0.forward: its argument window is not served, got 4"):
+        with pytest.raises(ValueError, match=r"^0\.forward: its argument window is not served, got 4"):
             model[0](*arguments, window=4)
