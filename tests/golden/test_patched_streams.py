@@ -70,9 +70,9 @@ def test_patched_stream(name, activated):
                             bank[k][row, place * tokens : (place + 1) * tokens] = prototypes[label][k][row]
         else:
             start, frames = event["start"], event["frames"]
+            grid_sizes = torch.tensor([[frames, *config["grid_hw"]]] * batch)
             out = layer(
-                recorded["x"], torch.full((batch,), frames * tokens), torch.tensor([[frames, *config["grid_hw"]]] * batch),
-                freqs, None, cache, start * tokens, None, bank, event["update_bank"], event["is_recache"],
+                recorded["x"], torch.full((batch,), frames * tokens), grid_sizes, freqs, None, cache, start * tokens, None, bank, event["update_bank"], event["is_recache"],
                 event["update_cache"],
             )  # fmt: skip
             assert_close(out, recorded["out_sma" if activated else "out_dense"], tolerance["out"])
@@ -81,7 +81,7 @@ def test_patched_stream(name, activated):
                     if f"{which}_{end}_end_frames" in event:
                         assert int(kept[f"{end}_end_index"]) == event[f"{which}_{end}_end_frames"] * tokens
                         checked += 1
-            if event["update_bank"]:
+            if "k_new_after" in event:
                 prototypes[event["k_new_after"]] = {k: bank[f"{k}_new"].clone() for k in "kv"}
             if "cache_k" in recorded:
                 for held, k in zip(contents(cache), "kv", strict=True):
