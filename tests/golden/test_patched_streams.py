@@ -71,9 +71,10 @@ def test_patched_stream(name, activated):
         else:
             start, frames = event["start"], event["frames"]
             grid_sizes = torch.tensor([[frames, *config["grid_hw"]]] * batch)
+            flags = event["update_bank"], event["is_recache"], event["update_cache"]
+            lengths = torch.full((batch,), frames * tokens)
             out = layer(
-                recorded["x"], torch.full((batch,), frames * tokens), grid_sizes, freqs, None, cache, start * tokens, None, bank, event["update_bank"], event["is_recache"],
-                event["update_cache"],
+                recorded["x"], lengths, grid_sizes, freqs, None, cache, start * tokens, None, bank, *flags
             )  # fmt: skip
             assert_close(out, recorded["out_sma" if activated else "out_dense"], tolerance["out"])
             for kept, which in ((cache, "cache"), (bank, "bank")):
