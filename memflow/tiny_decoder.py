@@ -52,8 +52,8 @@ class Grow(nn.Module):
 class TinyVideoDecoder(ModelMixin, ConfigMixin):
     """Latents to video with a few small convolutions, causal in time.
 
-    latent_channels: of a latent. channels: of the stages and of the last convolution. grow: frames that each stage makes
-    of one. patch_size: pixels per side that the last convolution gives as channels.
+    latent_channels: of a latent. channels: of the stages and of the last convolution. grow: frames that each stage
+    makes of one. patch_size: pixels per side that the last convolution gives as channels.
     """
 
     @register_to_config
