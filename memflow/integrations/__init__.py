@@ -5,6 +5,7 @@ WanTransformer3DModel without `MemFlowPipeline`.
 """
 
 from memflow.integrations.cache import contents
+from memflow.integrations.diffusers import StreamingAttention
 from memflow.integrations.patching import PatchedCall, patch, unpatch
 
-__all__ = ["PatchedCall", "contents", "patch", "unpatch"]
+__all__ = ["PatchedCall", "StreamingAttention", "contents", "patch", "unpatch"]
