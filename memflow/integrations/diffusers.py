@@ -52,6 +52,8 @@ class StreamingAttention:
         mask = (embeds != 0).any(-1) if mask is None else mask.bool()
         if mask.shape != embeds.shape[:2]:
             raise MemFlowError(f"mask must be [B, T] = {list(embeds.shape[:2])}, got {list(mask.shape)}")
+        if self.begun == self.position:
+            raise MemFlowError(f"prompt: chunk {self.position} is under way under another one; keep it first")
         device = self.transformer.device
         self.text = encode_prompt(self.transformer, embeds.to(device, self.transformer.dtype), mask.to(device))
         self.switched = self.position > 0

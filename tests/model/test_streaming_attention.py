@@ -69,6 +69,9 @@ def test_what_is_wrong_is_named(toy):
             streaming.denoise(torch.zeros(shape), 1000)
     with pytest.raises(MemFlowError, match="no chunk has been kept"):
         streaming.snapshot()
+    streaming.denoise(latents, 1000)
+    with pytest.raises(MemFlowError, match="chunk 0 is under way"):
+        streaming.prompt(torch.zeros(1, 4, dim))
     streaming.keep(latents)
     with pytest.raises(MemFlowError, match=r"a stream keeps its size; it began with \(4, 4\) tokens, not \(4, 8\)"):
         streaming.keep(torch.zeros(1, 192, 3, 8, 16))
