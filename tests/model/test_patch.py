@@ -123,6 +123,32 @@ def test_inference_mode():
     assert_same(ours, theirs)
 
 
+def test_whoever_is_innermost_says_whether_a_pass_stores():
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *arguments, update_cache=False):
+            return self.model(*arguments, update_cache=update_cache)
+
+    wrapper = Wrapper(built(DeferringModel))
+    names = patch(wrapper, returns=lambda call: (call.output, None))
+    assert names == ["model.blocks.0.self_attn", "model.blocks.1.self_attn"]
+    cache, x = new_cache(2, 12), torch.zeros(1, CHUNK * TOKENS, DIM)
+    ends = []
+    with torch.no_grad():
+        for call in (
+            lambda: wrapper(x, cache, 0),
+            lambda: wrapper(x, cache, 0, update_cache=True),
+            lambda: wrapper(x, cache, 3 * TOKENS),
+            lambda: wrapper.model(x, cache, 3 * TOKENS),
+        ):
+            call()
+            ends.append(int(cache[1]["global_end_index"]) // TOKENS)
+    assert ends == [0, 3, 3, 6]
+
+
 # -- the caller's buffers ------------------------------------------------------------------------------------------
 
 
