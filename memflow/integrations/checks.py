@@ -63,13 +63,36 @@ def check_module(name: str, module: nn.Module, attributes: tuple[str, ...]) -> N
         raise ValueError(f"{name}.norm_k: eps {module.norm_k.eps} differs from that of norm_q, {module.norm_q.eps}")
 
 
-class Inputs:
-    """Reads the arguments of one self-attention's calls."""
+class GridSizes:
+    """Reads `grid_sizes`; a tensor is read once, however many layers get it."""
 
-    def __init__(self, name: str, signature: inspect.Signature, memory: MemoryConfig):
-        self.name, self.signature, self.memory = name, signature, memory
+    def __init__(self):
+        self.last: tuple[Tensor, int | None, tuple[int, int, int]] | None = None
+
+    def read(self, grid_sizes, name: str) -> tuple[int, int, int]:
+        """(frames, rows, columns) of a call of the module `name`."""
+        if not isinstance(grid_sizes, Tensor):
+            return self._common([tuple(int(size) for size in row) for row in grid_sizes], name)
+        count = version(grid_sizes)
+        if self.last is None or self.last[0] is not grid_sizes or count is None or self.last[1] != count:
+            grid = self._common([tuple(row) for row in grid_sizes.tolist()], name)
+            self.last = (grid_sizes, count, grid)
+        return self.last[2]
+
+    def _common(self, rows: list[tuple[int, ...]], name: str) -> tuple[int, int, int]:
+        if len(set(rows)) != 1 or len(rows[0]) != 3:
+            raise ValueError(
+                f"{name}.forward: grid_sizes must be one (frames, rows, columns) for all batch rows, got {rows}"
+            )
+        return rows[0]
+
+
+class Inputs:
+    """Reads the arguments of one self-attention's calls. sizes: shared by all layers of a model."""
+
+    def __init__(self, name: str, signature: inspect.Signature, memory: MemoryConfig, sizes: GridSizes):
+        self.name, self.signature, self.memory, self.sizes = name, signature, memory, sizes
         self.freqs: Tensor | None = None
-        self.grid: tuple[Tensor, int | None, tuple[int, int, int]] | None = None
 
     def read(self, module: nn.Module, args: tuple, kwargs: dict) -> Call:
         bound = self.signature.bind(*args, **kwargs)
@@ -83,7 +106,7 @@ class Inputs:
         x, kv_cache, kv_bank = given["x"], given["kv_cache"], given.get("kv_bank")
         if kv_cache is None:
             raise ValueError(f"{self.name}.forward: kv_cache is None (training with a block_mask) is not served")
-        grid = self._grid(given["grid_sizes"])
+        grid = self.sizes.read(given["grid_sizes"], self.name)
         if x.ndim != 3 or grid[0] * grid[1] * grid[2] != x.shape[1]:
             raise ValueError(
                 f"{self.name}.forward: x must be [B, {grid[0]} * {grid[1]} * {grid[2]}, C] as grid_sizes says, without "
@@ -105,22 +128,6 @@ class Inputs:
             bool(given.get("is_recache")),
             None if update_cache is None else bool(update_cache),
         )
-
-    def _grid(self, grid_sizes) -> tuple[int, int, int]:
-        """(frames, rows, columns); a tensor is read once, however many layers get it."""
-        if not isinstance(grid_sizes, Tensor):
-            rows = [tuple(int(size) for size in row) for row in grid_sizes]
-        elif self.grid is not None and self.grid[0] is grid_sizes and self.grid[1] == version(grid_sizes) is not None:
-            return self.grid[2]
-        else:
-            rows = [tuple(row) for row in grid_sizes.tolist()]
-        if len(set(rows)) != 1 or len(rows[0]) != 3:
-            raise ValueError(
-                f"{self.name}.forward: grid_sizes must be one (frames, rows, columns) for all batch rows, got {rows}"
-            )
-        if isinstance(grid_sizes, Tensor):
-            self.grid = (grid_sizes, version(grid_sizes), rows[0])
-        return rows[0]
 
     def _start(self, given: dict, tokens: int) -> int:
         start = int(given["current_start"])

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from memflow.integrations.attention import CallerAttention
 from memflow.integrations.cache import put_in_order
-from memflow.integrations.checks import Inputs, check_module
+from memflow.integrations.checks import GridSizes, Inputs, check_module
 from memflow.memory import MemoryConfig
 
 ATTRIBUTES = ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads")
@@ -38,11 +38,14 @@ class PatchedCall(NamedTuple):
     local_end: int
 
 
+Returns = Callable[[PatchedCall], object]
+
+
 def patch(
     model: nn.Module,
     *,
     memory: MemoryConfig | None = None,
-    returns: Callable[[PatchedCall], object] | None = None,
+    returns: Returns | None = None,
 ) -> list[str]:
     """Replace every self-attention of the causal Wan kind in `model`; returns the names of the patched modules.
 
@@ -71,9 +74,10 @@ def patch(
         )
     for name, module in found.items():
         check_module(name, module, ATTRIBUTES)
-    mode = StoreMode(model, set(found.values()))
+    mode, sizes = StoreMode(model, set(found.values())), GridSizes()
     for name, module in found.items():
-        module._memflow_patch = Patch(module, name, memory, returns, mode)
+        inputs = Inputs(name, inspect.signature(module.forward), memory, sizes)
+        module._memflow_patch = Patch(module, inputs, CallerAttention(module, name, memory), returns, mode)
     model._memflow_store_mode = mode
     return list(found)
 
@@ -103,11 +107,11 @@ def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
 class Patch:
     """One self-attention with our forward in place of its own."""
 
-    def __init__(self, module: nn.Module, name: str, memory: MemoryConfig, returns, mode: StoreMode):
-        self.module, self.returns, self.mode = module, returns, mode
+    def __init__(
+        self, module: nn.Module, inputs: Inputs, attention: CallerAttention, returns: Returns | None, mode: StoreMode
+    ):
+        self.module, self.inputs, self.attention, self.returns, self.mode = module, inputs, attention, returns, mode
         self.own = module.__dict__.get("forward")  # set on the object by offloading hooks, for example
-        self.inputs = Inputs(name, inspect.signature(module.forward), memory)
-        self.attention = CallerAttention(module, name, memory)
         # Weakly: a video's buffers belong to the caller and go when the caller drops them.
         self.buffers: WeakIdKeyDictionary = WeakIdKeyDictionary()
         module.forward = self.forward
