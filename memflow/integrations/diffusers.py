@@ -6,8 +6,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
-from memflow.memory import FrameMemory, MemoryConfig, MemorySnapshot, Prompt
+from memflow.memory import FrameMemory, MemorySnapshot, Prompt
 from memflow.passes import denoise, encode_prompt, fix
 from memflow.processors import head_sizes, install, uninstall
 
