@@ -14,11 +14,12 @@ from . import environment
 from .cases import load_cases
 from .definitions import export
 from .providers import PROVIDERS
+from .realtime import RealtimeExperiment, run_realtime
 from .report import write_report
 from .rows import Row, write
 from .runner import DTYPES, Experiment, run_experiment
 from .streams import StreamExperiment, run_stream
-from .suites import SUITES, suite
+from .suites import SUITES, AnyExperiment, suite
 from .table import markdown
 
 
@@ -77,6 +78,8 @@ def run_suite(options: argparse.Namespace) -> int:
         print(f"[{number}/{len(experiments)}, {time.perf_counter() - begin:.0f} s] {experiment.title}", flush=True)
         if isinstance(experiment, StreamExperiment):
             rows += run_stream(experiment, device, say)
+        elif isinstance(experiment, RealtimeExperiment):
+            rows += run_realtime(experiment, device, say)
         else:
             rows += run_experiment(experiment, providers, device, cold=not options.warm, graphs=True, say=say)
         if options.output:
@@ -90,7 +93,7 @@ def run_suite(options: argparse.Namespace) -> int:
     return 0
 
 
-def selected(options: argparse.Namespace, device: torch.device) -> list[Experiment | StreamExperiment]:
+def selected(options: argparse.Namespace, device: torch.device) -> list[AnyExperiment]:
     backends = tuple(
         name
         for name, reason in available_backends().items()
@@ -110,8 +113,8 @@ def selected(options: argparse.Namespace, device: torch.device) -> list[Experime
     return found
 
 
-def workload_of(experiment: Experiment | StreamExperiment) -> str:
-    return "stream" if isinstance(experiment, StreamExperiment) else experiment.workload
+def workload_of(experiment: AnyExperiment) -> str:
+    return experiment.workload if isinstance(experiment, Experiment) else experiment.title.split()[0]
 
 
 def chosen_providers(wished: list[str] | None) -> list:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from .cases import case, load_cases
+from .realtime import PLAIN, RealtimeExperiment
 from .runner import Experiment
 from .streams import StreamExperiment
 
-SUITES = ("quick", "kernels", "stream")
+SUITES = ("quick", "kernels", "stream", "realtime")
 REFERENCE = "reference path"
 
 
-def suite(name: str, device: str, backends: tuple[str, ...]) -> list[Experiment | StreamExperiment]:
+AnyExperiment = Experiment | StreamExperiment | RealtimeExperiment
+
+
+def suite(name: str, device: str, backends: tuple[str, ...]) -> list[AnyExperiment]:
     """The experiments of a suite on a kind of device ("cpu" or "cuda"); `backends`: those of ours that can run.
 
     quick: everything at sizes that two CPU cores measure in minutes, the layer at full size. kernels: the ops at full
-    size, every variant and sweep. stream: whole layers and streams; on a CPU of the reduced model.
+    size, every variant and sweep. stream: whole layers and streams; on a CPU of the reduced model. realtime: frames per
+    second of loop and decoder, in every way that the loop can be run; on a CPU the reduced model, plainly.
     """
     if name not in SUITES:
         raise ValueError(f"there is no suite {name!r}; suites: {', '.join(SUITES)}")
-    return {"quick": quick, "kernels": kernels, "stream": streams}[name](device == "cuda", backends)
+    return {"quick": quick, "kernels": kernels, "stream": streams, "realtime": realtime}[name](
+        device == "cuda", backends
+    )
 
 
 def of(sweep: str, like: str) -> list[str]:
@@ -74,3 +81,10 @@ def streams(gpu: bool, backends: tuple[str, ...]) -> list[Experiment | StreamExp
         StreamExperiment(base, "bfloat16", backends, without_memory=True, budget=60),
         StreamExperiment(case("toy"), backends=backends, budget=15),
     ]
+
+
+def realtime(gpu: bool, backends: tuple[str, ...]) -> list[RealtimeExperiment]:
+    if gpu:
+        return [RealtimeExperiment(case("wan-1.3b-480p"))]
+    small = {"base_dim": 8, "z_dim": 16, "num_res_blocks": 1}
+    return [RealtimeExperiment(case("quarter"), "float32", (PLAIN,), vae=small, least=2)]

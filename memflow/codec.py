@@ -9,6 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
+from memflow.tiny_decoder import TinyStreamDecoder, TinyVideoDecoder
+
 _PEAK = 0.4  # pixel contrast (before the squash) of the lowest band of latents of unit variance
 
 
@@ -181,37 +183,45 @@ class WanDecoder:
         self.frames, self.cache = frames, cache
 
 
-StreamDecoder = PixelShuffleDecoder | WanDecoder
+StreamDecoder = PixelShuffleDecoder | WanDecoder | TinyStreamDecoder
+Vae = PixelShuffleCodec | AutoencoderKLWan | TinyVideoDecoder
 
 
-def stream_decoder(vae: PixelShuffleCodec | AutoencoderKLWan) -> StreamDecoder:
+def stream_decoder(vae: Vae) -> StreamDecoder:
     """A decoder at the start of a video, one per stream."""
+    if isinstance(vae, TinyVideoDecoder):
+        return TinyStreamDecoder(vae)
     return (PixelShuffleDecoder if _is_pixel_shuffle(vae) else WanDecoder)(vae)
 
 
-def temporal_factor(vae: PixelShuffleCodec | AutoencoderKLWan) -> int:
-    """Video frames per latent frame (after the first, which is a single video frame with AutoencoderKLWan)."""
+def temporal_factor(vae: Vae) -> int:
+    """Video frames per latent frame (after the first, which is a single video frame but with PixelShuffleCodec)."""
+    if isinstance(vae, TinyVideoDecoder):
+        return vae.temporal_factor
     return vae.config.temporal if _is_pixel_shuffle(vae) else 2 ** sum(vae.config.temperal_downsample)
 
 
-def spatial_factor(vae: PixelShuffleCodec | AutoencoderKLWan) -> int:
+def spatial_factor(vae: Vae) -> int:
     """Pixels per latent pixel, along height and width."""
+    if isinstance(vae, TinyVideoDecoder):
+        return vae.spatial_factor
     if _is_pixel_shuffle(vae):
         return vae.config.spatial
     return 2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1)
 
 
-def video_frames(vae: PixelShuffleCodec | AutoencoderKLWan, latent_frames: int, first: bool) -> int:
+def video_frames(vae: Vae, latent_frames: int, first: bool) -> int:
     """Video frames that `latent_frames` latent frames decode to; `first`: they are the first of the stream."""
     frames = latent_frames * temporal_factor(vae)
-    if first and latent_frames and not _is_pixel_shuffle(vae):
+    if first and latent_frames and not isinstance(vae, PixelShuffleCodec):
         frames -= temporal_factor(vae) - 1
     return frames
 
 
 def _is_pixel_shuffle(vae: object) -> bool:
     if not isinstance(vae, PixelShuffleCodec | AutoencoderKLWan):
-        raise TypeError(f"vae must be a PixelShuffleCodec or an AutoencoderKLWan, got {type(vae).__name__}")
+        kinds = "a PixelShuffleCodec, an AutoencoderKLWan or a TinyVideoDecoder"
+        raise TypeError(f"vae must be {kinds}, got {type(vae).__name__}")
     return isinstance(vae, PixelShuffleCodec)
 
 

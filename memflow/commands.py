@@ -128,6 +128,14 @@ def generate(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    decoder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A TAEHV checkpoint that decodes in place of the model's VAE, for real time. \\[default: the VAE]",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -194,6 +202,7 @@ def generate(
         top_k=top_k,
         model=model,
         preset=preset,
+        decoder=decoder,
         device=device,
         dtype=dtype and dtype.value,
         backend=backend,

@@ -56,6 +56,7 @@ def _run(request: Request, jobs: list[Job], results: list[Result], console: Cons
         import torch
 
         from memflow import loading
+        from memflow.tiny_decoder import use_decoder
 
         known = jobs[0].state
         device = loading.choose_device(request.device)
@@ -64,12 +65,17 @@ def _run(request: Request, jobs: list[Job], results: list[Result], console: Cons
         preset = request.preset or known.get("preset")
         with loading.backend(request.backend, device):
             pipe = loading.load_pipeline(model, device, dtype, preset=preset, prompt_cache=request.prompt_cache)
+            decoder = request.decoder or known.get("decoder")
+            if decoder:
+                use_decoder(pipe, decoder)
             _prepare(pipe, [prompt for job in jobs if job.story for prompt in job.story.prompts])
     dtype_name = str(dtype).removeprefix("torch.")
     with loading.backend(request.backend, device):
         for number, job in enumerate(jobs, start=1):
             extra = {"name": job.name, "model": _lasting(model), "dtype": dtype_name}
             extra |= {"preset": preset} if preset else {}
+            if decoder:
+                extra["decoder"] = str(Path(decoder).absolute())
             try:
                 stream = _stream(pipe, job, request)
                 title = f"{number}/{len(jobs)} {job.name}" if len(jobs) > 1 else job.name

@@ -30,8 +30,8 @@ def encode_prompt(transformer: WanTransformer3DModel, embeds: Tensor, mask: Tens
     return Prompt(torch.stack(keys), torch.stack(values), mask)
 
 
-def denoise(transformer: WanTransformer3DModel, latents: Tensor, timestep: float, step: Pass) -> Tensor:
-    """Flow [B, C, F, h, w] that the model sees in `latents` (same shape) at `timestep` (0 to 1000).
+def denoise(transformer: WanTransformer3DModel, latents: Tensor, timestep: float | Tensor, step: Pass) -> Tensor:
+    """Flow [B, C, F, h, w] that the model sees in `latents` (same shape) at `timestep`, 0 to 1000 or a tensor [B].
 
     Overwrites the keys and values that an earlier pass over the same frames left in the pool.
     """
@@ -61,7 +61,9 @@ def fix(transformer: WanTransformer3DModel, latents: Tensor, step: Pass) -> None
         last.attn1.processor.write(last.attn1, hidden, context.step)
 
 
-def _timesteps(latents: Tensor, timestep: float) -> Tensor:
+def _timesteps(latents: Tensor, timestep: float | Tensor) -> Tensor:
+    if isinstance(timestep, Tensor):
+        return timestep
     return torch.full((latents.shape[0],), timestep, dtype=torch.float32, device=latents.device)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from memflow.codec import spatial_factor, temporal_factor
 from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
+from memflow.float8 import to_float8
+from memflow.graphs import GraphedDenoiser
 from memflow.plan import Plan
 from memflow.presets import PRESETS, find_preset
 from memflow.prompts import PromptBook
@@ -77,6 +79,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         DistilledSchedule(scheduler, denoising_steps)  # refuses what cannot work here and not in the first chunk
         self.spatial_factor = spatial_factor(vae)
+        self.cuda_graphs = False
 
     @classmethod
     def from_preset(cls, name: str = "toy", *, dtype: torch.dtype = torch.float32) -> MemFlowPipeline:
@@ -127,6 +130,23 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def frames_per_chunk(self) -> int:
         """Video frames in a chunk (a causal VAE gives fewer for the first)."""
         return self.memory_config.frames_per_chunk * temporal_factor(self.vae)
+
+    def compile(self, *, graphs: bool = False, **options) -> None:
+        """Compile the blocks of the transformer, all of them with the same graphs: one for a first chunk, one for all
+        that follow and one for prompt switches, whatever memory holds. For streams that are made from now on.
+
+        graphs: also replay denoising passes as CUDA graphs, once the memory is full; needs a GPU, and weights that stay
+        where they are. options: of torch.compile, `mode="max-autotune-no-cudagraphs"` for example.
+        """
+        if graphs:
+            GraphedDenoiser(self.transformer)  # says what is in the way
+        self.cuda_graphs = graphs
+        self.transformer.compile_repeated_blocks(**{"fullgraph": True, "dynamic": True} | options)
+
+    def use_float8(self) -> list[str]:
+        """Let the linear layers of the blocks compute in float8, weights and inputs; returns their names. See
+        `memflow.float8`. MemFlowError where that cannot be. Before `compile`."""
+        return to_float8(self.transformer)
 
     def chunks_for(self, seconds: float) -> int:
         """Whole chunks nearest to `seconds` of video, at least one."""

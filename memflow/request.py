@@ -10,7 +10,7 @@ from memflow.errors import MemFlowError
 from memflow.story import Story, check_prompts, read_stories
 
 _FROM_STATE = ("story", "prompts", "seconds_per_prompt", "seed", "height", "width", "memory", "held", "top_k")
-_FROM_STATE += ("preset", "dtype")
+_FROM_STATE += ("preset", "dtype", "decoder")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Request:
     top_k: int | None = None
     model: str | None = None
     preset: str | None = None
+    decoder: Path | None = None
     device: str | None = None
     dtype: str | None = None
     backend: str | None = None

@@ -111,10 +111,10 @@ def _model_identity(pipeline) -> dict:
 
 def _fingerprint(model: torch.nn.Module) -> str:
     """Tells fine-tuned models and adapters of the same shape apart: a checksum of a few numbers of every parameter."""
-    few = [
-        parameter.detach().flatten()[:: max(1, parameter.numel() // 4)].float().cpu()
-        for parameter in model.parameters()
-    ]
+    few = []
+    for parameter in model.parameters():
+        stored = getattr(parameter, "qdata", parameter).detach().flatten()  # torchao's quantised tensors
+        few.append(stored[:: max(1, stored.numel() // 4)].float().cpu())
     return f"{zlib.crc32(torch.cat(few).numpy().tobytes()):08x}"
 
 

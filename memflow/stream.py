@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from memflow.codec import stream_decoder
 from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
+from memflow.graphs import GraphedDenoiser
 from memflow.memory import MemorySnapshot, Pass, Prompt
 from memflow.noise import Noise
 from memflow.passes import denoise, encode_prompt, fix
@@ -76,6 +78,7 @@ class Stream(Iterator[Chunk]):
         self.mask: Tensor | None = None
         self.prompt: Prompt | None = None
         self.decoder = stream_decoder(pipeline.vae)
+        self.denoise = GraphedDenoiser(transformer) if pipeline.cuda_graphs else partial(denoise, transformer)
         self._unfixed: tuple[Tensor, Pass] | None = None
         self._broken_at: int | None = None
 
@@ -171,7 +174,7 @@ class Stream(Iterator[Chunk]):
         step = self.memory.pass_over(start, self.config.frames_per_chunk, self.prompt)
         latents = self.noise(self.latent_shape).to(device)
         for index, timestep in enumerate(schedule.timesteps):
-            flow = denoise(self.pipeline.transformer, self._model_input(latents), timestep, step)
+            flow = self.denoise(self._model_input(latents), timestep, step)
             clean = schedule.clean(index, latents, flow)
             if index + 1 < len(schedule):
                 latents = schedule.add_noise(index + 1, clean, self.noise(self.latent_shape).to(device))

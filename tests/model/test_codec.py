@@ -1,6 +1,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from peak import peak_bytes
 from safetensors.torch import load_file, save_file
 
 from memflow.codec import PixelShuffleCodec, spatial_factor, stream_decoder, temporal_factor, video_frames
@@ -166,3 +167,12 @@ def test_decoders_name_what_they_cannot_serve(vae):
             stream_decoder(vae)
     finally:
         vae.disable_tiling()
+
+
+def test_wan_peak_memory_does_not_grow_with_the_video(vae):
+    decoder = stream_decoder(vae)
+    peaks = [peak_bytes(lambda: decoder.decode(LATENTS[:, :, :2])) for _ in range(6)]
+    assert max(peaks[2:]) <= 1.02 * peaks[1]
+    with torch.no_grad():
+        whole = [peak_bytes(lambda n=n: vae.decode(LATENTS[:, :, :n])) for n in (2, 7)]
+    assert whole[1] > 1.1 * whole[0], "the counter sees growth"

@@ -1,0 +1,169 @@
+"""What makes the real model fast, and that it changes no result: passes that end early, CUDA graphs, float8."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig
+from torch.utils.flop_counter import FlopCounterMode
+
+from memflow import MemFlowError, MemFlowPipeline, MemoryConfig, float8, graphs
+from memflow.float8 import float8_linears, to_float8
+from memflow.passes import denoise, fix
+
+
+def on_a_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
+SMALL = {"height": 32, "width": 32}
+STORY = ["a red boat", "an owl"]
+
+
+def latents_of(pipeline, prompts=STORY, **settings) -> torch.Tensor:
+    stream = pipeline.stream(prompts, seconds_per_prompt=6 * 0.75, memory=MemoryConfig(top_k=2), **SMALL, **settings)
+    return torch.cat([chunk.latents for chunk in stream], dim=2)
+
+
+# -- the clean pass ----------------------------------------------------------------------------------------------------
+
+
+def flops(run) -> int:
+    """Of the products that linear layers and convolutions are made of."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_the_clean_pass_leaves_out_what_nobody_reads(toy):
+    stream = toy.stream(["a red boat"], **SMALL)
+    next(stream)
+    latents, step = stream._unfixed
+    transformer, config = toy.transformer, toy.transformer.config
+    whole = flops(lambda: denoise(transformer, latents, 0.0, step))
+    clean = flops(lambda: fix(transformer, latents, step))
+    tokens, dim = 3 * 8 * 8 // 4, config.num_attention_heads * config.attention_head_dim
+    head = dim * config.out_channels * 4
+    rest_of_last_block = 3 * dim * dim + 2 * dim * config.ffn_dim  # attn1.to_out, attn2.to_q, attn2.to_out, ffn
+    assert whole - clean == 2 * tokens * (head + rest_of_last_block)
+
+
+@torch.no_grad()
+def test_the_clean_pass_writes_what_a_whole_pass_writes(toy):
+    stream = toy.stream(["a red boat"], **SMALL)
+    next(stream)
+    latents, step = stream._unfixed
+    pool = stream.memory.pool
+    fix(toy.transformer, latents, step)
+    short = {name: buffer.clone() for name, buffer in pool.state_dict().items()}
+    denoise(toy.transformer, latents, 0.0, step)
+    for name, buffer in pool.state_dict().items():
+        torch.testing.assert_close(short[name], buffer, rtol=0, atol=1e-6)
+
+
+def test_prompt_keys_are_computed_once_per_prompt(toy):
+    pipeline = MemFlowPipeline.from_preset("toy")
+    calls = []
+    for block in pipeline.transformer.blocks:
+        for linear in (block.attn2.to_k, block.attn2.to_v):
+            linear.register_forward_hook(lambda *_: calls.append(1))
+    latents_of(pipeline)
+    assert len(calls) == len(STORY) * 2 * len(pipeline.transformer.blocks)
+
+
+# -- CUDA graphs -------------------------------------------------------------------------------------------------------
+
+
+def test_graphs_need_a_gpu(toy):
+    with pytest.raises(MemFlowError, match="CUDA graphs need a model on a GPU; this one is on cpu"):
+        toy.compile(graphs=True)
+    assert not toy.cuda_graphs
+
+
+def test_a_captured_pass_takes_everything_that_changes_from_its_inputs(toy, monkeypatch):
+    """Played on a CPU: a capture is a function that runs the pass again on the tensors that it was captured with."""
+    captures = []
+
+    def capture(run):
+        result = run()
+        captures.append(1)
+        return lambda: result.copy_(run()), result
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "_require_gpu", lambda transformer: None)
+    expected = latents_of(toy, [*STORY, "a lighthouse"])
+    pipeline = MemFlowPipeline.from_preset("toy")
+    pipeline.cuda_graphs = True
+    assert torch.equal(latents_of(pipeline, [*STORY, "a lighthouse"]), expected)
+    assert len(captures) == 1, "one size, that of a full memory, lasts long enough"
+
+
+@on_a_gpu
+def test_graphs_on_a_gpu(toy):
+    pipeline = MemFlowPipeline.from_preset("toy").to("cuda")
+    expected = latents_of(pipeline)
+    pipeline.cuda_graphs = True
+    torch.testing.assert_close(latents_of(pipeline), expected, rtol=0, atol=1e-4)
+
+
+# -- float8 ------------------------------------------------------------------------------------------------------------
+
+
+def real(**changes) -> WanTransformer3DModel:
+    with torch.device("meta"):
+        sizes = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 2}
+        return WanTransformer3DModel(**sizes | changes)
+
+
+def test_what_becomes_float8():
+    model = real()
+    in_a_block = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0"]
+    in_a_block += ["ffn.net.0.proj", "ffn.net.2"]
+    assert float8_linears(model) == [f"blocks.{i}.{name}" for i in range(2) for name in in_a_block]
+    converted = sum(model.get_submodule(name).weight.numel() for name in float8_linears(model))
+    assert converted / sum(p.numel() for p in model.blocks.parameters()) > 0.89
+    model.fuse_qkv_projections()
+    fused = {name for name in float8_linears(model) if name.startswith("blocks.0.attn")}
+    assert fused == {f"blocks.0.attn{x}" for x in ("1.to_qkv", "1.to_out.0", "2.to_q", "2.to_out.0")}
+    assert float8_linears(real(ffn_dim=8961)) == [
+        f"blocks.{i}.{name}" for i in range(2) for name in in_a_block if "ffn" not in name
+    ]
+
+
+def test_float8_says_why_not(toy, monkeypatch):
+    with pytest.raises(MemFlowError, match=r"float8: the weights must be bfloat16, got torch\.float32"):
+        toy.use_float8()
+    with pytest.raises(MemFlowError, match="float8: the model must be on a GPU, it is on meta"):
+        to_float8(real().to(torch.bfloat16))
+    with pytest.raises(MemFlowError, match="no linear layer of its blocks whose sizes are multiples of 16"):
+        to_float8(real(num_attention_heads=1, attention_head_dim=20, ffn_dim=30))
+    with_lora = MemFlowPipeline.from_preset("toy").transformer
+    with_lora.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    with pytest.raises(MemFlowError, match="has LoRA layers; merge them"):
+        to_float8(with_lora)
+    model = real().to(torch.bfloat16)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(MemFlowError, match="an A100 has no float8 arithmetic"):
+        to_float8(model)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(float8, "find_spec", lambda name: None)
+    with pytest.raises(MemFlowError, match=r"torchao is not installed: pip install 'memflow-kernels\[float8\]'"):
+        to_float8(model)
+
+
+@on_a_gpu
+def test_float8_on_a_gpu(tmp_path):
+    pytest.importorskip("torchao", reason="float8 needs torchao: pip install 'memflow-kernels[float8]'")
+    plain, pipeline = (MemFlowPipeline.from_preset("toy", dtype=torch.bfloat16).to("cuda") for _ in range(2))
+    assert pipeline.use_float8() == float8_linears(plain.transformer)
+    expected, made = latents_of(plain), latents_of(pipeline)
+    assert not torch.equal(made, expected)
+    assert (made - expected).norm() / expected.norm() < 0.2
+    stream = pipeline.stream(STORY, **SMALL)
+    next(stream)
+    stream.save(tmp_path / "state")
+    assert torch.equal(next(pipeline.resume(tmp_path / "state")).latents, next(stream).latents)

@@ -1,0 +1,26 @@
+"""The example programs run as they stand there, and say what they promise."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SAYS = {
+    "diffusers_loop.py": "chunk 5: latents of std",
+    "from_flash_attention.py": "with the top 3 of 6 remembered frames per head: (1, 72, 4, 64)",
+}
+
+
+def test_every_example_is_run():
+    assert sorted(SAYS) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_example(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert SAYS[name] in capsys.readouterr().out
