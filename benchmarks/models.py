@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch import Tensor
 
-from memflow.memory import MemoryConfig
+from memflow.config import MemoryConfig
 from memflow.pipeline import MemFlowPipeline
 from memflow.pipeline import _cast as cast
 from memflow.plan import Plan

@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from memflow import model_commands
+from memflow.model_commands import Dtype
+
 app = typer.Typer(
     help="Stories that stream out as video and remember who was in them.",
     no_args_is_help=True,
@@ -15,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(model_commands.convert)
+app.command()(model_commands.download)
 _STORY, _MEMORY, _RUN = "Story", "Memory", "Running and pausing"
 
 
@@ -23,16 +28,10 @@ class Memory(str, Enum):
 
     prompt = "prompt"
     fifo = "fifo"
+    diverse = "diverse"
+    archive = "archive"
     none = "none"
     reference = "reference"
-
-
-class Dtype(str, Enum):
-    """Number format of the weights and of the memory."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _version(wanted: bool) -> None:
@@ -91,8 +90,18 @@ def generate(
     memory: Annotated[
         Memory | None,
         typer.Option(
-            help="What is remembered: frames that the prompts call for, the newest, only first frames and window, "
-            "or as the published code has it. \\[default: the model's]",
+            help="What is remembered: frames that the prompts call for, the newest, those least alike, all of them "
+            "(in host memory), only first frames and window, or as the published code has it. "
+            "\\[default: the model's]",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
+    held: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Past frames that are held; attention sees the most relevant of them. \\[default: as many as it sees]",
             rich_help_panel=_MEMORY,
         ),
     ] = None,
@@ -111,6 +120,14 @@ def generate(
             metavar="NAME", help="A preset, or a folder of a saved pipeline. \\[default: toy]", rich_help_panel=_RUN
         ),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Run the model as memflow-1.3b, longlive-1.3b or self-forcing-1.3b. \\[default: what its folder says]",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -127,6 +144,14 @@ def generate(
             help="Kernels to use, one that `memflow doctor` lists. \\[default: the fastest]", rich_help_panel=_RUN
         ),
     ] = None,
+    prompt_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prompt-cache/--no-prompt-cache",
+            help="Keep the embeddings of prompts on disk: the text encoder is loaded for new prompts only.",
+            rich_help_panel=_RUN,
+        ),
+    ] = True,
     report: Annotated[
         bool, typer.Option("--report", help="Also draw what was remembered: OUT with .png.", rich_help_panel=_RUN)
     ] = False,
@@ -165,11 +190,14 @@ def generate(
         height=height,
         width=width,
         memory=memory and memory.value,
+        held=held,
         top_k=top_k,
         model=model,
+        preset=preset,
         device=device,
         dtype=dtype and dtype.value,
         backend=backend,
+        prompt_cache=prompt_cache,
         report=report,
         chunks=chunks,
         save_state=save_state,
@@ -179,8 +207,24 @@ def generate(
 
 
 @app.command()
-def doctor() -> None:
-    """Show what this machine can run, and why not the rest."""
-    from memflow.doctor import collect, show
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What this folder or preset takes of a GPU, computed from its shapes."),
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, metavar="PIXELS", help="Of the video.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, metavar="PIXELS", help="Of the video.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format. \\[default: bfloat16]")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A card such as rtx-4090, or GiB. \\[default: those present]")
+    ] = None,
+) -> None:
+    """Show what this machine can run, and why not the rest; with --model, what a model needs."""
+    if model is None:
+        from memflow.doctor import collect, show
 
-    show(collect())
+        show(collect())
+        return
+    from memflow.model_doctor import examine
+
+    examine(model, height=height, width=width, dtype=dtype and dtype.value, gpu=gpu)

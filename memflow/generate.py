@@ -61,12 +61,15 @@ def _run(request: Request, jobs: list[Job], results: list[Result], console: Cons
         device = loading.choose_device(request.device)
         dtype = loading.choose_dtype(known.get("dtype", request.dtype), device)
         model = request.model or known.get("model", "toy")
+        preset = request.preset or known.get("preset")
         with loading.backend(request.backend, device):
-            pipe = loading.load_pipeline(model, device, dtype)
+            pipe = loading.load_pipeline(model, device, dtype, preset=preset, prompt_cache=request.prompt_cache)
+            _prepare(pipe, [prompt for job in jobs if job.story for prompt in job.story.prompts])
     dtype_name = str(dtype).removeprefix("torch.")
     with loading.backend(request.backend, device):
         for number, job in enumerate(jobs, start=1):
             extra = {"name": job.name, "model": _lasting(model), "dtype": dtype_name}
+            extra |= {"preset": preset} if preset else {}
             try:
                 stream = _stream(pipe, job, request)
                 title = f"{number}/{len(jobs)} {job.name}" if len(jobs) > 1 else job.name
@@ -80,18 +83,26 @@ def _run(request: Request, jobs: list[Job], results: list[Result], console: Cons
                 return
 
 
+def _prepare(pipe, prompts: list[str]) -> None:
+    """Encode what is known to come while there is room: the encoder of a real model is larger than all the rest."""
+    if pipe.prompts is not None:
+        pipe.prompts.prepare(prompts)
+
+
 def _stream(pipe, job: Job, request: Request):
     from memflow.loading import choose_memory
 
     if job.story is None:
-        return pipe.resume(request.resume)
+        stream = pipe.resume(request.resume)
+        _prepare(pipe, [text for texts, _ in stream.plan.queue for text in texts])
+        return stream
     return pipe.stream(
         job.story.prompts,
         seconds_per_prompt=10.0 if request.seconds_per_prompt is None else request.seconds_per_prompt,
         height=request.height,
         width=request.width,
         seed=request.seed or 0,
-        memory=choose_memory(request.memory, request.top_k, pipe.memory_config),
+        memory=choose_memory(request.memory, request.held, request.top_k, pipe.memory_config),
     )
 
 
@@ -161,8 +172,9 @@ def _report(job: Job, stream):
 
     config = stream.config
     attended = "all" if config.top_k is None else str(config.top_k)
+    held = "" if config.held_frames is None else f", {config.held_frames} held"
     facts = [
-        f"memory: {'reference' if config.published else config.policy}",
+        f"memory: {'reference' if config.published else config.policy}{held}",
         f"sink {config.sink_frames}, window {config.window_frames}, bank {config.bank_frames} latent frames",
         f"every head attends to {attended} of sink and bank",
         f"seed {stream.seeds[0]}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
+from safetensors import SafetensorError
 
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
+from memflow.lora import WEIGHTS_NAME as LORA_WEIGHTS
+from memflow.presets import find_preset
+from memflow.prompts import PromptBook, cache_folder
 from memflow_kernels.backends import available_backends, refused, use_backend
 
 
@@ -38,9 +44,18 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
-def load_pipeline(model: str, device: torch.device, dtype: torch.dtype):
-    """The `MemFlowPipeline` of a preset or of a folder, on `device`."""
+def load_pipeline(
+    model: str, device: torch.device, dtype: torch.dtype, *, preset: str | None = None, prompt_cache: bool = True
+):
+    """The `MemFlowPipeline` of the embedded model or of a folder, on `device`.
+
+    A folder's text encoder is loaded only for prompts that have no embeddings yet; prompt_cache: look for them, and
+    keep them, on disk. A LoRA that `memflow convert --keep-lora` left in the folder is loaded too. preset: run it as
+    that published model, whatever the folder recorded.
+    """
     folder = Path(model)
+    if preset is not None:
+        find_preset(preset)
     if not folder.exists() and (os.sep in model or model.startswith(".")):
         raise MemFlowError(f"--model {model}: there is no such folder")
     if folder.exists() and not (folder / "model_index.json").is_file():
@@ -50,34 +65,67 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype):
     from memflow.pipeline import MemFlowPipeline
 
     logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     logging.set_verbosity_error()
     if not folder.exists():
+        if preset is not None:
+            raise MemFlowError("--preset is for --model FOLDER: the embedded model has settings of its own")
         pipeline = MemFlowPipeline.from_preset(model, dtype=dtype)
     else:
         try:
-            pipeline = MemFlowPipeline.from_pretrained(folder, dtype=dtype)
+            pipeline = MemFlowPipeline.from_pretrained(folder, dtype=dtype, text_encoder=None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MemFlowError(f"--model {model}: cannot be loaded: {error}") from error
+        if (folder / LORA_WEIGHTS).is_file():
+            pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
+        if preset is not None:
+            pipeline.use_preset(preset)
+        pipeline.prompts = PromptBook(
+            pipeline.tokenizer,
+            lambda: _text_encoder(folder, device, dtype),
+            pipeline.config.text_length,
+            dtype=dtype,
+            folder=cache_folder(folder) if prompt_cache else None,
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
-def choose_memory(policy: str | None, top_k: int | None, trained: MemoryConfig) -> MemoryConfig:
-    """The memory that the model was trained for, with another policy or top_k where they are given."""
+def _text_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
+    try:
+        _, name = json.loads((folder / "model_index.json").read_text())["text_encoder"]
+        encoder = getattr(transformers, name).from_pretrained(folder / "text_encoder", dtype=dtype)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise MemFlowError(f"--model {folder}: its text encoder cannot be loaded: {error}") from error
+    return encoder.to(device).eval()
+
+
+def choose_memory(policy: str | None, held: int | None, top_k: int | None, trained: MemoryConfig) -> MemoryConfig:
+    """The memory that the model was trained for, with another policy, held_frames or top_k where they are given."""
     changes = {} if top_k is None else {"top_k": top_k}
+    if held is not None:
+        changes["held_frames"] = held
     bank = trained.bank_frames or MemoryConfig.bank_frames
-    if policy == "reference":
-        return MemoryConfig.reference(
-            trained.published or "interactive",
-            local_frames=trained.sink_frames + trained.window_frames,
-            sink_frames=trained.sink_frames,
-            bank_frames=bank,
-            frames_per_chunk=trained.frames_per_chunk,
-            **changes,
-        )
-    if policy is not None:
-        changes |= {"policy": policy, "published": None, "bank_frames": bank}
-    return replace(trained, **changes)
+    try:
+        if policy == "reference":
+            if trained.positions != "absolute":
+                raise MemFlowError(
+                    f"--memory reference: the published code has absolute positions, this model {trained.positions}"
+                )
+            return MemoryConfig.reference(
+                trained.published or "interactive",
+                local_frames=trained.sink_frames + trained.window_frames,
+                sink_frames=trained.sink_frames,
+                bank_frames=bank,
+                frames_per_chunk=trained.frames_per_chunk,
+                **changes,
+            )
+        if policy is not None:
+            changes = {"held_frames": None, "published": None} | changes | {"policy": policy, "bank_frames": bank}
+        return replace(trained, **changes)
+    except ValueError as error:
+        option = f"--memory {policy}" if held is None else f"--held {held}"
+        raise MemFlowError(f"{option}: {error}") from None
 
 
 @contextmanager

@@ -6,97 +6,18 @@ published code exactly. Both speak in absolute latent-frame numbers and never re
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memflow.policies import POLICIES, BankView
-from memflow.pool import FramePool
+from memflow.config import MemoryConfig
+from memflow.policies import POLICIES, Held
+from memflow.pool import FramePool, RelativeFramePool
+from memflow.positions import Unplaced, place_keys
 from memflow_kernels import Pool, prompt_relevance
-
-PUBLISHED = ("interactive", "single")  # the published pipelines
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """What is held and what is activated. Every count is in latent frames.
-
-    frames_per_chunk: frames denoised together.
-    sink_frames: the first frames of the stream, kept for ever.
-    window_frames: the newest frames, the current chunk included, the sink not.
-    bank_frames: places for past frames that the prompts call for.
-    top_k: candidate frames (bank + sink) that each head attends to; None = all of them.
-    policy: which frame gives its place when the bank is full: one of `memflow.policies.POLICIES`.
-    aggregate: how a relevance is summed up, "mean" or "softmax" (see `memflow_kernels.prompt_relevance`).
-    record_interval: every how many chunks a prototype (first frame of the chunk) is recorded.
-    published: None, or the name of the published pipeline ("interactive", "single") whose behaviour is repeated
-        exactly, its known defects included; see `MemoryConfig.reference`.
-    global_sink: published behaviour only: False empties sink and window at a prompt switch.
-    """
-
-    frames_per_chunk: int = 3
-    sink_frames: int = 3
-    window_frames: int = 9
-    bank_frames: int = 3
-    top_k: int | None = None
-    policy: str = "prompt"
-    aggregate: str = "mean"
-    record_interval: int = 1
-    published: str | None = None
-    global_sink: bool = True
-
-    def __post_init__(self):
-        for name, least in (("frames_per_chunk", 1), ("sink_frames", 0), ("bank_frames", 0), ("record_interval", 1)):
-            _require_count(name, getattr(self, name), least)
-        _require_count("window_frames", self.window_frames, self.frames_per_chunk)
-        if self.top_k is not None:
-            _require_count("top_k", self.top_k, 1)
-        _require_one_of("policy", self.policy, tuple(POLICIES))
-        _require_one_of("aggregate", self.aggregate, ("mean", "softmax"))
-        if self.published is not None:
-            _require_one_of("published", self.published, PUBLISHED)
-            _require_count("bank_frames", self.bank_frames, 1)
-            _require_one_of("policy", self.policy, ("prompt",))
-            _require_one_of("aggregate", self.aggregate, ("mean",))
-        if self.policy == "none" and self.bank_frames:
-            object.__setattr__(self, "bank_frames", 0)
-
-    @classmethod
-    def reference(
-        cls,
-        mode: str = "interactive",
-        *,
-        local_frames: int = 12,
-        sink_frames: int = 3,
-        record_interval: int = 3,
-        **rest,
-    ) -> MemoryConfig:
-        """The published code, for its checkpoints and the goldens. `local_frames` counts the sink, as it does there."""
-        _require_one_of("mode", mode, PUBLISHED)
-        chunk = rest.get("frames_per_chunk", cls.frames_per_chunk)
-        _require_count("sink_frames", sink_frames, 0)
-        _require_count("local_frames (the sink included)", local_frames, sink_frames + chunk)
-        return cls(
-            published=mode,
-            sink_frames=sink_frames,
-            window_frames=local_frames - sink_frames,
-            record_interval=record_interval,
-            **rest,
-        )
-
-    def create(self, **shape) -> FrameMemory:
-        """The memory of one stream; `shape` as in `FrameMemory`."""
-        if self.published is None:
-            return FrameMemory(self, **shape)
-        from memflow.published import PublishedMemory
-
-        return PublishedMemory(self, **shape)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 class Prompt(NamedTuple):
@@ -115,8 +36,10 @@ class Pass(NamedTuple):
     """One call of the transformer as the attention processors need it.
 
     pools: the layers' pools. prompt: what cross-attention attends to. grid: token rows and columns of a frame.
-    start_frame: [1] int64 on the device. slots: [n] int32, where the frames of the call are written (-1: nowhere).
+    start_frame: [1] int64 on the device, the place of its first frame (`memflow.positions`).
+    slots: [n] int32, where the frames of the call are written (-1: nowhere).
     first_slot, end_slot: the slots attended to. candidates: how many of them compete. top_k: places they compete for.
+    unplaced: with relative positions, what a clean pass writes beside its keys, by layer.
     """
 
     pools: tuple[Pool, ...]
@@ -128,6 +51,7 @@ class Pass(NamedTuple):
     end_slot: int
     candidates: int
     top_k: int | None
+    unplaced: tuple[Unplaced | None, ...] = ()
 
     @property
     def chooses(self) -> bool:
@@ -136,11 +60,16 @@ class Pass(NamedTuple):
 
 
 class MemorySnapshot(NamedTuple):
-    """What the memory holds, on the host. held [layers, B, bank]: frame numbers, -1 = empty place;
-    relevance [layers, B, bank]: to the prompt in force, NaN = empty; sink, window: frame numbers."""
+    """What the memory holds and shows, on the host.
+
+    held: [layers, B, n] frame numbers, -1 = empty place. relevance: [layers, B, n], of each to the prompt in force, as
+    the layers voted on it; NaN = empty. recalled: [layers, B, bank] numbers of the held frames that attention sees,
+    -1 = empty place. sink, window: frame numbers.
+    """
 
     held: np.ndarray
     relevance: np.ndarray
+    recalled: np.ndarray
     sink: list[int]
     window: list[int]
 
@@ -150,17 +79,21 @@ class FrameMemory:
 
     Before a chunk the frames that it will overwrite leave the window; the prototype among them enters the bank, and a
     full bank gives up the frame that the policy names. So a frame is never held twice, a copy never fills the bank,
-    and one update moves one frame.
+    and one update moves one frame. Attention sees all that is held; `memflow.recall.RecallMemory` holds more.
 
-    layers, batch, heads, head_dim: sizes of the model. grid: (rows, columns) of tokens in a frame.
+    layers, batch, heads, head_dim: sizes of the model. grid: (rows, columns) of tokens in a frame. seeds: those of the
+    stories in the batch, for the policies that draw.
     """
 
     extra_slots = 0
 
-    def __init__(self, config: MemoryConfig, *, layers, batch, heads, head_dim, grid, dtype, device):
+    def __init__(
+        self, config: MemoryConfig, *, layers, batch, heads, head_dim, grid, dtype, device, seeds: Sequence[int] = ()
+    ):
         self.config = config
         self.grid = tuple(grid)
-        self.pool = FramePool(
+        self.places = config.places
+        self.pool = (FramePool if self.places is None else RelativeFramePool)(
             bank=config.bank_frames,
             sink=config.sink_frames,
             window=config.window_frames,
@@ -174,10 +107,12 @@ class FrameMemory:
             device=device,
         )
         self.layer_pools = tuple(self.pool.layer(i) for i in range(layers))
+        self.unplaced = tuple(self.pool.unplaced(i) for i in range(layers))
         self.held = torch.full((layers, batch, config.bank_frames), -1, dtype=torch.int64, device=device)
         self.bank_used = 0
         self.updated_for = -1
         self.policy = POLICIES[config.policy]()
+        self.seeds = torch.tensor(list(seeds) or [0] * batch, dtype=torch.int64, device=device)
 
     # -- one chunk ---------------------------------------------------------------------------------------------------
 
@@ -190,8 +125,14 @@ class FrameMemory:
             return
         self.updated_for = start
         prototype = self._leaving_prototype(start)
-        if prototype is None:
-            return
+        if prototype is not None:
+            self.admit(prototype, prompt)
+        self.recall(prompt)
+        if self.places is not None:
+            self.pool.place(self._slot_places(start + self.config.frames_per_chunk))
+
+    def admit(self, prototype: int, prompt: Prompt) -> None:
+        """Hold frame `prototype` of the window."""
         source = self.pool.slot_of(prototype)
         if self.bank_used < self.config.bank_frames:
             self.bank_used += 1
@@ -199,9 +140,12 @@ class FrameMemory:
             self.pool.replace(slot, source)
             self.held[..., slot] = prototype
         else:
-            slot = self.policy.victim(self._bank(prompt))
+            slot = self.policy.victim(self._held(prompt), self._newcomer(prototype, prompt))
             self.pool.replace(slot, source)
-            self.held.scatter_(2, slot.long().unsqueeze(-1), prototype)
+            self._note(slot, prototype)
+
+    def recall(self, prompt: Prompt) -> None:
+        """Choose what attention sees of what is held: here all of it."""
 
     def pass_over(self, start: int, frames: int, prompt: Prompt | None) -> Pass:
         """The context of a call over `frames` frames from frame `start` on, the newest of the stream."""
@@ -214,12 +158,13 @@ class FrameMemory:
             pools=self.layer_pools,
             prompt=prompt,
             grid=self.grid,
-            start_frame=torch.full((1,), start, dtype=torch.int64, device=device),
+            start_frame=torch.full((1,), self._place(start, stop), dtype=torch.int64, device=device),
             slots=torch.tensor(slots, dtype=torch.int32).to(device, non_blocking=True),
             first_slot=config.bank_frames - bank,
             end_slot=config.bank_frames + min(stop, config.sink_frames + config.window_frames),
             candidates=self._candidates(start, stop, bank),
             top_k=config.top_k,
+            unplaced=self.unplaced,
         )
 
     def end_chunk(self, start: int) -> None:
@@ -248,9 +193,7 @@ class FrameMemory:
         relevance = torch.full(held.shape, float("nan"))
         if self.bank_used:
             relevance[..., config.bank_frames - self.bank_used :] = self.relevance(prompt).float().cpu()
-        sink = list(range(min(stop, config.sink_frames)))
-        window = list(range(max(config.sink_frames, stop - config.window_frames), stop))
-        return MemorySnapshot(held.numpy(), relevance.numpy(), sink, window)
+        return MemorySnapshot(held.numpy(), relevance.numpy(), held.numpy().copy(), *self._spans(stop))
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that a resumed stream needs: tensors and whole numbers apart."""
@@ -265,24 +208,76 @@ class FrameMemory:
     def _counters(self) -> tuple[str, ...]:
         return ("bank_used", "updated_for")
 
-    def _bank(self, prompt: Prompt) -> BankView:
-        pool = self.pool.bank(self.bank_used)
-        return BankView(held=self.held, pool=pool, relevance=lambda: self.relevance(prompt))
-
     def relevance(self, prompt: Prompt) -> Tensor:
-        """[layers, B, bank_used] float32: relevance of the held frames to the prompt; padding tokens do not count."""
-        return self._relevance(prompt.key, prompt.mask.repeat(prompt.key.shape[0], 1))
+        """[layers, B, bank_used] float32: relevance of the held frames to the prompt, as the layers voted on it.
 
-    def _relevance(self, text_key: Tensor, text_mask: Tensor | None) -> Tensor:
-        bank = self.pool.bank(self.bank_used)
+        Padding tokens do not count.
+        """
+        mask = prompt.mask.repeat(prompt.key.shape[0], 1)
+        return self._vote(self._relevance(prompt.key, mask, *self._used_slots()))
+
+    def _relevance(self, text_key: Tensor, text_mask: Tensor | None, first_slot: int, count: int) -> Tensor:
         if self.config.aggregate == "mean":
-            frames = {"frame_mean": bank.frame_mean}
+            frames = {"frame_mean": self.pool.means(first_slot, count).flatten(0, 1)}
         else:
-            frames = {"key": bank.key, "tokens_per_frame": self.pool.tokens_per_frame}
+            frames = {"key": self.pool.keys(first_slot, count), "tokens_per_frame": self.pool.tokens_per_frame}
         scores = prompt_relevance(
             text_key.flatten(0, 1), text_mask=text_mask, aggregate=self.config.aggregate, **frames
         )
         return scores.unflatten(0, text_key.shape[:2])
+
+    def _used_slots(self) -> tuple[int, int]:
+        """First slot and number of the frames held."""
+        return self.config.bank_frames - self.bank_used, self.bank_used
+
+    def _held(self, prompt: Prompt) -> Held:
+        """What is held, as the policy sees it."""
+        frames = self.held[..., self.held.shape[2] - self.bank_used :]
+        first, count = self._used_slots()
+        return self._view(frames, lambda: self.pool.means(first, count), lambda: self.relevance(prompt))
+
+    def _newcomer(self, prototype: int, prompt: Prompt) -> Held:
+        """A frame of the window, as the policy sees it."""
+        slot, mask = self.pool.slot_of(prototype), prompt.mask.repeat(prompt.key.shape[0], 1)
+        frames = torch.full((*self.held.shape[:2], 1), prototype, dtype=torch.int64, device=self.held.device)
+        relevance = lambda: self._vote(self._relevance(prompt.key, mask, slot, 1))  # noqa: E731
+        return self._view(frames, lambda: self.pool.means(slot, 1), relevance)
+
+    def _view(self, frames: Tensor, means, relevance) -> Held:
+        # Absolute keys are turned by the number of their frame; memories are compared as they were before that.
+        at_zero = means if self.places is not None else lambda: place_keys(means(), -frames)
+        return Held(frames, at_zero, relevance, self._vote, self.seeds)
+
+    def _vote(self, scores: Tensor) -> Tensor:
+        """[layers, ...] as they are, or their mean over all layers but the first in every layer."""
+        if self.config.layers == "each" or len(scores) == 1:
+            return scores
+        return scores[1:].mean(0, keepdim=True).expand_as(scores)
+
+    def _note(self, index: Tensor, prototype: int) -> None:
+        """Frame `prototype` is now at place `index` [layers, B] of what is held; nowhere where that is -1."""
+        index = index.long().unsqueeze(-1)
+        here = index.clamp(min=0)
+        self.held.scatter_(2, here, torch.where(index < 0, self.held.gather(2, here), prototype))
+
+    def _spans(self, stop: int) -> tuple[list[int], list[int]]:
+        """Frames of sink and window when the frames before `stop` have been made."""
+        config = self.config
+        window = range(max(config.sink_frames, stop - config.window_frames), stop)
+        return list(range(min(stop, config.sink_frames))), list(window)
+
+    def _place(self, start: int, stop: int) -> int:
+        """Where attention sees the first frame of a call over the frames from `start` to `stop`."""
+        return start if self.places is None else self.places.of_window(start, stop)
+
+    def _slot_places(self, stop: int) -> list[int]:
+        """Places of all slots that the calls up to frame `stop` attend to, from slot 0 on."""
+        places, (sink, window) = self.places, self._spans(stop)
+        return [
+            *(places.of_bank(slot) for slot in range(self.config.bank_frames)),
+            *(places.of_sink(frame, stop) for frame in sink),
+            *(places.of_window(frame, stop) for frame in sorted(window, key=self.pool.slot_of)),
+        ]
 
     def _leaving_prototype(self, start: int) -> int | None:
         """The recorded frame that the chunk at `start` will overwrite, if there is one and a bank to take it."""
@@ -296,13 +291,3 @@ class FrameMemory:
     def _candidates(self, start: int, stop: int, bank: int) -> int:
         # While the sink itself is being made its frames are the chunk's own: all of them are seen.
         return bank + self.config.sink_frames if start >= self.config.sink_frames else 0
-
-
-def _require_count(name: str, value, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def _require_one_of(name: str, value, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -35,6 +35,7 @@ def denoise(transformer: WanTransformer3DModel, latents: Tensor, timestep: float
 
     Overwrites the keys and values that an earlier pass over the same frames left in the pool.
     """
+    step = step._replace(unplaced=())  # what later chunks see is written by the clean pass
     with install(transformer).during(step), _own_dtypes(latents):
         return transformer(latents, _timesteps(latents, timestep), _no_text(transformer, latents), return_dict=False)[0]
 

@@ -13,12 +13,15 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from memflow.codec import spatial_factor, temporal_factor
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
 from memflow.plan import Plan
+from memflow.presets import PRESETS, find_preset
+from memflow.prompts import PromptBook
 from memflow.schedule import DistilledSchedule
 from memflow.state import load_stream
 from memflow.stream import Stream
+from memflow.text import encode_prompts
 
 _LONGEST = 1e7  # seconds of one prompt
 
@@ -39,8 +42,11 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     scheduler, the source of the noise levels. denoising_steps: its unshifted timesteps that are used. fps: video frames
     per second. text_length: tokens that a prompt is padded to. height, width: default size of the video in pixels.
     memory: fields of the `MemoryConfig` that this model was trained for; the defaults of that class where not given.
+
+    prompts: None, or a `PromptBook` that is asked for embeddings in the encoder's place.
     """
 
+    prompts: PromptBook | None = None
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
     def __init__(
@@ -50,7 +56,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         transformer,
         vae,
         scheduler,
-        denoising_steps: tuple = (1000, 750, 500, 250),
+        denoising_steps: list | tuple = (1000, 750, 500, 250),
         fps: float = 16.0,
         text_length: int = 512,
         height: int = 480,
@@ -77,6 +83,11 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """A model that needs no files. `toy`: a tiny transformer of the real architecture with random weights."""
         from memflow import toy
 
+        if name in PRESETS:
+            raise MemFlowError(
+                f"preset {name!r} says how a model is run; its weights are made into a folder with `memflow convert` "
+                "(docs/models.md)"
+            )
         if name != "toy":
             raise MemFlowError(f"there is no preset {name!r}; presets: toy")
         height, width = toy.DEFAULT_SIZE
@@ -84,6 +95,18 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         for model in ("transformer", "text_encoder"):
             _cast(components[model], dtype)
         return cls(**components, text_length=toy.MAX_LENGTH, height=height, width=width)
+
+    def use_preset(self, name: str) -> None:
+        """Run as the published model `name` is run (see `memflow.presets`), whatever the folder recorded."""
+        preset = find_preset(name)
+        self.scheduler = preset.scheduler()
+        self.register_to_config(**preset.settings())
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt, one text per batch row."""
+        if self.prompts is not None:
+            return self.prompts(list(texts))
+        return encode_prompts(self.tokenizer, self.text_encoder, list(texts), self.config.text_length)
 
     @property
     def fps(self) -> float:

@@ -1,52 +1,156 @@
-"""Who leaves a full bank.
+"""What is forgotten and what is recalled.
 
-A policy is a class with one method, `victim`; add it to POLICIES and it has a name everywhere.
+A policy is a class with one method of its own, `victim` (who leaves) or `worth` (who is shown); add it to POLICIES and
+`MemoryConfig(policy=...)` has it, saving and tests included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from memflow_kernels import Pool
 
+class Held(NamedTuple):
+    """Past frames, n of them in every layer and batch row, as a policy sees them.
 
-class BankView(NamedTuple):
-    """What a policy may look at.
-
-    held: [layers, B, bank] int64, the latent-frame number in each slot of the full bank.
-    pool: its slots, layers and batch rows together: key, value [layers * B, bank * N, H, D] and frame_mean.
-    relevance: call it for [layers, B, bank] float32, the relevance of each frame to the coming prompt.
+    frames: [layers, B, n] int64, their numbers.
+    frame_mean: call it for [layers, B, n, H, D], their mean keys, turned back in time to place 0.
+    relevance: call it for [layers, B, n] float32, how much the coming prompt calls for each.
+    vote: turns any [layers, ...] of scores into what `MemoryConfig.layers` asks for; relevance() has been voted on.
+    seeds: [B] int64, those of the stories.
     """
 
-    held: Tensor
-    pool: Pool
+    frames: Tensor
+    frame_mean: Callable[[], Tensor]
     relevance: Callable[[], Tensor]
+    vote: Callable[[Tensor], Tensor]
+    seeds: Tensor
 
 
 class PromptPolicy:
-    """The frame that the coming prompt calls for least gives its place."""
+    """The frame that the coming prompt calls for least is given up, those that it calls for most are shown.
 
-    def victim(self, bank: BankView) -> Tensor:
-        """[layers, B] slots to give up."""
-        return bank.relevance().argmin(-1)
+    keeps_all: every past frame is held, in host memory, and `victim` is never asked.
+    """
+
+    keeps_all = False
+
+    def victim(self, held: Held, newcomer: Held) -> Tensor:
+        """[layers, B] index of the frame that gives its place to the newcomer (n = 1); -1: the newcomer is not held."""
+        return self.worth(held).argmin(-1)
+
+    def worth(self, held: Held) -> Tensor:
+        """[layers, B, n]: the bank shows the frames with the highest."""
+        return held.relevance()
 
 
-class FifoPolicy:
-    """The oldest frame gives its place."""
+class FifoPolicy(PromptPolicy):
+    """The oldest frame is given up."""
 
-    def victim(self, bank: BankView) -> Tensor:
-        """[layers, B] slots to give up."""
-        return bank.held.argmin(-1)
+    def victim(self, held: Held, newcomer: Held) -> Tensor:
+        return held.frames.argmin(-1)
 
 
-class NoPolicy:
+class DiversePolicy(PromptPolicy):
+    """Of the two frames that are most alike the older is given up, so that what is held depends on no prompt.
+
+    Alike: least Euclidean distance of the mean keys, all heads together. It bounds by how much any query can prefer
+    one frame to the other, and what all frames have in common drops out.
+    """
+
+    def victim(self, held: Held, newcomer: Held) -> Tensor:
+        frames = torch.cat([held.frames, newcomer.frames], 2)
+        means = torch.cat([held.frame_mean(), newcomer.frame_mean()], 2).flatten(3)  # [layers, B, n + 1, H*D]
+        distance = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
+        count = frames.shape[2]
+        itself = torch.eye(count, dtype=torch.bool, device=means.device)
+        nearest = held.vote(distance).masked_fill(itself, torch.inf).flatten(2).argmin(-1)
+        pair = torch.stack([nearest // count, nearest % count], -1)  # [layers, B, 2]
+        return pair.gather(-1, frames.gather(-1, pair).argmin(-1, keepdim=True)).squeeze(-1)
+
+
+class RandomPolicy(PromptPolicy):
+    """Every past frame is held, and shown, with the same probability. The same in all layers; a story's seed decides.
+
+    A frame's worth is a random number that its own number and the seed fix, and the highest are kept.
+    """
+
+    def victim(self, held: Held, newcomer: Held) -> Tensor:
+        lowest, index = self.worth(held).min(-1)
+        return torch.where(self.worth(newcomer).squeeze(-1) < lowest, -1, index)
+
+    def worth(self, held: Held) -> Tensor:
+        return _draw(held.frames, held.seeds)
+
+
+class ArchivePolicy(PromptPolicy):
+    """Nothing is forgotten: the frames that the coming prompt calls for are brought back from host memory."""
+
+    keeps_all = True
+
+
+class OraclePolicy(PromptPolicy):
+    """Nothing is forgotten, and the caller says what is shown: for experiments that know what should be remembered.
+
+    Before a chunk is made set `stream.memory.policy.wanted`: for each batch row the numbers of past frames, prototypes
+    that have left the window. Places that are left over show the newest of the others. `Stream.save` does not keep it.
+    """
+
+    keeps_all = True
+
+    def __init__(self):
+        self.wanted: Sequence[Sequence[int]] = ()
+
+    def worth(self, held: Held) -> Tensor:
+        worth = held.frames.double()
+        if not self.wanted:
+            return worth
+        if len(self.wanted) != worth.shape[1]:
+            raise ValueError(f"wanted must have one list of frames per batch row ({worth.shape[1]}), got {self.wanted}")
+        for row, frames in enumerate(self.wanted):
+            numbers = torch.tensor(list(frames), dtype=torch.int64, device=worth.device)
+            worth[:, row] += torch.isin(held.frames[:, row], numbers) * 2.0**40  # above all frame numbers
+        return worth
+
+
+class NoPolicy(PromptPolicy):
     """No bank: sink and window alone. A memory with this policy has no bank slots, so that it is never asked."""
 
-    def victim(self, bank: BankView) -> Tensor:
-        raise RuntimeError("policy 'none' keeps no bank, so that no frame can leave it")
+
+POLICIES: dict[str, type[PromptPolicy]] = {
+    "prompt": PromptPolicy,
+    "fifo": FifoPolicy,
+    "diverse": DiversePolicy,
+    "archive": ArchivePolicy,
+    "random": RandomPolicy,
+    "oracle": OraclePolicy,
+    "none": NoPolicy,
+}
 
 
-POLICIES: dict[str, type] = {"prompt": PromptPolicy, "fifo": FifoPolicy, "none": NoPolicy}
+def _draw(frames: Tensor, seeds: Tensor) -> Tensor:
+    """A random number in [0, 1), float64, for each of `frames` [layers, B, n] and the seed of its row.
+
+    The finaliser of SplitMix64 (Steele, Lea, Flood 2014) over both, in wrapping 64-bit arithmetic.
+    """
+    x = frames + _mix(seeds)[:, None]
+    return _shift(_mix(x), 11).double() / 2.0**53
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - 2**64 if constant >= 2**63 else constant

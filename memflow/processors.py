@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from memflow.errors import MemFlowError
 from memflow.memory import Pass
-from memflow_kernels import Pool, memory_attention, qk_norm_rope_write
+from memflow.positions import Unplaced
+from memflow_kernels import Pool, memory_attention, qk_norm_rope, qk_norm_rope_write
 
 
 class MemorySelfAttention:
@@ -22,6 +23,7 @@ class MemorySelfAttention:
     def __init__(self, layer: int):
         self.layer = layer
         self.pool: Pool | None = None
+        self.unplaced: Unplaced | None = None
 
     def bind(self, step: Pass) -> None:
         """The next calls belong to `step`.
@@ -29,6 +31,7 @@ class MemorySelfAttention:
         A layer's tensors are picked here and not in the call, so that compiled blocks share one graph.
         """
         self.pool = step.pools[self.layer]
+        self.unplaced = step.unplaced[self.layer] if step.unplaced else None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Pass = None):
         query, query_mean = self.write(attn, hidden_states, rotary_emb)
@@ -45,6 +48,8 @@ class MemorySelfAttention:
         else:
             projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
+        if self.unplaced is not None:
+            self.unplaced.write(_at_place_zero(attn, key, step), step.slots)
         written = qk_norm_rope_write(
             query,
             key,
@@ -74,6 +79,14 @@ class MemorySelfAttention:
             frame_mean=pool.frame_mean.narrow(1, step.first_slot, step.candidates),
             query_mean=query_mean,
         )
+
+
+def _at_place_zero(attn, key: Tensor, step: Pass) -> Tensor:
+    """key [B, n*N, H, D], normed and turned by row and column only: [B, n, N, H, D]."""
+    frames = key.unflatten(1, (-1, step.grid[0] * step.grid[1])).flatten(0, 1)  # every frame a first frame
+    weights = {"weight_q": attn.norm_k.weight, "weight_k": attn.norm_k.weight}
+    _, turned = qk_norm_rope(frames, frames, **weights, eps=attn.norm_k.eps, grid=step.grid, start_frame=0)
+    return turned.unflatten(0, (key.shape[0], -1))
 
 
 class PromptCrossAttention:
@@ -117,7 +130,7 @@ class StreamContext(nn.Module):
             raise MemFlowError("this transformer is in a call already: streams that share it can only take turns")
         for processor in self.processors:
             processor.bind(step)
-        self.step = step._replace(pools=(), prompt=None)
+        self.step = step._replace(pools=(), prompt=None, unplaced=())
         try:
             yield
         finally:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from memflow.memory import FrameMemory, MemoryConfig, Prompt
+from memflow.config import MemoryConfig
+from memflow.memory import FrameMemory, Prompt
 
 
 class PublishedMemory(FrameMemory):
@@ -20,7 +21,7 @@ class PublishedMemory(FrameMemory):
     def __init__(self, config: MemoryConfig, **shape):
         super().__init__(config, **shape)
         bank = config.bank_frames
-        self.pending_slot = bank + config.sink_frames + config.window_frames
+        self.pending_slot = self.pool.first_extra_slot
         self.pending_frame = -1
         self.pending_is_new = False
         self.recorded = 0
@@ -76,7 +77,7 @@ class PublishedMemory(FrameMemory):
         return min(self.recorded, self.config.bank_frames) if self.config.sink_frames else 0
 
     def relevance(self, prompt: Prompt) -> torch.Tensor:
-        return self._relevance(prompt.key, None)
+        return self._relevance(prompt.key, None, *self._used_slots())
 
     def state_dict(self):
         tensors, counters = super().state_dict()

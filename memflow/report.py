@@ -43,7 +43,7 @@ class MemoryReport:
                 index=chunk.index,
                 prompt=chunk.prompts[0],
                 thumbnail=_thumbnail(np.asarray(chunk.frames[0, 0])),
-                bank=_bank(np.asarray(snapshot.held)[:, 0], np.asarray(snapshot.relevance)[:, 0], frames_per_chunk),
+                bank=_bank(snapshot, frames_per_chunk),
                 sink=_span(snapshot.sink, frames_per_chunk),
                 window=_span(snapshot.window, frames_per_chunk),
             )
@@ -66,8 +66,9 @@ class MemoryReport:
             raise MemFlowError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _bank(held: np.ndarray, relevance: np.ndarray, frames_per_chunk: int) -> list[Held]:
-    """The bank over all layers, held and relevance [layers, bank]; every layer's relevance is stretched to 0 to 1."""
+def _bank(snapshot, frames_per_chunk: int) -> list[Held]:
+    """What batch row 0 holds, over all layers; every layer's relevance is stretched to 0 to 1."""
+    held, relevance, recalled = (np.asarray(x)[:, 0] for x in (snapshot.held, snapshot.relevance, snapshot.recalled))
     if not (held >= 0).any():
         return []
     relevance = np.where(held >= 0, relevance, np.nan)
@@ -78,7 +79,8 @@ def _bank(held: np.ndarray, relevance: np.ndarray, frames_per_chunk: int) -> lis
     found = []
     for chunk in np.unique(held[held >= 0] // frames_per_chunk):
         here = held // frames_per_chunk == chunk
-        found.append(Held(int(chunk), float(here.any(axis=1).mean()), float(relevance[here].mean())))
+        shown = (recalled // frames_per_chunk == chunk).any(axis=1).mean()
+        found.append(Held(int(chunk), float(here.any(axis=1).mean()), float(shown), float(relevance[here].mean())))
     return found
 
 

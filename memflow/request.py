@@ -9,7 +9,8 @@ from pathlib import Path
 from memflow.errors import MemFlowError
 from memflow.story import Story, check_prompts, read_stories
 
-_FROM_STATE = ("story", "prompts", "seconds_per_prompt", "seed", "height", "width", "memory", "top_k", "dtype")
+_FROM_STATE = ("story", "prompts", "seconds_per_prompt", "seed", "height", "width", "memory", "held", "top_k")
+_FROM_STATE += ("preset", "dtype")
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,14 @@ class Request:
     height: int | None = None
     width: int | None = None
     memory: str | None = None
+    held: int | None = None
     top_k: int | None = None
     model: str | None = None
+    preset: str | None = None
     device: str | None = None
     dtype: str | None = None
     backend: str | None = None
+    prompt_cache: bool = True
     report: bool = False
     chunks: int | None = None
     save_state: Path | None = None

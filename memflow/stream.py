@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from memflow.codec import stream_decoder
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig, MemorySnapshot, Pass, Prompt
+from memflow.memory import MemorySnapshot, Pass, Prompt
 from memflow.noise import Noise
 from memflow.passes import denoise, encode_prompt, fix
 from memflow.plan import Plan
 from memflow.processors import head_sizes, install
-from memflow.text import encode_prompts
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Stream(Iterator[Chunk]):
             grid=(rows // patch[1], columns // patch[2]),
             dtype=transformer.dtype,
             device=pipeline._execution_device,
+            seeds=self.seeds,
         )
         self.latent_shape = (transformer.config.in_channels, config.frames_per_chunk, rows, columns)
         self.history: Tensor | None = None
@@ -161,7 +162,7 @@ class Stream(Iterator[Chunk]):
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt."""
         pipe = self.pipeline
-        embeds, mask = encode_prompts(pipe.tokenizer, pipe.text_encoder, list(texts), pipe.config.text_length)
+        embeds, mask = pipe.encode(texts)
         device = pipe._execution_device
         return embeds.to(device, self.memory.pool.key.dtype), mask.to(device)
 

@@ -1,7 +1,8 @@
 """The picture of a `MemoryReport`.
 
 From top to bottom: the film; its prompts; the memory; where the bank's frames come from. In the memory both axes are
-time: along a row runs the life of one remembered chunk, in a column stands all that one new chunk could look back to.
+time: along a row runs the life of one remembered chunk, in a column stands all that one new chunk could look back to,
+and faintly what was held besides and not recalled.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ _PROMPT_COLOURS = (
 )  # fmt: skip
 _RELEVANCE = LinearSegmentedColormap.from_list("relevance", matplotlib.colormaps["plasma_r"](np.linspace(0.12, 1, 64)))
 _WINDOW, _SINK, _INK, _QUIET, _FAINT = "#e4e6ee", "#c3cbdc", "#2b2d3a", "#6a6c7a", "#d9dae2"
+_HELD = "#f0ead8"  # and not shown
 _SWITCH = {"color": _INK, "linewidth": 0.7, "alpha": 0.55, "linestyle": (0, (4, 3))}
 
 
 class Held(NamedTuple):
-    """A past chunk in the bank. layers: share of the layers that hold it. relevance: 0 (least) to 1 (most)."""
+    """A past chunk that is held. held: share of the layers that hold it. shown: share of those whose bank shows it to
+    attention. relevance: 0 (least) to 1 (most)."""
 
     chunk: int
-    layers: float
+    held: float
+    shown: float
     relevance: float
 
 
@@ -113,9 +117,13 @@ class Timeline:
             for (start, stop), colour in ((entry.window, _WINDOW), (entry.sink, _SINK)):
                 ground.append((entry.index, start, stop - start, to_rgba(colour)))
             for held in entry.bank:
-                height = max(least, 0.86 * held.layers)
-                colour = (*_RELEVANCE(held.relevance)[:3], 0.35 + 0.65 * held.layers)
-                bank.append((entry.index, held.chunk + 0.5 - height / 2, height, colour))
+                if held.held > held.shown:
+                    height = max(least, 0.86 * held.held)
+                    ground.append((entry.index, held.chunk + 0.5 - height / 2, height, to_rgba(_HELD)))
+                if held.shown:
+                    height = max(least, 0.86 * held.shown)
+                    colour = (*_RELEVANCE(held.relevance)[:3], 0.35 + 0.65 * held.shown)
+                    bank.append((entry.index, held.chunk + 0.5 - height / 2, height, colour))
         _draw_cells(axes, ground, zorder=1)
         _draw_cells(axes, bank, zorder=3)
         for start, _, _ in self._scenes[1:]:
@@ -158,12 +166,12 @@ class Timeline:
         """Per chunk, the share of the bank's places that holds frames of each prompt."""
         scenes, cells = self._scenes, []
         for entry in self._entries:
-            total, base = sum(held.layers for held in entry.bank), 0.0
-            for held in sorted(entry.bank):
+            total, base = sum(held.shown for held in entry.bank), 0.0
+            for held in sorted(held for held in entry.bank if held.shown):
                 number = next((n for n, (start, stop, _) in enumerate(scenes) if start <= held.chunk < stop), None)
                 colour = _FAINT if number is None else _prompt_colour(number)
-                cells.append((entry.index, base, held.layers / total, to_rgba(colour)))
-                base += held.layers / total
+                cells.append((entry.index, base, held.shown / total, to_rgba(colour)))
+                base += held.shown / total
         _draw_cells(axes, cells, zorder=1)
         if not cells:
             note = "the bank was empty"
@@ -181,17 +189,22 @@ class Timeline:
 
     def _legend(self, axes) -> None:
         """In the upper left corner of the memory, where nothing can be: what is not made yet cannot be remembered."""
+        lines = [
+            (_SINK, "sink: the first frames, kept for ever"),
+            (_WINDOW, "window: the newest frames"),
+            (_RELEVANCE(0.5), "bank: frames of the past that it shows"),
+        ]
+        if any(held.held > held.shown for entry in self._entries for held in entry.bank):
+            lines.append((_HELD, "held, and not shown now"))
+        top = 0.8 * len(lines) + 2.6
+        height = 0.049 * top
         late = self._first / self._stop > 0.6  # a report that begins far into its story leaves the lower part free
-        legend = axes.inset_axes((0.012, 0.06 if late else 0.735, 0.30, 0.245), zorder=6)
-        legend.set(xlim=(0, 10), ylim=(0, 5), xticks=[], yticks=[])
+        legend = axes.inset_axes((0.012, 0.06 if late else 0.98 - height, 0.30, height), zorder=6)
+        legend.set(xticks=[], yticks=[])
         for side in legend.spines.values():
             side.set_color(_FAINT)
-        lines = (
-            (4.35, _SINK, "sink: the first frames, kept for ever"),
-            (3.55, _WINDOW, "window: the newest frames"),
-            (2.75, _RELEVANCE(0.5), "bank: frames of the past that it has chosen"),
-        )
-        for y, colour, text in lines:
+        for number, (colour, text) in enumerate(lines):
+            y = top - 0.65 - 0.8 * number
             legend.add_patch(Rectangle((0.35, y - 0.24), 0.7, 0.48, facecolor=colour, linewidth=0))
             legend.text(1.35, y - 0.03, text, fontsize=8, va="center", color=_INK)
         legend.imshow(np.linspace(0, 1, 64)[None], extent=(4.2, 6.6, 1.75, 2.2), aspect="auto", cmap=_RELEVANCE)
@@ -199,16 +212,16 @@ class Timeline:
             (1.35, 1.95, "relevance: least"),
             (6.75, 1.95, "most"),
             (1.35, 1.15, "height and strength: share of the layers"),
-            (1.35, 0.55, "that hold it"),
+            (1.35, 0.55, "that show it"),
         ):
             legend.text(x, y, text, fontsize=8, va="center", color=_INK)
-        legend.set(xlim=(0, 10), ylim=(0, 5))
+        legend.set(xlim=(0, 10), ylim=(0, top))
 
     def _held_longest(self) -> list[tuple[int, float]]:
         held: Counter[int] = Counter()
         for entry in self._entries:
             for place in entry.bank:
-                held[place.chunk] += place.layers
+                held[place.chunk] += place.shown
         return held.most_common(40)
 
     def _ticks(self, first: int) -> tuple[list[float], list[str]]:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memflow.memory import MemoryConfig, Prompt
+from memflow.config import MemoryConfig
+from memflow.memory import Prompt
 from memflow.noise import Noise
 from memflow.passes import encode_prompt
 from memflow.processors import head_sizes

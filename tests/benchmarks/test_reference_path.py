@@ -12,7 +12,8 @@ from benchmarks.models import in_float64
 from benchmarks.reference_path import ReferenceLayer, rms_norm, rotate_complex
 from benchmarks.reference_path.stream import ReferencePass, ReferenceStream, SelfAttention
 from benchmarks.states import layer_state, reference_layer
-from memflow.memory import MemoryConfig, Prompt
+from memflow.config import MemoryConfig
+from memflow.memory import Prompt
 from memflow.pipeline import MemFlowPipeline
 from memflow.processors import MemorySelfAttention
 from memflow_kernels import reference

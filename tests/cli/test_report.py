@@ -12,16 +12,29 @@ from memflow.report import MemoryReport, _bank
 from memflow.timeline import Held, _fit, _scenes
 
 
+def memory(held, relevance, recalled=None, **spans):
+    """A `MemorySnapshot`; held, relevance and recalled (default: all that is held) of batch row 0, [layers, n]."""
+    rows = {"held": held, "relevance": relevance, "recalled": held if recalled is None else recalled}
+    return SimpleNamespace(**{name: np.asarray(x)[:, None] for name, x in rows.items()}, **spans)
+
+
 def record(
-    chunks, *, layers=2, bank=3, per_prompt=4, first=0, prompt="Prompt number {}, with quite a few words in it."
+    chunks,
+    *,
+    layers=2,
+    bank=3,
+    shown=None,
+    per_prompt=4,
+    first=0,
+    prompt="Prompt number {}, with quite a few words in it.",
 ):
-    """A report of a stream that keeps the newest frames that left its window of three chunks."""
+    """A report of a stream that keeps the newest frames that left its window of three chunks, and shows the first."""
     report = MemoryReport("A story", fps=16, subtitle="settings")
     for index in range(first, first + chunks):
         newest = [3 * c for c in range(1, index - 1)][-bank:] if bank else []
-        held = np.full((layers, 1, bank), -1)
-        held[:, 0, : len(newest)] = newest
-        relevance = np.where(held < 0, np.nan, np.sin(held + np.arange(layers)[:, None, None]))
+        held = np.full((layers, bank), -1)
+        held[:, : len(newest)] = newest
+        relevance = np.where(held < 0, np.nan, np.sin(held + np.arange(layers)[:, None]))
         stop = 3 * index + 3
         chunk = SimpleNamespace(
             index=index,
@@ -31,7 +44,7 @@ def record(
         )
         report.add(
             chunk,
-            SimpleNamespace(held=held, relevance=relevance, sink=[0, 1, 2], window=list(range(max(3, stop - 9), stop))),
+            memory(held, relevance, held[:, :shown], sink=[0, 1, 2], window=list(range(max(3, stop - 9), stop))),
         )
     return report
 
@@ -43,11 +56,21 @@ def record(
         {"chunks": 1},
         {"chunks": 5, "bank": 0},
         {"chunks": 6, "first": 40},
+        {"chunks": 20, "bank": 9, "shown": 2},
         {"chunks": 30, "per_prompt": 1, "layers": 1},
         {"chunks": 12, "prompt": "A_word_that_has_no_end_" * 40 + "{}"},
         {"chunks": 6, "prompt": "$\\frac{{$ 狐 {}"},
     ],
-    ids=["usual", "one chunk", "no bank", "from chunk 40 on", "a prompt per chunk", "one long word", "odd characters"],
+    ids=[
+        "usual",
+        "one chunk",
+        "no bank",
+        "from chunk 40 on",
+        "held and not shown",
+        "a prompt per chunk",
+        "one long word",
+        "odd characters",
+    ],
 )
 @pytest.mark.filterwarnings("error")
 def test_every_story_can_be_drawn(tmp_path, settings):
@@ -64,7 +87,7 @@ def test_what_is_held_is_seen_in_the_picture(tmp_path):
         report = record(12)
         entry = report._entries[-1]
         held = np.array(layers)
-        report._entries[-1] = entry._replace(bank=_bank(held, held.astype(float), 3))
+        report._entries[-1] = entry._replace(bank=_bank(memory(held, held.astype(float)), 3))
         report.save(tmp_path / "a.png")
         pictures.append(np.asarray(Image.open(tmp_path / "a.png")))
     assert not np.array_equal(*pictures)
@@ -74,17 +97,24 @@ def test_a_bank_is_summed_up_over_its_layers():
     held = np.array([[3, 9, -1], [3, 12, 30]])
     relevance = np.array([[0.1, 0.5, np.nan], [2.0, 1.0, 5.0]])
     # Layer 0: frame 3 least, 9 most. Layer 1: 12 least, 30 most, 3 a quarter of the way.
-    assert _bank(held, relevance, 3) == [Held(1, 1.0, 0.125), Held(3, 0.5, 1.0), Held(4, 0.5, 0.0), Held(10, 0.5, 1.0)]
+    expected = [(1, 1.0, 0.125), (3, 0.5, 1.0), (4, 0.5, 0.0), (10, 0.5, 1.0)]
+    assert _bank(memory(held, relevance), 3) == [Held(chunk, held, held, score) for chunk, held, score in expected]
+
+
+def test_what_is_recalled_is_told_from_what_is_held():
+    held, recalled = np.array([[3, 9, 12], [3, 9, 12]]), np.array([[9, -1], [12, 9]])
+    bank = _bank(memory(held, held.astype(float), recalled), 3)
+    assert [(entry.chunk, entry.held, entry.shown) for entry in bank] == [(1, 1, 0), (3, 1, 1), (4, 1, 0.5)]
 
 
 def test_equal_relevance_is_neither_least_nor_most():
-    assert _bank(np.array([[3, -1]]), np.array([[0.7, np.nan]]), 3) == [Held(1, 1.0, 0.5)]
-    assert _bank(np.array([[3, 6]]), np.array([[0.7, 0.7]]), 3) == [Held(1, 1.0, 0.5), Held(2, 1.0, 0.5)]
-    assert _bank(np.array([[-1, -1]]), np.full((1, 2), np.nan), 3) == []
+    assert _bank(memory([[3, -1]], [[0.7, np.nan]]), 3) == [Held(1, 1.0, 1.0, 0.5)]
+    assert _bank(memory([[3, 6]], [[0.7, 0.7]]), 3) == [Held(1, 1.0, 1.0, 0.5), Held(2, 1.0, 1.0, 0.5)]
+    assert _bank(memory([[-1, -1]], [[np.nan, np.nan]]), 3) == []
 
 
 def test_the_copies_of_a_frame_in_one_layer_count_once():
-    assert _bank(np.array([[27, 27, 27]]), np.array([[1.0, 1.0, 1.0]]), 3) == [Held(9, 1.0, 0.5)]
+    assert _bank(memory([[27, 27, 27]], [[1.0, 1.0, 1.0]]), 3) == [Held(9, 1.0, 1.0, 0.5)]
 
 
 def test_scenes_are_stretches_under_one_prompt():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import golden
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 from memflow.checkpoints import load_transformer
-from memflow.memory import MemoryConfig
+from memflow.config import MemoryConfig
+from memflow.convert import Conversion, convert
 from memflow.pipeline import MemFlowPipeline
 from memflow.plan import Plan
 from memflow.stream import Stream
@@ -19,11 +20,16 @@ SMA_TOP_K = 3  # fixed in the published code
 LATENT_TOLERANCE = 1e-4  # diffusers keeps the time embedding in float32
 
 
-@pytest.fixture(scope="module")
-def pipeline():
+@pytest.fixture(scope="module", params=["original file", "converted folder"])
+def pipeline(request, tmp_path_factory):
     config = SECTION["config"]
-    weights = next(name for name in SECTION["files"] if "weights" in name)
-    transformer = load_transformer(golden.directory() / weights, num_attention_heads=config["heads"])
+    weights = golden.directory() / next(name for name in SECTION["files"] if "weights" in name)
+    if request.param == "original file":
+        transformer = load_transformer(weights, num_attention_heads=config["heads"])
+    else:
+        folder = tmp_path_factory.mktemp("converted") / "model"
+        convert(Conversion([weights], folder, heads=config["heads"], partial=True, shard_bytes=10**6))
+        transformer = WanTransformer3DModel.from_pretrained(folder / "transformer").eval()
     with torch.random.fork_rng():
         vae = AutoencoderKLWan(base_dim=8, z_dim=config["in_channels"], num_res_blocks=1)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=config["timestep_shift"])

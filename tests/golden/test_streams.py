@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 
-from memflow.memory import MemoryConfig, Prompt
+from memflow.config import MemoryConfig
+from memflow.memory import Prompt
 from memflow.processors import MemorySelfAttention
 from memflow_kernels import select_frames
 
@@ -103,7 +104,7 @@ class Replay:
                 out = self.layer(self.attn, x, rotary_emb=step._replace(top_k=top_k))
                 assert_close(out, expected, self.out_tolerance)
         assert self.recorded(event, "out_dense") is not None
-        self.check_choice(event, step, self.layer.write(self.attn, x, step))
+        self.check_choice(event, step, self.layer.write(self.attn, x, step)[0])
         if event["kind"] == "clean":
             memory.end_chunk(event["start"])
             assert event["update_bank"] == memory.pending_is_new

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from memflow.memory import MemoryConfig, Prompt
+from memflow.config import MemoryConfig
+from memflow.memory import Prompt
 
 TOKENS, HEADS, DIM = 2, 2, 4
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 
-from memflow.memory import MemoryConfig, Prompt
+from memflow.config import MemoryConfig
+from memflow.memory import Prompt
 from memflow.processors import MemorySelfAttention
 from memflow_kernels.testing import Traffic
 
@@ -75,6 +76,34 @@ def test_an_update_moves_one_frame():
     with Traffic() as traffic:
         memory.update(36, prompt)
     assert 4 <= sum(copies(traffic).values()) <= 4.5, copies(traffic)
+
+
+@torch.no_grad()
+def test_relative_positions_cost_a_pass_nothing_and_a_chunk_what_turns_with_time():
+    config = MemoryConfig(positions="relative")
+    attn, memory, prompt, processor, hidden = layer_after(12, config)
+    with Traffic() as traffic:
+        memory.update(36, prompt)
+    # One frame moves (4 u). Of all 15 frames the channels that turn with time, 8 of 24, are read and written; of the
+    # frame that moves too, but an index_put counts as all 15. The means of so small frames are another 2 u.
+    assert sum(copies(traffic).values()) <= 4 + 8 / 24 * 2 * (15 + 15 + 1) + 3, copies(traffic)
+    step = memory.pass_over(36, 3, prompt)
+    processor.bind(step._replace(unplaced=()))  # as a denoising pass does
+    with Traffic() as traffic:
+        processor(attn, hidden, rotary_emb=step)
+    assert sum(copies(traffic).values()) <= 12.5, copies(traffic)
+
+
+@torch.no_grad()
+def test_recall_moves_what_is_not_shown_yet():
+    _, memory, prompt, _, _ = layer_after(12, MemoryConfig(policy="diverse", held_frames=5))
+    memory.update(36, prompt)
+    with Traffic() as traffic:
+        memory.recall(prompt)
+    assert sum(copies(traffic).values()) <= 0.5, "all that is chosen was shown already"
+    with Traffic() as traffic:
+        memory.recall(prompt._replace(key=-prompt.key))
+    assert 4 <= sum(copies(traffic).values()) <= 3 * 4 + 0.5, copies(traffic)
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
 from memflow.pipeline import MemFlowPipeline
 from memflow.processors import uninstall
 

@@ -1,0 +1,123 @@
+"""`memflow download`: the published files from the Hugging Face hub. The table of what is where is MODELS.
+
+Repositories and file names are those of the projects' own READMEs and hub pages (docs/models.md says which). Sizes and
+the licence that a model card states come from the hub at the time of the download.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import typer
+from huggingface_hub import HfApi
+from rich.console import Console
+
+from memflow.errors import MemFlowError
+
+
+class Repository(NamedTuple):
+    """Files of one repository on the hub. licence: as far as it is known here; the model card is what counts."""
+
+    name: str
+    files: tuple[str, ...]
+    licence: str
+
+
+_WAN = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/*")  # the same for both sizes
+_WAN_PARTS = Repository("Wan-AI/Wan2.1-T2V-1.3B", _WAN, "Apache-2.0")
+_NONCOMMERCIAL = "CC BY-NC-SA 4.0: no commercial use"
+
+MODELS: dict[str, tuple[Repository, ...]] = {
+    "memflow-1.3b": (_WAN_PARTS, Repository("KlingTeam/MemFlow", ("base.pt", "lora.pt"), "not stated on its card")),
+    "longlive-1.3b": (
+        _WAN_PARTS,
+        Repository(
+            "Efficient-Large-Model/LongLive-1.3B", ("models/longlive_base.pt", "models/lora.pt"), _NONCOMMERCIAL
+        ),
+    ),
+    "self-forcing-1.3b": (
+        _WAN_PARTS,
+        Repository("gdhe17/Self-Forcing", ("checkpoints/self_forcing_dmd.pt",), _NONCOMMERCIAL),
+    ),
+    "wan2.1-t2v-1.3b": (
+        Repository("Wan-AI/Wan2.1-T2V-1.3B", ("diffusion_pytorch_model*.safetensors", *_WAN), "Apache-2.0"),
+    ),
+    "wan2.1-t2v-14b": (
+        Repository("Wan-AI/Wan2.1-T2V-14B", ("diffusion_pytorch_model*.safetensors", *_WAN), "Apache-2.0"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the hub holds of a repository now. files: name to bytes. licence: of the model card, if it states one."""
+
+    repository: Repository
+    revision: str
+    files: dict[str, int]
+    licence: str | None
+
+
+def download(name: str, output: Path, *, yes: bool = False) -> None:
+    """Fetch the files of model `name` into `output`, one folder per repository; files that are complete stay.
+
+    Licences and sizes are shown first; unless `yes`, nothing is fetched without a yes at the keyboard.
+    """
+    if name not in MODELS:
+        raise MemFlowError(f"there is no model {name!r} to download; there are {', '.join(MODELS)}")
+    hub, console = HfApi(), Console(stderr=True, highlight=False, markup=False)
+    with console.status("asking the hub"):
+        found = [_look_up(hub, repository) for repository in MODELS[name]]
+    _show(found, console)
+    total = sum(sum(entry.files.values()) for entry in found)
+    there = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) if output.is_dir() else 0
+    parent = next(folder for folder in (output, *output.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if total - there > free:
+        raise MemFlowError(
+            f"{output}: {(total - there) / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free there"
+        )
+    if not yes and not typer.confirm("Do you accept the licences, and download?", default=False, err=True):
+        raise MemFlowError("nothing was downloaded (--yes answers the question)")
+    for entry in found:
+        folder = output / entry.repository.name.split("/")[1]
+        for file in entry.files:
+            _ask(hub.hf_hub_download, entry.repository.name, filename=file, revision=entry.revision, local_dir=folder)
+    preset = f" --preset {name}" if name.endswith("-1.3b") and not name.startswith("wan") else ""
+    console.print(f"next: memflow convert {output} -o {name}{preset}", soft_wrap=True)
+
+
+def _look_up(hub: HfApi, repository: Repository) -> Found:
+    info = _ask(hub.model_info, repository.name, files_metadata=True)
+    sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
+    files = {}
+    for pattern in repository.files:
+        matching = {name: size for name, size in sizes.items() if fnmatch(name, pattern)}
+        if not matching:
+            raise MemFlowError(f"{repository.name} on the hub has no {pattern} (any more); it has {', '.join(sizes)}")
+        files |= matching
+    return Found(repository, info.sha, files, getattr(info.card_data, "license", None))
+
+
+def _ask(request, *arguments, **options):
+    """A call to the hub; whatever goes wrong there (no network, no such repository, no access) is said in one line."""
+    try:
+        return request(*arguments, **options)
+    except Exception as error:  # the errors of several network libraries, which have no base in common
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MemFlowError(f"{arguments[0]} cannot be fetched from the Hugging Face hub: {reason}") from error
+
+
+def _show(found: list[Found], console: Console) -> None:
+    for entry in found:
+        console.print(f"{entry.repository.name}", style="bold")
+        for file, size in entry.files.items():
+            console.print(f"  {size / 1e9:7.2f} GB  {file}", soft_wrap=True)
+        stated = f"; its model card: {entry.licence}" if entry.licence else ""
+        console.print(f"  licence: {entry.repository.licence}{stated}", soft_wrap=True)
+    total = sum(sum(entry.files.values()) for entry in found)
+    console.print(f"{total / 1e9:.2f} GB in all; the licences are between you and those who published the files")

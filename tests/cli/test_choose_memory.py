@@ -1,0 +1,40 @@
+"""Which memory `--memory`, `--held` and `--top-k` ask for, beside the one that the model was trained for."""
+
+import pytest
+
+from memflow.config import MemoryConfig
+from memflow.errors import MemFlowError
+from memflow.loading import choose_memory
+
+TRAINED = MemoryConfig(positions="relative", layers="mean", bank_frames=4, policy="diverse", held_frames=12)
+
+
+def test_nothing_given_is_what_the_model_was_trained_for():
+    assert choose_memory(None, None, None, TRAINED) == TRAINED
+
+
+def test_another_policy_keeps_positions_votes_and_places():
+    archive = choose_memory("archive", None, 2, TRAINED)
+    assert (archive.policy, archive.held_frames, archive.top_k) == ("archive", None, 2)
+    assert (archive.positions, archive.layers, archive.bank_frames) == ("relative", "mean", 4)
+    assert choose_memory("prompt", None, None, TRAINED).held_frames is None
+    assert choose_memory("prompt", 9, None, TRAINED).held_frames == 9
+    assert choose_memory(None, 5, None, TRAINED).held_frames == 5
+    assert choose_memory("none", None, None, TRAINED).bank_frames == 0
+    assert choose_memory("prompt", None, None, MemoryConfig(policy="none")).bank_frames == 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "held", "trained", "complaint"),
+    [
+        ("prompt", 3, TRAINED, "--held 3: held_frames must be a whole number of at least 4, got 3"),
+        ("archive", 12, TRAINED, "--held 12: held_frames must be None with policy='archive'"),
+        ("reference", None, TRAINED, "--memory reference: the published code has absolute positions"),
+        ("reference", 9, MemoryConfig(), "--held 9: held_frames must be None with published='interactive'"),
+        (None, 9, MemoryConfig.reference(), "--held 9: held_frames must be None"),
+        ("archive", None, MemoryConfig(aggregate="softmax"), "--memory archive: aggregate must be 'mean'"),
+    ],
+)
+def test_what_cannot_be_is_said(policy, held, trained, complaint):
+    with pytest.raises(MemFlowError, match=complaint):
+        choose_memory(policy, held, None, trained)

@@ -1,0 +1,162 @@
+"""`memflow doctor --model`: what it computes from shapes is what a real stream allocates."""
+
+import json
+import re
+
+import pytest
+import torch
+from written import HEADS, LISTS
+
+from memflow import model_doctor
+from memflow.cli import main
+from memflow.footprint import _Peak
+from memflow.loading import load_pipeline
+from memflow.model_doctor import GIB, describe, options
+from memflow.presets import PRESETS
+
+
+@pytest.fixture(scope="module")
+def model(wan, tmp_path_factory):
+    out = tmp_path_factory.mktemp("model") / "memflow"
+    assert main(["convert", str(wan), "-o", str(out), "--heads", str(HEADS), "--preset", "memflow-1.3b"]) == 0
+    return out
+
+
+def doctor(capsys, *arguments):
+    code = main(["doctor", "--model", *map(str, arguments)])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def nbytes(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    from memflow.footprint import footprint
+
+    return footprint(describe(str(model), 32, 48), dtype=torch.bfloat16)
+
+
+def test_exact_parts_are_what_a_stream_holds(model, found):
+    pipe = load_pipeline(str(model), torch.device("cpu"), torch.bfloat16)
+    stream = pipe.stream(["a fox runs"], seconds_per_prompt=2, height=32, width=48)
+    next(stream), next(stream)
+    assert found.transformer == nbytes(pipe.transformer.parameters())
+    assert found.vae == nbytes(pipe.vae.parameters())
+    assert found.text_encoder == nbytes(pipe.prompts._load_encoder().parameters())
+    assert found.pool == nbytes(stream.memory.pool.state_dict().values())
+    assert found.prompt == nbytes(stream.prompt[:2])
+    assert found.vae_cache == nbytes(t for t in stream.decoder.cache if isinstance(t, torch.Tensor))
+    saved = nbytes(m.weight for m in pipe.transformer.blocks.modules() if isinstance(m, torch.nn.Linear))
+    count = sum(m.weight.numel() for m in pipe.transformer.blocks.modules() if isinstance(m, torch.nn.Linear))
+    assert found.transformer_float8 == found.transformer - saved + count
+
+
+def test_the_estimates_are_the_tensors_of_the_real_pass(model, found):
+    pipe = load_pipeline(str(model), torch.device("cpu"), torch.bfloat16)
+    stream = pipe.stream(["a fox runs"], seconds_per_prompt=4, height=32, width=48)
+    for _ in range(5):  # sink and window are full
+        next(stream)
+    from memflow.passes import denoise
+
+    step = stream.memory.pass_over(15, 3, stream.prompt)
+    with torch.no_grad(), _Peak() as peak:
+        denoise(pipe.transformer, torch.zeros(1, 16, 3, 4, 6, dtype=torch.bfloat16), 937.5, step)
+    # The attention of the CPU reference makes tensors of its own, inside one operator of the fake run.
+    assert found.denoising <= peak.peak
+    with torch.no_grad(), _Peak() as peak:
+        stream.decoder._frame(torch.zeros(1, 16, 1, 4, 6, dtype=torch.bfloat16))
+    assert found.decoding == peak.peak
+
+
+def test_the_tensors_alive_at_once_are_added_up():
+    kilobyte = torch.zeros(256)
+    with _Peak() as peak:
+        a = kilobyte + 1
+        b = a + 1
+        del a
+        b.view(2, 128).mul_(2)  # no memory of its own
+        b = b + 1
+    assert peak.peak == 2 * 1024
+    holder = [torch.zeros(256)]
+    with _Peak() as peak:
+        holder[0] = holder[0] + 1  # takes the place of what was there before
+        holder[0] = holder[0] + 1
+    assert peak.peak == 1024
+
+
+def test_published_sizes(capsys):
+    """Against the recorded parameter list, the published file size of the encoder and the unit of docs/memory.md."""
+    code, told, _ = doctor(capsys, "memflow-1.3b", "--gpu", "RTX-4090")
+    assert code == 0
+    sizes = {m[1]: float(m[2]) for m in re.finditer(r"^  (\w+(?: \w+)?) +(\d+\.\d\d)  ", told, re.MULTILINE)}
+    entry = LISTS["wan2.1-t2v-1.3b"]
+    assert 2 * entry["parameters"] / GIB <= sizes["transformer"] + 0.005 < 1.01 * 2 * entry["parameters"] / GIB
+    assert sizes["text encoder"] == round(11_361_920_418 / GIB, 2)
+    unit = 1560 * 1536 * 2
+    assert sizes["pool"] == round(30 * 2 * (3 + 3 + 9 + 1) * unit * 1.0005 / GIB, 2)
+    assert sizes["prompt"] == round(30 * 2 * 512 * 1536 * 2 / GIB, 2)
+    assert "bank 3, sink 3, window 9 latent frames, and the pending one" in told
+    assert "in all" in told and "RTX-4090" in told and told.count("fits\n") == 4
+
+
+def test_what_fits_depends_on_the_card(model, found, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(model_doctor, "footprint", lambda described, dtype: asked.append((described, dtype)) or found)
+    small = ["--height", 32, "--width", 48]
+    code, told, _ = doctor(capsys, model, *small, "--gpu", "1.01gb", "--dtype", "float32")
+    assert code == 0 and "1.01 GiB" in told and told.count("fits\n") == 4 and "float32" in told
+    described, dtype = asked.pop()
+    assert (described.height, described.width, dtype) == (32, 48, torch.float32)
+    card = type("Card", (), {"name": "Some GPU", "total_memory": GIB})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    code, told, _ = doctor(capsys, model, *small)
+    assert code == 0 and "Some GPU" in told and told.count("no\n") == 4  # nothing to spare beside the reserve
+
+
+def test_options_differ_by_what_they_are_about(found):
+    sizes = dict(options(found))
+    assert sizes["text encoder kept"] - sizes["prompts known already"] == found.text_encoder
+    saved = found.transformer - found.transformer_float8
+    assert sizes["prompts known already"] - sizes["prompts known, float8 linears"] == saved > 0
+    assert max(found.denoising, found.recache, found.decoding) == found.peak() - found.resident()
+
+
+def test_wrong_requests_are_one_line(model, tmp_path, capsys):
+    from memflow import MemFlowPipeline
+
+    MemFlowPipeline.from_preset("toy").save_pretrained(tmp_path / "toy")
+    (tmp_path / "broken" / "vae").mkdir(parents=True)
+    (tmp_path / "broken" / "model_index.json").write_text("{")
+    cases = {
+        ("nowhere",): "--model nowhere: neither the folder of a pipeline nor one of memflow-1.3b, longlive-1.3b",
+        (tmp_path / "toy",): "not a Wan model with its VAE and UMT5, but WanTransformer3DModel, PixelShuffleCodec",
+        (tmp_path / "broken",): "broken: cannot be read",
+        (model, "--height", 40): "height must be a multiple of 16 pixels for this model, got 40",
+        (model, "--gpu", "abacus"): "--gpu abacus: neither a number of GiB nor one of rtx-3060",
+        (model, "--gpu", "-1"): "--gpu -1: neither a number",
+    }
+    for arguments, message in cases.items():
+        code, told, error = doctor(capsys, *arguments)
+        assert code == 2 and message in error and error.count("\n") == 1 and told == "", error
+
+
+def test_presets_are_those_of_the_published_system():
+    """The recorded semantics: a window of 12 that counts its sink of 3, a bank of 3, recorded every 3 chunks."""
+    memflow, longlive, forcing = (PRESETS[name] for name in ("memflow-1.3b", "longlive-1.3b", "self-forcing-1.3b"))
+    memory = memflow.memory
+    assert (memory.sink_frames, memory.window_frames, memory.bank_frames, memory.record_interval) == (3, 9, 3, 3)
+    assert (memory.published, memory.top_k, memflow.paper_top_k) == ("interactive", None, 3)
+    assert (longlive.memory.sink_frames, longlive.memory.window_frames, longlive.memory.bank_frames) == (3, 9, 0)
+    assert (forcing.memory.sink_frames, forcing.memory.window_frames, forcing.memory.bank_frames) == (0, 21, 0)
+    for preset in PRESETS.values():
+        from memflow.schedule import DistilledSchedule
+
+        schedule = DistilledSchedule(preset.scheduler(), preset.denoising_steps)
+        assert schedule.sigmas == pytest.approx([1.0, 0.9375, 0.8333333, 0.625], abs=1e-6)
+        assert schedule.timesteps == pytest.approx([1000.0, 937.5, 833.3333, 625.0], abs=1e-3)
+        json.dumps(preset.settings())
