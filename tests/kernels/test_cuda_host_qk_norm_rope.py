@@ -102,6 +102,19 @@ def test_rotation_at_any_frame(host):
         assert (query - expected).abs().max() < 4 * (4e-7 + start * 1e-15)
 
 
+def test_the_order_of_blocks_does_not_change_a_bit(host):
+    """Whichever block comes last and adds up what the others left."""
+    x = [states(2, 2 * 310, 2, 24, seed=seed) for seed in range(3)]
+    slots, results = torch.tensor([1, 0], dtype=torch.int32), []
+    for last_block_first in (False, True):
+        pool = [torch.zeros(2, 620, 2, 24), torch.zeros(2, 620, 2, 24), torch.zeros(2, 2, 2, 24)]
+        weights_ = weights(48, torch.float32, 0)
+        with host.machine(last_block_first=last_block_first):
+            written = host.qk_norm_rope_write(*x, *weights_, 1e-6, 10, 31, 0, None, *pool, slots, with_query_mean=True)
+        results.append((*written, *pool))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_a_frame_outside_the_pool_is_not_stored(host):
     x = states(1, 12, 2, 24)
     pool = [torch.full((1, 8, 2, 24), 3.0), torch.full((1, 8, 2, 24), 3.0), torch.full((1, 2, 2, 24), 3.0)]
