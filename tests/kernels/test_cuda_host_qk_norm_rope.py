@@ -27,11 +27,12 @@ def check(host, states_, weights_, grid, start_frame, start, pool, slots, with_q
     first = start_frame + (0 if start is None else int(start))
     arguments = (*states_, *weights_, 1e-6, *grid, start_frame, start)
     query, query_mean = host.qk_norm_rope_write(*arguments, *pool, slots, with_query_mean=with_query_mean)
-    wide = reference.qk_norm_rope_write(
-        *(x.double() for x in (*states_, *weights_)), 1e-6, *grid, first, None, *expected, slots
+    wide, _ = reference.qk_norm_rope_write(
+        *(x.double() for x in (*states_, *weights_)), 1e-6, *grid, first, None, *expected, slots, False
     )
     by_torch_pool = [part.clone() for part in pool]
-    by_torch = reference.qk_norm_rope_write(*states_, *weights_, 1e-6, *grid, first, None, *by_torch_pool, slots)
+    place = (1e-6, *grid, first, None)
+    by_torch, _ = reference.qk_norm_rope_write(*states_, *weights_, *place, *by_torch_pool, slots, False)
     results = zip((query, *pool[:2]), (by_torch, *by_torch_pool[:2]), (wide, *expected[:2]), strict=True)
     for actual, of_torch, right in results:
         error, allowed = relative_error(actual, right), 1.5 * relative_error(of_torch, right)
