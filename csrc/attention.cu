@@ -265,8 +265,7 @@ extern "C" int memflow_memory_attention(MemflowStates query, MemflowStates key, 
                                         int64_t candidate_frames, int64_t query_block, double scale, void* out,
                                         float* lse, void* workspace, void* stream) {
   using namespace memflow;
-  if (!frame_table) places = candidate_frames = query_block = 0;
-  if (reinterpret_cast<uintptr_t>(out) % 16) return MEMFLOW_INVALID;
+  if ((!frame_table && candidate_frames) || reinterpret_cast<uintptr_t>(out) % 16) return MEMFLOW_INVALID;
   bool async = aligned(query, dtype, head_dim) && aligned(key, dtype, head_dim) && aligned(value, dtype, head_dim);
   Attention a{};
   int error = describe(a, dtype, batch, queries, frames, tokens_per_frame, heads, head_dim, places, candidate_frames,

@@ -60,9 +60,10 @@ int memflow_select_frames(MemflowStates query, int dtype, const float* query_mea
 
 // out [B, Lq, H, D] in the dtype of query and lse [B, H, Lq] float32 (or null), both contiguous: attention of query
 // [B, Lq, H, D] over the frames of key, value [B, F*N, H, D] that frame_table names and over the frames from
-// candidate_frames on. frame_table [B, H, blocks, places] int32, contiguous, -1 = empty; null: all frames, places is
-// ignored. query_block 0: one block of all queries. bfloat16 and float16 with D = 64 or 128, compute capability 8.0 and
-// up; memflow_memory_attention_supported tells (1 or 0) for dtype and D.
+// candidate_frames on. frame_table [B, H, blocks, places] int32, contiguous, -1 = empty; null: all frames, and
+// candidate_frames must be 0. query_block 0: one block of all queries. bfloat16 and float16 with D = 64 or 128, compute
+// capability 8.0 and up; memflow_memory_attention_supported tells (1 or 0) for dtype and D. The workspace depends on
+// every size: both functions take the same ones, on the same device.
 int memflow_memory_attention_supported(int dtype, int64_t head_dim);
 int64_t memflow_memory_attention_workspace(int dtype, int64_t batch, int64_t queries, int64_t frames,
                                            int64_t tokens_per_frame, int64_t heads, int64_t head_dim, int64_t places,

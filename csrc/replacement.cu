@@ -62,6 +62,8 @@ bool in_one_piece(const MemflowStates& part, int64_t heads, int64_t head_dim) {
   return part.head == head_dim && part.token == heads * head_dim;
 }
 
+bool one_piece_per_head(const MemflowStates& part, int64_t head_dim) { return part.token == head_dim; }
+
 }  // namespace
 }  // namespace memflow
 
@@ -72,12 +74,18 @@ extern "C" int memflow_replace_frame(MemflowStates pool_key, MemflowStates pool_
   if (batch < 1 || slots < 1 || tokens_per_frame < 1 || heads < 1 || head_dim < 1) return MEMFLOW_INVALID;
   if (!known(dtype)) return MEMFLOW_UNSUPPORTED;
   int64_t rows = tokens_per_frame, columns = heads, width = head_dim;
+  bool per_head = false;
   if (in_one_piece(pool_key, heads, head_dim) && in_one_piece(pool_value, heads, head_dim)) {
     width *= rows * columns;
     rows = columns = 1;
+  } else if (one_piece_per_head(pool_key, head_dim) && one_piece_per_head(pool_value, head_dim)) {
+    per_head = true;
+    width *= rows;
+    rows = heads;
+    columns = 1;
   }
   auto frames = [&](const MemflowStates& part) {
-    return Frames{part.data, part.batch, part.token * tokens_per_frame, part.token, part.head};
+    return Frames{part.data, part.batch, part.token * tokens_per_frame, per_head ? part.head : part.token, part.head};
   };
   Frames mean{pool_frame_mean.data, pool_frame_mean.batch, pool_frame_mean.token, 0, pool_frame_mean.head};
   Frames key = frames(pool_key), value = frames(pool_value);

@@ -55,6 +55,7 @@ uint32_t count, at_barrier, finished, phase;
 size_t shared_bytes;
 std::map<const void*, int> allowed;
 int multiprocessors = 3;
+bool last_block_first = false;
 
 [[noreturn]] void fail(const char* format, ...) {
   va_list arguments;
@@ -255,9 +256,12 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel, const
   }
   __asan_unpoison_memory_region(memflow_shared, shared_bytes);
   __asan_poison_memory_region(reinterpret_cast<char*>(memflow_shared) + shared_bytes, sizeof(memflow_shared) - shared_bytes);
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block();
+  uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    uint64_t block = last_block_first ? blocks - 1 - i : i;
+    blockIdx = {uint32_t(block % grid.x), uint32_t(block / grid.x % grid.y), uint32_t(block / grid.x / grid.y)};
+    run_block();
+  }
   return cudaSuccess;
 }
 
@@ -279,5 +283,9 @@ cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t)
   return cudaSuccess;
 }
 
-// Number of multiprocessors that kernels see.
-extern "C" void cuda_host_multiprocessors(int number) { cuda_host::multiprocessors = number; }
+// Number of multiprocessors that kernels see, and the order in which the blocks of a grid run.
+extern "C" int cuda_host_set(int multiprocessors, int last_block_first) {
+  cuda_host::multiprocessors = multiprocessors;
+  cuda_host::last_block_first = last_block_first != 0;
+  return 0;
+}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from host_build import Process
 from torch import Tensor
@@ -31,9 +34,18 @@ class HostOps:
     def __init__(self, process: Process) -> None:
         self.process = process
 
-    def set_multiprocessors(self, number: int) -> None:
-        """How many multiprocessors the kernels see; 3 at first."""
-        self.process.call(("cuda_host_multiprocessors", [("int", number)], "int", []))
+    @contextmanager
+    def machine(self, multiprocessors: int = 3, last_block_first: bool = False) -> Iterator[None]:
+        """Inside the block kernels see that many multiprocessors, and the blocks of a grid run in that order."""
+
+        def choose(*settings: int) -> None:
+            self.process.call(("cuda_host_set", [("int", value) for value in settings], "int", []))
+
+        choose(multiprocessors, int(last_block_first))
+        try:
+            yield
+        finally:
+            choose(3, 0)
 
     def call(self, name: str, *arguments: object, result: str = "int") -> int:
         """A function of launch.h: int, float, None, Tensor or States in; every tensor's memory is brought back."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from host_ops import States
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,8 +66,9 @@ def test_every_kernel_in_every_layout(host, layout, dtype, head_dim):
 
 
 @pytest.mark.parametrize("layout", ["dense", "padded"])
-def test_dense(host, layout):
-    check(host, inputs_of(2, 20, 1, 64, 3 * 57, layout=layout), None, 57, 0)
+@pytest.mark.parametrize("query_block", [None, 7])
+def test_dense(host, layout, query_block):
+    check(host, inputs_of(2, 20, 1, 64, 3 * 57, layout=layout), None, 57, 0, query_block=query_block)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 5, 9])
@@ -75,11 +77,17 @@ def test_every_division_of_the_work(host, multiprocessors, queries):
     """Whole rounds, tiles that are left over and cut into shares, fewer tiles than multiprocessors."""
     inputs = inputs_of(1, queries, 2, 64, 5 * 330, seed=multiprocessors)
     table = torch.tensor([[[0, 2], [1, -1]]], dtype=torch.int32)
-    host.set_multiprocessors(multiprocessors)
-    try:
+    with host.machine(multiprocessors):
         check(host, inputs, table, 330, 3)
-    finally:
-        host.set_multiprocessors(3)
+
+
+def test_the_order_of_blocks_does_not_change_a_bit(host):
+    inputs = inputs_of(1, 130, 2, 64, 5 * 330)
+    results = []
+    for last_block_first in (False, True):
+        with host.machine(last_block_first=last_block_first):
+            results.append(host.memory_attention(*inputs, None, 330, 0, 0.1))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("query_block", [1, 50, 128, 150, 1000])
@@ -131,6 +139,9 @@ def test_what_is_not_served_is_refused(host):
     assert host.call("memory_attention_supported", 1, 128) == 1
     assert host.call("memory_attention_supported", 0, 128) == 0
     assert host.call("memory_attention_supported", 2, 96) == 0
+    inputs = inputs_of(1, 3, 1, 64, 9)
+    with pytest.raises(RuntimeError, match="memory_attention: error 1"):
+        host.run("memory_attention", *map(States, inputs), 1, None, 1, 3, 1, 9, 1, 64, 0, 1, 0, 0.1, *[None] * 4)
     for inputs in (inputs_of(1, 3, 1, 64, 9, torch.float32), inputs_of(1, 3, 1, 80, 9)):
         with pytest.raises(NotImplementedError, match="memory_attention: unsupported"):
             host.memory_attention(*inputs, None, 9, 0, 0.1)
@@ -142,8 +153,5 @@ def test_what_is_not_served_is_refused(host):
 def test_full_frames(host, dtype, head_dim):
     """1560 tokens per frame, shares of the work on 5 multiprocessors."""
     inputs = inputs_of(1, 200, 2, head_dim, 5 * 1560, dtype, "fused")
-    host.set_multiprocessors(5)
-    try:
+    with host.machine(multiprocessors=5):
         check(host, inputs, torch.tensor([[[0, 2], [1, -1]]], dtype=torch.int32), 1560, 3, head_dim**-0.5)
-    finally:
-        host.set_multiprocessors(3)

@@ -27,11 +27,12 @@ def check(host, states_, weights_, grid, start_frame, start, pool, slots, with_q
     first = start_frame + (0 if start is None else int(start))
     arguments = (*states_, *weights_, 1e-6, *grid, start_frame, start)
     query, query_mean = host.qk_norm_rope_write(*arguments, *pool, slots, with_query_mean=with_query_mean)
-    wide = reference.qk_norm_rope_write(
-        *(x.double() for x in (*states_, *weights_)), 1e-6, *grid, first, None, *expected, slots
+    wide, _ = reference.qk_norm_rope_write(
+        *(x.double() for x in (*states_, *weights_)), 1e-6, *grid, first, None, *expected, slots, False
     )
     by_torch_pool = [part.clone() for part in pool]
-    by_torch = reference.qk_norm_rope_write(*states_, *weights_, 1e-6, *grid, first, None, *by_torch_pool, slots)
+    place = (1e-6, *grid, first, None)
+    by_torch, _ = reference.qk_norm_rope_write(*states_, *weights_, *place, *by_torch_pool, slots, False)
     results = zip((query, *pool[:2]), (by_torch, *by_torch_pool[:2]), (wide, *expected[:2]), strict=True)
     for actual, of_torch, right in results:
         error, allowed = relative_error(actual, right), 1.5 * relative_error(of_torch, right)
@@ -100,6 +101,19 @@ def test_rotation_at_any_frame(host):
         query, _ = host.qk_norm_rope_write(x, x, x, weight, weight, 0.0, 3, 4, start, None, *pool, slots)
         expected = reference.rotate_3d(x.double(), (3, 4), start)
         assert (query - expected).abs().max() < 4 * (4e-7 + start * 1e-15)
+
+
+def test_the_order_of_blocks_does_not_change_a_bit(host):
+    """Whichever block comes last and adds up what the others left."""
+    x = [states(2, 2 * 310, 2, 24, seed=seed) for seed in range(3)]
+    slots, results = torch.tensor([1, 0], dtype=torch.int32), []
+    for last_block_first in (False, True):
+        pool = [torch.zeros(2, 620, 2, 24), torch.zeros(2, 620, 2, 24), torch.zeros(2, 2, 2, 24)]
+        weights_ = weights(48, torch.float32, 0)
+        with host.machine(last_block_first=last_block_first):
+            written = host.qk_norm_rope_write(*x, *weights_, 1e-6, 10, 31, 0, None, *pool, slots, with_query_mean=True)
+        results.append((*written, *pool))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_frame_outside_the_pool_is_not_stored(host):
