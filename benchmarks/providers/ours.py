@@ -99,8 +99,9 @@ def _compiled_missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _write(state: LayerState, step):
+    """The queries and, where heads choose frames by it, their mean."""
     heads = state.case.heads
-    return qk_norm_rope_write(
+    written = qk_norm_rope_write(
         *(x.unflatten(2, (heads, -1)) for x in (state.query, state.key, state.value)),
         weight_q=state.weight_q,
         weight_k=state.weight_k,
@@ -109,4 +110,6 @@ def _write(state: LayerState, step):
         start_frame=step.start_frame,
         pool=step.pools[0],
         slots=step.slots,
+        query_mean=step.chooses,
     )
+    return written if step.chooses else (written, None)

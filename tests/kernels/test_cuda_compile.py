@@ -6,15 +6,9 @@ from nvcc_build import Resources, machine_code, resources, table
 
 from memflow_kernels.cuda.builder.recipe import source_folder
 
-# One in `make test`, shared with test_cuda_library; the others in `make test-all`.
-ARCHITECTURES = [
-    "8.0",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("8.6", "8.9", "9.0a", "10.0a", "12.0a")),
-]
-
-
 # Ampere, Ada, Hopper. On Blackwell the largest attention kernel spills a few registers: the table shows how many.
 WITHOUT_SPILLS = ("8.0", "8.6", "8.9", "9.0a")
+ARCHITECTURES = [*WITHOUT_SPILLS, *(pytest.param(name, marks=pytest.mark.slow) for name in ("10.0a", "12.0a"))]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
