@@ -265,7 +265,8 @@ extern "C" int memflow_memory_attention(MemflowStates query, MemflowStates key, 
                                         int64_t candidate_frames, int64_t query_block, double scale, void* out,
                                         float* lse, void* workspace, void* stream) {
   using namespace memflow;
-  if ((!frame_table && candidate_frames) || reinterpret_cast<uintptr_t>(out) % 16) return MEMFLOW_INVALID;
+  // torch gives an empty table no address; it is not read then
+  if ((!frame_table && candidate_frames && places) || reinterpret_cast<uintptr_t>(out) % 16) return MEMFLOW_INVALID;
   bool async = aligned(query, dtype, head_dim) && aligned(key, dtype, head_dim) && aligned(value, dtype, head_dim);
   Attention a{};
   int error = describe(a, dtype, batch, queries, frames, tokens_per_frame, heads, head_dim, places, candidate_frames,

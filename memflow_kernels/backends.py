@@ -148,6 +148,19 @@ def refused(backend: str, device: torch.device) -> str | None:
     return None
 
 
+def _is_current(device: torch.device) -> bool:
+    """Whether a kernel launched now runs on `device`: Triton asks for the current device, not for its arguments'."""
+    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
+
+
+def _on(device: torch.device, run: Callable) -> Callable:
+    def guarded(*arguments):
+        with torch.cuda.device(device):
+            return run(*arguments)
+
+    return guarded
+
+
 def dispatch(op_name: str, device: torch.device) -> Callable:
     """The callable that runs op `op_name` for tensors on `device`.
 
@@ -157,4 +170,5 @@ def dispatch(op_name: str, device: torch.device) -> Callable:
     reason = refused(backend, device)
     if reason is not None:
         raise RuntimeError(f"{op_name}: {reason}")
-    return implementation(op_name, backend)
+    run = implementation(op_name, backend)
+    return run if _is_current(device) else _on(device, run)

@@ -6,22 +6,31 @@ model's attention, and a GPU waits for it. It buys what only autograd, tracing, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from ..backends import dispatch
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def call(op: Callable, name: str, *arguments):
-    """Results of operator `op`, called `memflow::<name>`. The first argument is a tensor and names the device."""
+def call(op: Callable, name: str, *arguments, written: Iterable[Tensor] = ()):
+    """Results of operator `op`, called `memflow::<name>`. The first argument is a tensor and names the device.
+
+    written: the arguments that it changes in place. A kernel's writes are unknown to autograd, which must know of them:
+    a backward that needs what stood there before then raises, where it would compute from what stands there now.
+    """
     if torch.compiler.is_compiling() or _somebody_listens(arguments):
         return op(*arguments)
-    return dispatch(name, arguments[0].device)(*arguments)
+    result = dispatch(name, arguments[0].device)(*arguments)
+    for x in written:
+        if not x.is_inference():
+            increment_version(x)
+    return result
 
 
 def _somebody_listens(arguments: tuple) -> bool:

@@ -219,5 +219,5 @@ def qk_norm_rope_write(
         raise TypeError(f"query_mean must be True or False, got {query_mean!r}")
     place = (float(eps), rows, cols, first, start)
     arguments = (query, key, value, weight_q, weight_k, *place, *pool, slots, query_mean)
-    new_query, mean = call(_qk_norm_rope_write, "qk_norm_rope_write", *arguments)
+    new_query, mean = call(_qk_norm_rope_write, "qk_norm_rope_write", *arguments, written=pool)
     return (new_query, mean) if query_mean else new_query

@@ -38,4 +38,4 @@ def replace_frame(pool: Pool, slot: Tensor, source_slot: Tensor) -> None:
         _checks.shape(name, index, (pool.key.shape[0],), "[B]")
         _checks.same_device(name, index, "pool.key", pool.key)
     _checks.no_gradients("replace_frame", *pool)
-    call(_replace_frame, "replace_frame", *pool, slot, source_slot)
+    call(_replace_frame, "replace_frame", *pool, slot, source_slot, written=pool)

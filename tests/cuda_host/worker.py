@@ -27,16 +27,16 @@ def argument(kind, pointers, *content):
     if kind == "null":
         return ctypes.c_void_p(None)
     if kind == "memory":
-        return ctypes.c_void_p(pointers[content[0]] + content[1])
+        return ctypes.c_void_p((pointers[content[0]] + content[1]) or None)
     if kind == "states":
-        return States(pointers[content[0]] + content[1], *content[2])
+        return States((pointers[content[0]] + content[1]) or None, *content[2])
     return NUMBERS[kind](content[0])
 
 
 def answer(library, name, arguments, result, buffers):
     pointers = []
     for data in buffers:
-        pointer = libc.malloc(len(data))
+        pointer = libc.malloc(len(data)) if data else 0  # torch gives an empty tensor no address
         ctypes.memmove(pointer, bytes(data), len(data))
         pointers.append(pointer)
     function = getattr(library, name)

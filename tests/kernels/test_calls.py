@@ -1,10 +1,12 @@
 """An op goes through torch's dispatcher only where somebody listens there."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memflow_kernels import frame_means, memory_attention
+from memflow_kernels import Pool, backends, frame_means, memory_attention, replace_frame
 from memflow_kernels.ops import _call
 from memflow_kernels.testing import states
 
@@ -67,3 +69,27 @@ def test_subclasses_and_transforms_see_the_op(direct):
 class Means(torch.nn.Module):
     def forward(self, key):
         return frame_means(key, 2)
+
+
+def test_autograd_knows_what_a_kernel_wrote(monkeypatch):
+    """A kernel writes behind autograd's back; a backward that needs the old content must raise."""
+    pool = Pool.zeros(1, 2, 2, 1, 4)
+    monkeypatch.setattr(_call, "dispatch", lambda name, device: lambda *arguments: None)
+    before = [part._version for part in pool]
+    replace_frame(pool, torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
+    assert all(part._version > version for part, version in zip(pool, before, strict=True))
+    with torch.inference_mode():
+        replace_frame(Pool.zeros(1, 2, 2, 1, 4), *(torch.zeros(1, dtype=torch.int32) for _ in range(2)))
+
+
+def test_an_op_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device, whatever its arguments lie on."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    monkeypatch.setattr(backends, "implementation", lambda name, backend: lambda: "ran")
+    monkeypatch.setattr(backends, "current_backend", lambda device, name=None: "triton")
+    assert backends.dispatch("frame_means", torch.device("cuda", 0))() == "ran"
+    assert entered == []
+    assert backends.dispatch("frame_means", torch.device("cuda", 1))() == "ran"
+    assert entered == [torch.device("cuda", 1)]

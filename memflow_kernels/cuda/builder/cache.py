@@ -7,11 +7,12 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .compiler import compile_library
+from .compiler import compile_library, first_error
 from .errors import BuildError
 from .recipe import Recipe
 
@@ -47,7 +48,10 @@ def _locked(path: Path) -> Iterator[None]:
         except BlockingIOError:
             print("memflow: another process is building the CUDA kernels; waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do: a process forked meanwhile has it open too
 
 
 def cached_library(recipe: Recipe) -> Path:
@@ -60,8 +64,12 @@ def cached_library(recipe: Recipe) -> Path:
         return library
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
+        log, asked = library.parent / "build.log", time.time()
         with _locked(library.parent / "lock"):
             if not library.is_file():  # else whoever held the lock has built it
+                if log.is_file() and log.stat().st_mtime > asked:  # and it failed: so would this
+                    error = first_error(log.read_text(errors="replace").splitlines())
+                    raise BuildError(f"{error} (all of it: {log})")
                 _build(recipe, library)
     except OSError as error:
         raise BuildError(f"the cache folder {library.parent} cannot be used: {error}") from error
