@@ -72,11 +72,13 @@ class StorybookCodec(IndependentCodec):
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures [n, H, W, 3] from 0 to 1 -> latents [n, channels, H / 16, W / 16]."""
-        return self.norm(self.encoder(pictures.permute(0, 3, 1, 2).to(self.dtype) - 0.5))
+        # Channels last: twice as fast on a CPU.
+        pictures = pictures.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.channels_last)
+        return self.norm(self.encoder(pictures - 0.5))
 
     def decode_frames(self, latents: Tensor) -> Tensor:
         """Latents [n, channels, h, w] -> pictures [n, 16 h, 16 w, 3], around 0 to 1, not upscaled."""
-        return self.decoder(latents.to(self.dtype)).permute(0, 2, 3, 1) + 0.5
+        return self.decoder(latents.to(self.dtype, memory_format=torch.channels_last)).permute(0, 2, 3, 1) + 0.5
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -10,13 +10,15 @@ from memflow.positions import Places
 from memflow.toy.stories import CHUNK, Story
 
 SINK, WINDOW = 3, 9
+IN_VIEW = SINK + WINDOW - CHUNK  # of the frames that a chunk sees those of sink and window come first, so many at most
 _BANKS = ((6, 0.6), (3, 0.3), (0, 0.1))  # places of the bank, and how often
 
 
 class Visible(NamedTuple):
     """Past frames that each chunk attends to, besides itself.
 
-    frames [chunks, n] int64: frame numbers, -1 = nothing. places [chunks, n] int64: where they are seen.
+    frames [chunks, n] int64: frame numbers, sink and window before the bank, which begins at IN_VIEW; -1 = nothing.
+    places [chunks, n] int64: where they are seen.
     own [chunks, CHUNK] int64: places of the chunk's own frames.
     """
 
@@ -43,11 +45,11 @@ def visible_frames(story: Story, random: np.random.Generator) -> Visible:
         stop = start + CHUNK
         seen = [(f, places.of_sink(f, stop)) for f in range(min(SINK, start))]
         seen += [(f, places.of_window(f, stop)) for f in range(max(SINK, stop - WINDOW), start)]
+        seen += [(-1, 0)] * (IN_VIEW - len(seen))
         recalled = _recall(chunk, scenes, bank, random)
         chosen = random.permutation(bank)[: len(recalled)]
         seen += [(c * CHUNK, places.of_bank(int(slot))) for c, slot in zip(recalled, chosen, strict=True)]
-        for i, (frame, place) in enumerate(seen):
-            frames[chunk, i], seen_at[chunk, i] = frame, place
+        frames[chunk, : len(seen)], seen_at[chunk, : len(seen)] = zip(*seen, strict=True)
         own[chunk] = [places.of_window(f, stop) for f in range(start, stop)]
     return Visible(frames, seen_at, own)
 

@@ -3,6 +3,7 @@
 Without help the text path lets names collapse (they matter in few frames), and then no relevance can find a character.
 So a linear read-out must tell the name from the mean text key, the mean frame key and the mean query, and the mean text
 key of a prompt must point to the frames of its character and its place: the score that a stream's memory retrieves by.
+Half of the heads are told to look at the character in past frames, which they would find out by themselves, but later.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from memflow.toy.processors import TrainingPass
 from memflow.toy.world import NAMES
 
 _SHARPNESS = 4.0  # of the retrieval loss: scores of normed keys differ by less than one
-WEIGHTS = {"flow": 1.0, "text": 0.2, "frame": 0.1, "query": 0.1, "retrieve": 0.1}
+WEIGHTS = {"flow": 1.0, "text": 0.2, "frame": 0.1, "query": 0.1, "retrieve": 0.1, "attention": 0.1}
 
 
 class NameReadout(nn.Module):

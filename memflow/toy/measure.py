@@ -39,20 +39,18 @@ def from_video(video: Tensor) -> Tensor:
 
 def _place(pictures: Tensor) -> Tensor:
     """Nearest background, whatever its landmark's colour and, mostly, away from where characters are."""
-    weight = 1 - landmark_mask()  # [places, SIZE, SIZE]
+    weight = 1 - landmark_mask().unsqueeze(-1)  # [places, SIZE, SIZE, 1]
     weight[:, _ROWS] *= 0.2
-    distance = [
-        ((pictures - drawn).square().sum(-1) * w).sum((1, 2)) / w.sum()
-        for drawn, w in zip(backgrounds()[:, 0], weight, strict=True)
-    ]
+    weight, drawn, seen = _coarse(weight), _coarse(backgrounds()[:, 0]), _coarse(pictures)
+    distance = [((seen - d).square() * w).sum((1, 2, 3)) / w.sum() for d, w in zip(drawn, weight, strict=True)]
     return torch.stack(distance, 1).argmin(1)
 
 
 def _nearest_colour(pictures: Tensor, mask: Tensor) -> Tensor:
     palette = torch.tensor(list(COLOURS.values())) / 255
-    mask = mask.to(pictures.dtype).unsqueeze(-1)
-    mean = (pictures * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
-    return torch.cdist(mean, palette).argmin(1)
+    mask = mask.to(pictures.dtype)
+    total = torch.einsum("nrcd,nrc->nd", pictures, mask)
+    return torch.cdist(total / mask.sum((1, 2)).clamp(min=1).unsqueeze(-1), palette).argmin(1)
 
 
 def _pose(pictures: Tensor, place: Tensor, landmark: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,8 +23,11 @@ class TrainingPass:
     frames: [B, n, V] int64, the past frames that a chunk sees, -1 = nothing. places: [B, n, V], where it sees them.
     own_places: [B, n, F]. grid: token rows and columns of a frame.
     text: [P, T, dim], projected embeddings of P prompts. text_mask: [P, T]. prompt_of: [B * n] int64, of each chunk.
+    asking: [B, n, F N] float, tokens of the noisy chunks that show the character; wanted: [B, n, V N] float, tokens of
+    the past frames that show the same one.
     The call adds one entry per layer to frame_means [B, n, F, H, D], mean clean keys at place 0; query_means
-    [B * n, H, D], of the noisy rows; text_means [P, H, D], mean keys of a prompt's tokens.
+    [B * n, H, D], of the noisy rows; text_means [P, H, D], mean keys of a prompt's tokens; and, but for the first
+    layer, attention, a scalar: how surprising it is, to the heads that look for characters, where the character was.
     """
 
     frames: Tensor
@@ -34,9 +37,12 @@ class TrainingPass:
     text: Tensor
     text_mask: Tensor
     prompt_of: Tensor
+    asking: Tensor
+    wanted: Tensor
     frame_means: list[Tensor] = field(default_factory=list)
     query_means: list[Tensor] = field(default_factory=list)
     text_means: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
 
 
 class TrainingContext(nn.Module):
@@ -95,7 +101,9 @@ class TrainingSelfAttention:
         query, key = (place_keys(x, step.own_places[..., None]) for x in (query, key))
         nothing = torch.zeros(step.frames.shape, device=key.device).masked_fill(step.frames < 0, float("-inf"))
         nothing = nothing.repeat_interleave(tokens, -1)[:, :, None, None]
-        out = _attend(*(_by_head(x) for x in (query, key, value, past_key, past_value)), nothing)
+        out, past = _attend(*(_by_head(x) for x in (query, key, value, past_key, past_value)), nothing)
+        if len(step.frame_means) > 1:
+            step.attention.append(_surprise(past.split(past.shape[-2] // 2, dim=-2)[1], step.asking, step.wanted))
         out = out.transpose(-3, -2).flatten(-2).flatten(0, 2)
         return attn.to_out[1](attn.to_out[0](out))
 
@@ -125,8 +133,11 @@ def _by_head(x: Tensor) -> Tensor:
     return x.flatten(-4, -3).transpose(-3, -2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, nothing: Tensor) -> Tensor:
-    """Query, key, value [2, B, n, H, L, D]; past_key, past_value [B, n, H, M, D] -> [2, B, n, H, L, D].
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, nothing: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Query, key, value [2, B, n, H, L, D]; past_key, past_value [B, n, H, M, D] -> [2, B, n, H, L, D], and the shares
+    of attention that go to the past [B, n, H, 2 L, M].
 
     nothing: added to the scores of the past, -inf where there is nothing to see.
 
@@ -139,4 +150,16 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_va
     own = torch.cat((query @ key.transpose(-1, -2)).unbind(), dim=-2)
     past, own = torch.cat([past, own], dim=-1).softmax(-1).split([seen, length], dim=-1)
     own = torch.stack(own.split(length, dim=-2)) @ value
-    return torch.stack((past @ past_value).split(length, dim=-2)) + own
+    return torch.stack((past @ past_value).split(length, dim=-2)) + own, past
+
+
+def _surprise(past: Tensor, asking: Tensor, wanted: Tensor) -> Tensor:
+    """Mean -log of the share of all attention to the past that goes to wanted tokens, over the asking ones.
+
+    past: [B, n, H, L, M]; the first half of the heads counts, the rest may look elsewhere.
+    """
+    past = past[:, :, : past.shape[2] // 2]
+    right = torch.einsum("bnhlm,bnm->bnhl", past, wanted)
+    surprise = (past.sum(-1) + 1e-6).log() - (right + 1e-6).log()
+    counts = asking * (wanted.amax(-1, keepdim=True) > 0)
+    return (surprise.mean(2) * counts).sum() / counts.sum().clamp(min=1)

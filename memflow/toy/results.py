@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from memflow.toy.evaluate import MEASURES, SETTINGS, Setting, evaluate
-from memflow.toy.retrieval import CHUNKS, retrieval
+from memflow.toy.retrieval import CHUNKS, Rehearsal
 from memflow.toy.statistics import Share
 from memflow.toy.trials import LENGTHS
 
@@ -34,6 +34,7 @@ def run(pipeline, path: Path, *, stories: int, seeds: int, settings: list[Settin
         "command": f"memflow toy evaluate --stories {stories} --seeds {seeds}",
     }
     each = -(-stories // seeds)
+    rehearsals: list[Rehearsal] = []
     for setting in settings:
         for length in LENGTHS:
             if setting.label in results["recall"].get(length, {}):
@@ -47,13 +48,20 @@ def run(pipeline, path: Path, *, stories: int, seeds: int, settings: list[Settin
                 f"{time.perf_counter() - begin:.0f} s"
             )
         if setting.label in _RETRIEVAL and setting.label not in results["retrieval"]:
-            parts = [retrieval(pipeline, setting, each, seed) for seed in range(seeds)]
+            rehearsals = rehearsals or [Rehearsal(pipeline, each, seed) for seed in range(seeds)]
+            parts = [rehearsal.read(setting) for rehearsal in rehearsals]
             results["retrieval"][setting.label] = {
                 name: [_sum([part[name][chunk] for part in parts]).to_dict() for chunk in range(CHUNKS)]
                 for name in parts[0]
             }
             _write(results, path)
     return results
+
+
+def _in_order(rows: dict) -> dict:
+    """Rows by label in the order of SETTINGS, whatever order they were measured in; labels of others last."""
+    known = [setting.label for setting in SETTINGS]
+    return dict(sorted(rows.items(), key=lambda row: known.index(row[0]) if row[0] in known else len(known)))
 
 
 def table(results: dict) -> str:
@@ -67,7 +75,7 @@ def table(results: dict) -> str:
             "| memory | " + " | ".join(MEASURES) + " | seconds per story |",
             "|---|" + "---|" * (len(MEASURES) + 1),
         ]
-        for label, row in rows.items():
+        for label, row in _in_order(rows).items():
             cells = [_cell(row["shares"][name]) for name in MEASURES]
             lines.append(f"| {label} | {' | '.join(cells)} | {row['seconds']:.2f} |")
         lines += ["", f"Returns per cell: {any_row['shares']['colour']['count']}. 95 % intervals (Wilson).", ""]
@@ -78,7 +86,7 @@ def table(results: dict) -> str:
             "| memory | character | place | both |",
             "|---|---|---|---|",
         ]
-        for label, row in results["retrieval"].items():
+        for label, row in _in_order(results["retrieval"]).items():
             cells = [_cell(_sum([Share(c["hits"], c["count"]) for c in row[name]]).to_dict()) for name in row]
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
@@ -90,6 +98,7 @@ def plot(results: dict, path: Path) -> None:
     """Recall per memory, a panel per length, as bars with intervals."""
     figure, axes, pyplot = _figure(len(results["recall"]), width=7)
     for axis, (length, rows) in zip(axes, results["recall"].items(), strict=True):
+        rows = _in_order(rows)
         for i, name in enumerate(_RECALL):
             shares = [row["shares"][name] for row in rows.values()]
             errors = [[s["value"] - s["low"] for s in shares], [s["high"] - s["value"] for s in shares]]
@@ -109,7 +118,7 @@ def plot_forgetting(results: dict, path: Path) -> None:
     """Retrieval over the length of a story, one line per memory."""
     figure, axes, pyplot = _figure(2, width=5)
     for axis, name in zip(axes, ("character", "place"), strict=True):
-        for label, row in results["retrieval"].items():
+        for label, row in _in_order(results["retrieval"]).items():
             shares = [
                 _sum([Share(c["hits"], c["count"]) for c in row[name][max(0, k - 2) : k + 3]]) for k in range(CHUNKS)
             ]

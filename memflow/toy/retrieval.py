@@ -10,10 +10,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from memflow.memory import Prompt
 from memflow.passes import encode_prompt, fix
 from memflow.processors import head_sizes
 from memflow.text import encode_prompts
 from memflow.toy.evaluate import Setting
+from memflow.toy.model import GRID
 from memflow.toy.statistics import Share
 from memflow.toy.stories import CHUNK, Story, training_story
 from memflow.toy.train_codec import encode_frames
@@ -22,43 +24,54 @@ CHUNKS = 24
 MEASURES = ("character", "place", "both")
 
 
-@torch.no_grad()
-def retrieval(pipeline, setting: Setting, stories: int, seed: int) -> dict[str, list[Share]]:
-    """Hits over chunks 0 to CHUNKS - 1, for each of MEASURES ("both" where both were away).
+class Rehearsal:
+    """Random stories of CHUNKS chunks, their prompts and their latents, to be read under one setting after another."""
 
-    A chunk counts where the character (the place) was seen before, and neither sink nor window shows it.
-    """
-    random = np.random.default_rng([seed, CHUNKS])
-    told = [training_story(random, CHUNKS) for _ in range(stories)]
-    config = setting.config(pipeline.memory_config)
-    transformer = pipeline.transformer
-    memory = config.create(
-        **head_sizes(transformer),
-        batch=stories,
-        grid=_grid(pipeline),
-        dtype=transformer.dtype,
-        device=transformer.device,
-        seeds=[seed * 1_000_000 + row for row in range(stories)],
-    )
-    scenes = [[story.scenes[i] for i in story.scene_of_chunks()] for story in told]
-    texts = [_texts(story) for story in told]
-    numbers = torch.from_numpy(np.stack([story.frames() for story in told]))
-    shares = {name: [Share(0, 0)] * CHUNKS for name in MEASURES}
-    for chunk in range(CHUNKS):
-        start = chunk * CHUNK
-        prompts = [row[chunk] for row in texts]
-        embeds, mask = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, pipeline.config.text_length)
-        prompt = encode_prompt(transformer, embeds.to(transformer.dtype), mask)
-        memory.update(start, prompt)
-        shown = memory.snapshot(start + CHUNK, prompt).recalled[-1]  # [B, bank]
-        for row, frames in zip(scenes, shown, strict=True):
-            for name, hit in _hits(row, chunk, config, frames).items():
-                shares[name][chunk] += (hit, 1)
-        step = memory.pass_over(start, CHUNK, prompt)
-        latents = encode_frames(pipeline.vae, numbers[:, start : start + CHUNK]).transpose(1, 2)
-        fix(transformer, latents.to(transformer.dtype), step)
-        memory.end_chunk(start)
-    return shares
+    def __init__(self, pipeline, stories: int, seed: int):
+        self.pipeline = pipeline
+        random = np.random.default_rng([seed, CHUNKS])
+        told = [training_story(random, CHUNKS) for _ in range(stories)]
+        self.seeds = [seed * 1_000_000 + row for row in range(stories)]
+        self.scenes = [[story.scenes[i] for i in story.scene_of_chunks()] for story in told]
+        texts = [_texts(story) for story in told]
+        numbers = torch.from_numpy(np.stack([story.frames() for story in told]))
+        with torch.no_grad():
+            self.prompts = [self._prompt([row[chunk] for row in texts]) for chunk in range(CHUNKS)]
+            self.latents = encode_frames(pipeline.vae, numbers).transpose(1, 2).to(pipeline.transformer.dtype)
+
+    def _prompt(self, texts: list[str]) -> Prompt:
+        pipe = self.pipeline
+        embeds, mask = encode_prompts(pipe.tokenizer, pipe.text_encoder, texts, pipe.config.text_length)
+        return encode_prompt(pipe.transformer, embeds.to(pipe.transformer.dtype), mask)
+
+    @torch.no_grad()
+    def read(self, setting: Setting) -> dict[str, list[Share]]:
+        """Hits over chunks 0 to CHUNKS - 1, for each of MEASURES ("both" where both were away).
+
+        A chunk counts where the character (the place) was seen before, and neither sink nor window shows it.
+        """
+        config = setting.config(self.pipeline.memory_config)
+        transformer = self.pipeline.transformer
+        memory = config.create(
+            **head_sizes(transformer),
+            batch=len(self.seeds),
+            grid=GRID,
+            dtype=transformer.dtype,
+            device=transformer.device,
+            seeds=self.seeds,
+        )
+        shares = {name: [Share(0, 0)] * CHUNKS for name in MEASURES}
+        for chunk, prompt in enumerate(self.prompts):
+            start = chunk * CHUNK
+            memory.update(start, prompt)
+            shown = memory.snapshot(start, prompt).recalled[-1]  # [B, bank]
+            for row, frames in zip(self.scenes, shown, strict=True):
+                for name, hit in _hits(row, chunk, config, frames).items():
+                    shares[name][chunk] += (hit, 1)
+            step = memory.pass_over(start, CHUNK, prompt)
+            fix(transformer, self.latents[:, :, start : start + CHUNK], step)
+            memory.end_chunk(start)
+        return shares
 
 
 def _hits(scenes: list, chunk: int, config, frames: np.ndarray) -> dict[str, bool]:
@@ -80,12 +93,3 @@ def _texts(story: Story) -> list[str]:
     """The prompt in force, for each chunk."""
     prompts = story.prompts()
     return [prompts[i] for i in story.scene_of_chunks()]
-
-
-def _grid(pipeline) -> tuple[int, int]:
-    patch = pipeline.transformer.config.patch_size
-    config = pipeline.config
-    return (
-        config.height // pipeline.spatial_factor // patch[1],
-        config.width // pipeline.spatial_factor // patch[2],
-    )

@@ -75,16 +75,24 @@ def random_cast(random: np.random.Generator) -> tuple[list[Look], list[int]]:
 
 
 def training_story(random: np.random.Generator, chunks: int) -> Story:
-    """A random story of so many chunks, in which characters and places come back."""
+    """A random story of so many chunks, in which characters and places come back, often after an absence.
+
+    Every fifth story takes its time: scenes of up to a dozen chunks.
+    """
     looks, landmarks = random_cast(random)
-    names = random.permutation(len(NAMES))[: random.integers(2, len(NAMES) + 1)]
-    places = random.permutation(len(PLACES))[: random.integers(2, len(PLACES) + 1)]
+    names = random.permutation(len(NAMES))[: random.integers(3, len(NAMES) + 1)]
+    places = random.permutation(len(PLACES))[: random.integers(3, len(PLACES) + 1)]
+    lengths, shares = ([2, 4, 8, 12], [0.3, 0.3, 0.2, 0.2]) if random.random() < 0.2 else ([1, 2, 3], [0.75, 0.2, 0.05])
     scenes: list[Scene] = []
     left = chunks
     while left:
-        length = min(left, int(random.choice([1, 2, 3, 4, 6], p=[0.35, 0.35, 0.15, 0.1, 0.05])))
+        length = min(left, int(random.choice(lengths, p=shares)))
         name, place = int(random.choice(names)), int(random.choice(places))
-        if scenes and random.random() < 0.15:
+        # Those who were in the story, but neither at its beginning nor just now, where sink and window show them.
+        away = {scene.name for scene in scenes[1:-2]} - {scene.name for scene in (*scenes[:1], *scenes[-2:])}
+        if away and random.random() < 0.85:
+            name = int(random.choice(sorted(away)))
+        if scenes and random.random() < 0.1:
             name, place = scenes[-1].name, scenes[-1].place
         scenes.append(Scene(name, place, int(random.integers(len(ACTIONS))), length))
         left -= length

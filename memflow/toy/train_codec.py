@@ -26,7 +26,6 @@ def frozen_at(steps: int) -> int:
 def codec_run(codec: StorybookCodec, folder: Path, seed: int, steps: int = STEPS, batch: int = BATCH) -> Run:
     """The training run of `codec`, on its device, with checkpoints in `folder`. batch: frames over all workers."""
     rank, workers = worker()
-    codec.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(codec.parameters(), lr=_RATE, betas=(0.9, 0.98), weight_decay=0.01)
 
     def advance(step: int) -> dict[str, float]:

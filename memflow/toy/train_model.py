@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memflow.text import encode_prompts
-from memflow.toy.context import visible_frames
+from memflow.toy.context import IN_VIEW, visible_frames
 from memflow.toy.drawing import MOODS, SHAPES
 from memflow.toy.losses import WEIGHTS, NameReadout, flow_loss, retrieval_loss
 from memflow.toy.model import GRID, SHIFT, TEXT_LENGTH
@@ -27,6 +27,7 @@ STORIES, CHUNKS = 4, 12  # stories in a step, over all workers; chunks in a stor
 _MUON_RATE, _ADAM_RATE = 2.5e-3, 2.5e-3
 CONTEXT_NOISE = 0.25  # at most this much noise on the clean frames: a stream remembers what it made itself
 _FOREGROUND = 4.0  # weight of latent pixels that show the character or the landmark
+_RECALLED, _UNKNOWABLE = 3.0, 0.3  # weights of chunks whose character the bank alone, or nothing at all, tells
 
 
 class Batch(NamedTuple):
@@ -82,7 +83,7 @@ class Trainer:
             self.readout = NameReadout(config.num_layers, config.num_attention_heads * config.attention_head_dim)
         self.readout.to(self.device)
         self.context = install(self.transformer)
-        self.weights = _foreground().to(self.device)
+        self.weights, self.tokens = (x.to(self.device) for x in _foreground())
         self.modules = nn.ModuleList([self.transformer, self.text_encoder, self.readout])
         matrices, rest = _split(self.modules)
         self.muon = Muon(matrices, lr=_MUON_RATE)
@@ -128,12 +129,14 @@ class Trainer:
             "flow": flow_loss(flow[0][rows:], (noise - clean).to(self.device), self._foreground_of(batch)),
             **self.readout(step, names.flatten()),
             "retrieve": retrieval_loss(step, names, places),
+            "attention": torch.stack(step.attention).mean(),
         }
 
     def begin(self, batch: Batch) -> TrainingPass:
         """The next call of the transformer is over `batch`."""
         embeds, mask = encode_prompts(self.tokenizer, self.text_encoder, batch.prompts, TEXT_LENGTH)
         frames, places, own = (x.to(self.device) for x in batch.seen)
+        asking, wanted = self._characters(batch, frames)
         self.context.step = TrainingPass(
             frames=frames,
             places=places,
@@ -142,13 +145,40 @@ class Trainer:
             text=self.transformer.condition_embedder.text_embedder(embeds),
             text_mask=mask,
             prompt_of=batch.prompt_of.to(self.device),
+            asking=asking,
+            wanted=wanted,
         )
         return self.context.step
 
+    def _characters(self, batch: Batch, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """`asking` and `wanted` of a `TrainingPass`, whose `frames` these are."""
+        frame = Frame.of(batch.numbers.to(self.device))
+        shown = self.tokens[frame.shape, frame.mood, frame.step]  # [B, n F, N]
+        names = batch.names.to(self.device)
+        story = torch.arange(len(names), device=self.device)[:, None, None]
+        index = frames.clamp(min=0)
+        same = (names[story, index // CHUNK] == names[:, :, None]) & (frames >= 0)
+        wanted = shown[story, index] * same.unsqueeze(-1)
+        return shown.unflatten(1, (-1, CHUNK)).flatten(2), wanted.flatten(2)
+
     def _foreground_of(self, batch: Batch) -> Tensor:
         frame = Frame.of(batch.numbers.to(self.device))
-        weight = self.weights[frame.place, frame.shape, frame.mood, frame.step]
-        return weight.unflatten(1, (-1, CHUNK)).flatten(0, 1)
+        weight = self.weights[frame.place, frame.shape, frame.mood, frame.step].unflatten(1, (-1, CHUNK))
+        return (weight * self._emphasis(batch)[..., None, None, None]).flatten(0, 1)
+
+    def _emphasis(self, batch: Batch) -> Tensor:
+        """Weight of each chunk [B, n]."""
+        frames, names, prompts = (x.to(self.device) for x in (batch.seen[0], batch.names, batch.prompt_of))
+        prompts = prompts.view_as(names)
+        story = torch.arange(len(names), device=self.device)[:, None, None]
+        same = (names[story, frames.clamp(min=0) // CHUNK] == names[:, :, None]) & (frames >= 0)
+        in_view = same[..., :IN_VIEW].any(-1)
+        twins = names[:, :, None] == names[:, None]
+        introduced = prompts == prompts[:, None].expand_as(twins).masked_fill(~twins, prompts.max() + 1).amin(-1)
+        weight = torch.ones(names.shape, device=self.device)
+        weight[same[..., IN_VIEW:].any(-1) & ~in_view & ~introduced] = _RECALLED
+        weight[~same.any(-1) & ~introduced] = _UNKNOWABLE
+        return weight
 
 
 def _mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -156,14 +186,16 @@ def _mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * clean + sigma * noise
 
 
-def _foreground() -> Tensor:
-    """Weight of each latent pixel by place, shape, mood and step: [places, shapes, moods, steps, 8, 8]."""
+def _foreground() -> tuple[Tensor, Tensor]:
+    """Weight of each latent pixel by place, shape, mood and step, [places, shapes, moods, steps, 8, 8]; and which
+    tokens show the character, [shapes, moods, steps, N], 0 or 1."""
     sizes = (len(SHAPES), len(MOODS), PLACES_IN_A_ROW)
     shape, mood, step = (x.flatten() for x in torch.meshgrid(*map(torch.arange, sizes), indexing="ij"))
     character = nn.functional.max_pool2d(character_mask(shape, mood, step)[:, None], 16)[:, 0].unflatten(0, sizes)
     landmark = nn.functional.max_pool2d(landmark_mask()[:, None], 16)[:, 0]
     seen = torch.maximum(character[None], landmark[:, None, None, None])
-    return 1 + (_FOREGROUND - 1) * (seen > 0.2).float()
+    tokens = nn.functional.max_pool2d(character.flatten(0, 2)[:, None], 2).flatten(1).unflatten(0, sizes)
+    return 1 + (_FOREGROUND - 1) * (seen > 0.2).float(), (tokens > 0.2).float()
 
 
 def _split(modules: nn.Module) -> tuple[list, list]:

@@ -11,7 +11,7 @@ from memflow.toy.stories import CHUNK, Scene, Story, random_cast
 from memflow.toy.world import ACTIONS, NAMES
 
 _MET = 4  # characters and places that are met and come back
-LENGTHS = {"short": 2, "long": 12}  # scenes between the meetings and the returns
+LENGTHS = {"short": 2, "long": 8}  # scenes between the meetings and the returns
 
 
 @dataclass(frozen=True)
