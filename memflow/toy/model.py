@@ -19,6 +19,7 @@ MEMORY = {
     "sink_frames": 3,
     "window_frames": 9,
     "bank_frames": 6,
+    "held_frames": 24,
     "policy": "diverse",
     "layers": "mean",
     "positions": "relative",

@@ -31,7 +31,7 @@ def test_a_chunk_sees_in_training_what_it_sees_in_a_stream():
     last = (CHUNKS - 1) * CHUNK
 
     parts = model.build(1)
-    config = MemoryConfig(**model.MEMORY | {"policy": "fifo"})
+    config = MemoryConfig(**model.MEMORY | {"policy": "fifo", "held_frames": None})
     memory = config.create(
         **head_sizes(parts["transformer"]), batch=1, grid=model.GRID, dtype=torch.float32, device=torch.device("cpu")
     )
