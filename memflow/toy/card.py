@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 
 from memflow import __version__
@@ -50,7 +51,7 @@ def card(parts: dict, *, seed: int, steps: int, codec_steps: int, remarks: str =
     from memflow.toy.model import SHIFT
 
     models = [parts[name] for name in ("vae", "transformer", "text_encoder")]
-    return _TEXT.format(
+    text = _TEXT.format(
         places=len(PLACES),
         names=len(NAMES),
         colours=len(COLOURS),
@@ -66,7 +67,7 @@ def card(parts: dict, *, seed: int, steps: int, codec_steps: int, remarks: str =
         codec_steps=codec_steps,
         stories=train_model.STORIES,
         chunks=train_model.CHUNKS,
-        remarks=remarks and remarks + "\n",
+        remarks=remarks and remarks + " ",
         shift=SHIFT,
         blur=train_model.CONTEXT_NOISE,
         memflow=__version__,
@@ -75,6 +76,14 @@ def card(parts: dict, *, seed: int, steps: int, codec_steps: int, remarks: str =
         transformers=_version("transformers"),
         python=platform.python_version(),
     )
+    return _wrapped(text)
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs of at most 120 columns; the head between the first two `---` and indented lines stay."""
+    head, body = text.split("---\n\n", 1)
+    parts = [part if part.startswith(("    ", "#")) else textwrap.fill(part, 120) for part in body.split("\n\n")]
+    return head + "---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _version(package: str) -> str:
