@@ -25,6 +25,7 @@ from memflow.schedule import DistilledSchedule
 from memflow.state import load_stream
 from memflow.stream import Stream
 from memflow.text import encode_prompts
+from memflow.toy import codec as _storybook_codec  # noqa: F401 (diffusers loads only what has been imported)
 
 _LONGEST = 1e7  # seconds of one prompt
 
