@@ -14,7 +14,7 @@ _TILE, _GAP, _TEXT = 144, 6, 40  # pixels
 def contact_sheet(
     pipeline, prompts: list[str], path: Path, *, seconds: float, seed: int, columns: int, memory=None
 ) -> None:
-    """Tell the story and write the sheet to `path` (.png or .jpg): a cell per prompt with its first, middle and last frame.
+    """Tell the story and write the sheet to `path` (.png or .jpg): first, middle and last frame per prompt.
 
     columns: cells in a row. memory: a `MemoryConfig`; the model's own where None.
     """
