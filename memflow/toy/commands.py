@@ -77,8 +77,8 @@ def evaluate(
 @app.command()
 def sheet(
     story: Annotated[Path, typer.Argument(metavar="STORY", help="As for `memflow generate`; the first story counts.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.png")],
-    seconds_per_prompt: Annotated[float, typer.Option(metavar="SECONDS")] = 3.0,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="A .png or .jpg.")],
+    seconds_per_prompt: Annotated[float, typer.Option(metavar="SECONDS")] = 1.5,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the noise.")] = 0,
     columns: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts side by side.")] = 2,
     memory: Annotated[

@@ -107,7 +107,10 @@ def plot(results: dict, path: Path) -> None:
         axis.axhline(1 / 8, color="grey", lw=0.8, ls="--")
         axis.text(-0.5, 1 / 8 + 0.01, "a colour by chance", color="grey", fontsize=8)
         axis.set_xticks(range(len(rows)), rows, rotation=40, ha="right")
-        axis.set(ylim=(0, 1.05), title=f"{length}: {results['about']['scenes between'][length]} scenes away at least")
+        axis.set(
+            ylim=(0, 1.05),
+            title=f"{length}: {results['about']['scenes between'][length]} scenes between meetings and returns",
+        )
     axes[-1].legend(loc="upper left", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

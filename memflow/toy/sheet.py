@@ -14,7 +14,7 @@ _TILE, _GAP, _TEXT = 144, 6, 40  # pixels
 def contact_sheet(
     pipeline, prompts: list[str], path: Path, *, seconds: float, seed: int, columns: int, memory=None
 ) -> None:
-    """Tell the story and write the sheet as a PNG: a cell per prompt with its first, middle and last frame.
+    """Tell the story and write the sheet to `path` (.png or .jpg): first, middle and last frame per prompt.
 
     columns: cells in a row. memory: a `MemoryConfig`; the model's own where None.
     """
@@ -30,7 +30,7 @@ def contact_sheet(
     sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP), "white")
     for i, cell in enumerate(cells):
         sheet.paste(cell, ((i % columns) * (width + _GAP), (i // columns) * (height + _GAP)))
-    sheet.save(path, optimize=True)
+    sheet.save(path, optimize=True, quality=90)
 
 
 def _cell(text: str, frames: list[np.ndarray]) -> Image.Image:
