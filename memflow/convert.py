@@ -134,7 +134,8 @@ def _record(sources: Sources, request: Conversion) -> dict:
     """What a folder was made from; also tells whether an interrupted conversion may be continued."""
     files = [{"name": p.name, "bytes": p.stat().st_size, "modified": p.stat().st_mtime_ns} for p in sources.files]
     options = ("preset", "weights", "dtype", "lora_alpha", "keep_lora", "partial", "heads", "shard_bytes")
-    return {"files": files, "options": {name: getattr(request, name) for name in options}}
+    scales = [{weight: update.scale for weight, update in lora.updates.items()} for lora in sources.loras]
+    return {"files": files, "options": {name: getattr(request, name) for name in options}, "lora_scales": scales}
 
 
 def _check_output(output: Path, record: dict, parts: dict[str, Part]) -> None:
