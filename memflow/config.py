@@ -32,6 +32,8 @@ class MemoryConfig:
     positions: where attention sees a frame: "absolute" = at its number, "relative" = by its distance to the newest
         frame, so that a stream may run for ever (see `memflow.positions`). A model is trained for one of them.
     record_interval: every how many chunks a prototype (first frame of the chunk) is recorded.
+    recache: at a prompt switch encode the frames that stay in the window again, under the new prompt. A model is
+        trained for one or the other; without, every frame keeps the keys of the prompt that it shows.
     published: None, or the name of the published pipeline ("interactive", "single") whose behaviour is repeated
         exactly, its known defects included; see `MemoryConfig.reference`.
     global_sink: published behaviour only: False empties sink and window at a prompt switch.
@@ -48,6 +50,7 @@ class MemoryConfig:
     aggregate: str = "mean"
     positions: str = "absolute"
     record_interval: int = 1
+    recache: bool = True
     published: str | None = None
     global_sink: bool = True
 
@@ -100,6 +103,7 @@ class MemoryConfig:
             ("layers", "each"),
             ("aggregate", "mean"),
             ("positions", "absolute"),
+            ("recache", True),
         ):
             _require_one_of(name, getattr(self, name), (value,))
         if self.held_frames is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 
 import ftfy
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,14 +16,14 @@ def clean_prompt(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
-@torch.no_grad()
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel, prompts: list[str], max_length: int
 ) -> tuple[Tensor, Tensor]:
     """Encodes one prompt per batch row, as Wan's pipelines do.
 
     Prompts are cleaned (`clean_prompt`). One of more than `max_length` tokens (bytes with ByT5) is cut, a shorter one
-    padded; the encoder does not see the padding, and its embeddings are zero.
+    padded; the encoder does not see the padding, and its embeddings are zero. Differentiable in the
+    encoder's weights.
 
     Returns:
         embeddings [B, max_length, text_dim] and mask [B, max_length] bool (True = a token, False = padding), both on

@@ -131,7 +131,7 @@ def test_options_differ_by_what_they_are_about(found):
 def test_wrong_requests_are_one_line(model, tmp_path, capsys):
     from memflow import MemFlowPipeline
 
-    MemFlowPipeline.from_preset("toy").save_pretrained(tmp_path / "toy")
+    MemFlowPipeline.from_preset("noise").save_pretrained(tmp_path / "toy")
     (tmp_path / "broken" / "vae").mkdir(parents=True)
     (tmp_path / "broken" / "model_index.json").write_text("{")
     cases = {
