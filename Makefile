@@ -9,7 +9,7 @@ TESTED := -c constraints.txt
 
 demo: $(VENV)/installed-model
 	mkdir -p demo
-	$(BIN)/memflow generate examples/stories/the-night-baker.txt -o demo/the-night-baker.mp4 --seconds-per-prompt 5 --report
+	$(BIN)/memflow generate examples/stories/bo-and-the-balloon.txt -o demo/bo-and-the-balloon.mp4 --seconds-per-prompt 1.5 --report
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"

@@ -1,8 +1,10 @@
-"""python -m benchmarks: run, report, list, export."""
+"""python -m benchmarks: run, report, cases."""
 
-from .timing import pin_threads
+from .pinning import pin_threads
 
-pin_threads()  # before torch starts its threads
+pin_threads()
+
+import torch  # noqa: E402, F401 (before anything else that brings an OpenMP runtime)
 
 from .command import main  # noqa: E402
 

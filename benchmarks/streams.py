@@ -115,7 +115,7 @@ def middle_entries(experiment: StreamExperiment, device: torch.device) -> list[E
 
 def toy_entries(experiment: StreamExperiment, device: torch.device) -> list[Entry]:
     """A whole story, a prompt switch in it, under the published memory, which both can keep; a run tells all of it."""
-    pipeline = MemFlowPipeline.from_preset("toy").to(device)
+    pipeline = MemFlowPipeline.from_preset("noise").to(device)
     pipeline.set_progress_bar_config(disable=True)
     exact = in_float64(pipeline)
     seconds = CHUNKS / len(STORY) * pipeline.frames_per_chunk / pipeline.fps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -94,9 +93,3 @@ def spread(seconds: list[float]) -> dict[str, float]:
 def ratio(ours: list[float], theirs: list[float]) -> float:
     """How many times faster: the median of theirs / ours, round by round."""
     return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-
-
-def pin_threads() -> None:
-    """Keep every OpenMP thread on a core of its own. Call it before torch is imported; OMP_* settings stay as given."""
-    os.environ.setdefault("OMP_PROC_BIND", "close")
-    os.environ.setdefault("OMP_PLACES", "cores")

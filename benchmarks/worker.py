@@ -6,9 +6,13 @@ import json
 import os
 import sys
 
-from .timing import Flush, pin_threads, sample
+from .pinning import pin_threads
 
 pin_threads()
+
+import torch  # noqa: E402 (before anything else that brings an OpenMP runtime)
+
+from .timing import Flush, sample  # noqa: E402
 
 
 def main() -> None:
@@ -25,7 +29,6 @@ def main() -> None:
 
 
 def handle(wish: dict, state: dict) -> dict:
-    import torch
 
     torch.set_grad_enabled(False)
     if "sample" in wish:

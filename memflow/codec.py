@@ -36,7 +36,18 @@ def _basis(temporal: int, spatial: int, device: torch.device) -> Tensor:
     return torch.stack(blocks).float().to(device)
 
 
-class PixelShuffleCodec(ModelMixin, ConfigMixin):
+class IndependentCodec(ModelMixin, ConfigMixin):
+    """A codec whose latent frames are decoded without each other, so that a stream needs no state to decode them.
+
+    A subclass has `temporal_factor` and `spatial_factor`, video frames and pixels (along one side) per latent frame and
+    pixel, and `decode`: latents [B, C, F, h, w] -> uint8 video [B, F * temporal_factor, H, W, 3].
+    """
+
+    temporal_factor: int
+    spatial_factor: int
+
+
+class PixelShuffleCodec(IndependentCodec):
     """Latents to video by shuffling channels into pixels; nothing is learnt. Stands in for a VAE.
 
     A latent pixel is a block of `temporal` x `spatial` x `spatial` RGB pixels, so that there are
@@ -54,6 +65,14 @@ class PixelShuffleCodec(ModelMixin, ConfigMixin):
         scale = _PEAK * math.sqrt(len(energy)) * (1 + energy.double()) ** -1.5
         # A buffer that is saved, because diffusers can neither place nor load a model without any tensor.
         self.register_buffer("band_scale", scale.float())
+
+    @property
+    def temporal_factor(self) -> int:
+        return self.config.temporal
+
+    @property
+    def spatial_factor(self) -> int:
+        return self.config.spatial
 
     @property
     def channels(self) -> int:
@@ -92,10 +111,10 @@ class PixelShuffleCodec(ModelMixin, ConfigMixin):
         return torch.einsum("bfthpwqc,ntpq->bncfhw", blocks, basis / scale).flatten(1, 2)
 
 
-class PixelShuffleDecoder:
-    """Decodes a stream with a PixelShuffleCodec, whose chunks do not depend on each other: there is no state."""
+class IndependentDecoder:
+    """Decodes a stream with an IndependentCodec: there is no state."""
 
-    def __init__(self, codec: PixelShuffleCodec):
+    def __init__(self, codec: IndependentCodec):
         self.codec = codec
 
     @torch.no_grad()
@@ -108,7 +127,7 @@ class PixelShuffleDecoder:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if state:
-            raise ValueError(f"a PixelShuffleCodec has no decoder state, got {sorted(state)}")
+            raise ValueError(f"{type(self.codec).__name__} has no decoder state, got {sorted(state)}")
 
 
 class WanDecoder:
@@ -183,46 +202,44 @@ class WanDecoder:
         self.frames, self.cache = frames, cache
 
 
-StreamDecoder = PixelShuffleDecoder | WanDecoder | TinyStreamDecoder
-Vae = PixelShuffleCodec | AutoencoderKLWan | TinyVideoDecoder
+StreamDecoder = IndependentDecoder | WanDecoder | TinyStreamDecoder
+Vae = IndependentCodec | AutoencoderKLWan | TinyVideoDecoder
 
 
 def stream_decoder(vae: Vae) -> StreamDecoder:
     """A decoder at the start of a video, one per stream."""
     if isinstance(vae, TinyVideoDecoder):
         return TinyStreamDecoder(vae)
-    return (PixelShuffleDecoder if _is_pixel_shuffle(vae) else WanDecoder)(vae)
+    return (IndependentDecoder if _is_independent(vae) else WanDecoder)(vae)
 
 
 def temporal_factor(vae: Vae) -> int:
-    """Video frames per latent frame (after the first, which is a single video frame but with PixelShuffleCodec)."""
-    if isinstance(vae, TinyVideoDecoder):
+    """Video frames per latent frame (after the first, which is a single video frame but with an IndependentCodec)."""
+    if isinstance(vae, TinyVideoDecoder) or _is_independent(vae):
         return vae.temporal_factor
-    return vae.config.temporal if _is_pixel_shuffle(vae) else 2 ** sum(vae.config.temperal_downsample)
+    return 2 ** sum(vae.config.temperal_downsample)
 
 
 def spatial_factor(vae: Vae) -> int:
     """Pixels per latent pixel, along height and width."""
-    if isinstance(vae, TinyVideoDecoder):
+    if isinstance(vae, TinyVideoDecoder) or _is_independent(vae):
         return vae.spatial_factor
-    if _is_pixel_shuffle(vae):
-        return vae.config.spatial
     return 2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1)
 
 
 def video_frames(vae: Vae, latent_frames: int, first: bool) -> int:
     """Video frames that `latent_frames` latent frames decode to; `first`: they are the first of the stream."""
     frames = latent_frames * temporal_factor(vae)
-    if first and latent_frames and not isinstance(vae, PixelShuffleCodec):
+    if first and latent_frames and not isinstance(vae, IndependentCodec):
         frames -= temporal_factor(vae) - 1
     return frames
 
 
-def _is_pixel_shuffle(vae: object) -> bool:
-    if not isinstance(vae, PixelShuffleCodec | AutoencoderKLWan):
-        kinds = "a PixelShuffleCodec, an AutoencoderKLWan or a TinyVideoDecoder"
+def _is_independent(vae: object) -> bool:
+    if not isinstance(vae, IndependentCodec | AutoencoderKLWan):
+        kinds = "an IndependentCodec, an AutoencoderKLWan or a TinyVideoDecoder"
         raise TypeError(f"vae must be {kinds}, got {type(vae).__name__}")
-    return isinstance(vae, PixelShuffleCodec)
+    return isinstance(vae, IndependentCodec)
 
 
 def _to_uint8(video: Tensor) -> Tensor:

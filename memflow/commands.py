@@ -10,6 +10,7 @@ import typer
 
 from memflow import model_commands
 from memflow.model_commands import Dtype
+from memflow.toy.commands import app as toy_app
 
 app = typer.Typer(
     help="Stories that stream out as video and remember who was in them.",
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(model_commands.convert)
 app.command()(model_commands.download)
+app.add_typer(toy_app, name="toy")
 _STORY, _MEMORY, _RUN = "Story", "Memory", "Running and pausing"
 
 

@@ -32,6 +32,8 @@ class MemoryConfig:
     positions: where attention sees a frame: "absolute" = at its number, "relative" = by its distance to the newest
         frame, so that a stream may run for ever (see `memflow.positions`). A model is trained for one of them.
     record_interval: every how many chunks a prototype (first frame of the chunk) is recorded.
+    recache: at a prompt switch encode the frames that stay in the window again, under the new prompt. A model is
+        trained for one or the other; without, every frame keeps the keys of the prompt that it shows.
     published: None, or the name of the published pipeline ("interactive", "single") whose behaviour is repeated
         exactly, its known defects included; see `MemoryConfig.reference`.
     global_sink: published behaviour only: False empties sink and window at a prompt switch.
@@ -48,6 +50,7 @@ class MemoryConfig:
     aggregate: str = "mean"
     positions: str = "absolute"
     record_interval: int = 1
+    recache: bool = True
     published: str | None = None
     global_sink: bool = True
 
@@ -64,15 +67,26 @@ class MemoryConfig:
         self._check_held()
         if self.published is not None:
             self._check_published()
+        elif not self.global_sink:
+            raise ValueError("global_sink must be True without published: only the published code empties its sink")
 
     def _check_held(self) -> None:
+        if self.held_frames is not None and (self.policy == "none" or self.bank_frames == 0):
+            why = (
+                "policy='none', which holds nothing" if self.policy == "none" else "bank_frames=0, which shows nothing"
+            )
+            raise ValueError(f"held_frames must be None with {why}, got {self.held_frames!r}")
         if self.policy == "none":
             object.__setattr__(self, "bank_frames", 0)
-            object.__setattr__(self, "held_frames", None)
         if self.held_frames is not None:
             _require_count("held_frames", self.held_frames, max(1, self.bank_frames))
         if not self.keeps_all:
             return
+        if self.bank_frames == 0:
+            raise ValueError(
+                f"bank_frames must be a whole number of at least 1, got 0: policy={self.policy!r} holds past frames "
+                "for the bank to show"
+            )
         if self.held_frames is not None:
             raise ValueError(f"held_frames must be None with policy={self.policy!r}, which forgets nothing")
         if self.aggregate != "mean":
@@ -89,6 +103,7 @@ class MemoryConfig:
             ("layers", "each"),
             ("aggregate", "mean"),
             ("positions", "absolute"),
+            ("recache", True),
         ):
             _require_one_of(name, getattr(self, name), (value,))
         if self.held_frames is not None:

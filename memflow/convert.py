@@ -33,11 +33,13 @@ _RECORD = "conversion.json"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `memflow convert` was asked for. shard_bytes: most that one weight file holds."""
+    """What `memflow convert` was asked for. weights: which of `originals.GENERATORS` is taken; None = of a file that
+    holds both, that of the preset. shard_bytes: most that one weight file holds."""
 
     sources: list[Path]
     output: Path
     preset: str | None = None
+    weights: str | None = None
     dtype: str | None = None
     lora_alpha: float | None = None
     keep_lora: bool = False
@@ -57,9 +59,9 @@ class Part:
 def convert(request: Conversion) -> None:
     """Write the folder; MemFlowError for whatever is wrong with the sources or the output, before writing anything."""
     console = Console(stderr=True, highlight=False, markup=False)
-    preset = find_preset(request.preset) if request.preset else None
+    preset = find_preset(request.preset) if request.preset else Preset(MemoryConfig())
     with console.status("reading"):
-        sources = find_sources(request.sources, request.lora_alpha)
+        sources = find_sources(request.sources, request.lora_alpha, request.weights or preset.weights)
         _refuse_incomplete(sources, request)
         parts = {name: _part(name, sources, request) for name in _STEM if name in sources.models}
     record = _record(sources, request)
@@ -117,6 +119,9 @@ def _refuse_incomplete(sources: Sources, request: Conversion) -> None:
         raise MemFlowError("there is no model among the given files")
     if sources.loras and "transformer" not in sources.models:
         raise MemFlowError(f"{sources.loras[0].path.name}: a LoRA without the transformer that it belongs to")
+    if request.weights and sources.generators.get("transformer") != request.weights:
+        title = sources.titles.get("transformer", "the given files")
+        raise MemFlowError(f"--weights {request.weights}: there are none of that name in {title}")
     if request.keep_lora and len(sources.loras) != 1:
         raise MemFlowError(f"--keep-lora is for one LoRA, {len(sources.loras)} are given")
     if request.lora_alpha is not None and not 0 < request.lora_alpha < math.inf:
@@ -128,8 +133,9 @@ def _refuse_incomplete(sources: Sources, request: Conversion) -> None:
 def _record(sources: Sources, request: Conversion) -> dict:
     """What a folder was made from; also tells whether an interrupted conversion may be continued."""
     files = [{"name": p.name, "bytes": p.stat().st_size, "modified": p.stat().st_mtime_ns} for p in sources.files]
-    options = ("preset", "dtype", "lora_alpha", "keep_lora", "partial", "heads", "shard_bytes")
-    return {"files": files, "options": {name: getattr(request, name) for name in options}}
+    options = ("preset", "weights", "dtype", "lora_alpha", "keep_lora", "partial", "heads", "shard_bytes")
+    scales = [{weight: update.scale for weight, update in lora.updates.items()} for lora in sources.loras]
+    return {"files": files, "options": {name: getattr(request, name) for name in options}, "lora_scales": scales}
 
 
 def _check_output(output: Path, record: dict, parts: dict[str, Part]) -> None:
@@ -163,7 +169,7 @@ def _write(parts: dict[str, Part], output: Path, console: Console) -> None:
                 raise MemFlowError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
-def _finish(parts: dict[str, Part], sources: Sources, preset: Preset | None, output: Path) -> None:
+def _finish(parts: dict[str, Part], sources: Sources, preset: Preset, output: Path) -> None:
     """Configurations, the tokenizer, and, where all is there, what makes the folder a pipeline."""
     for name, part in parts.items():
         model = part.layout.model
@@ -178,7 +184,6 @@ def _finish(parts: dict[str, Part], sources: Sources, preset: Preset | None, out
         from memflow.pipeline import MemFlowPipeline
 
         models = {name: part.layout.model for name, part in parts.items()}
-        preset = preset or Preset(MemoryConfig())
         scheduler = preset.scheduler()
         scheduler.save_pretrained(output / "scheduler")
         pipeline = MemFlowPipeline(tokenizer=sources.tokenizer, scheduler=scheduler, **models, **preset.settings())

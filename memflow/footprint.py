@@ -24,6 +24,7 @@ from memflow.checkpoints import kept_dtype
 from memflow.codec import WanDecoder, spatial_factor
 from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
+from memflow.float8 import float8_linears
 from memflow.memory import Prompt
 from memflow.passes import denoise, fix
 from memflow.processors import head_sizes, install
@@ -80,11 +81,9 @@ def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int =
             raise MemFlowError(f"{name} must be a multiple of {step * factor} pixels for this model, got {pixels}")
     parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
     weights = {name: _weights(part, dtype) for name, part in parts.items()}
-    linear = sum(
-        module.weight.numel() * (dtype.itemsize - 1)
-        for module in transformer.blocks.modules()
-        if isinstance(module, nn.Linear)
-    )
+    converted = [transformer.get_submodule(name).weight for name in float8_linears(transformer)]
+    # What stays of each number is one byte, and to each row comes a float32 scale.
+    saved = sum(weight.numel() * (dtype.itemsize - 1) - 4 * len(weight) for weight in converted)
     latents = (batch, transformer.config.in_channels, model.height // factor, model.width // factor)
     grid = latents[2] // patch[1], latents[3] // patch[2]
     shape = {"batch": batch, "grid": grid, "dtype": dtype}
@@ -115,7 +114,7 @@ def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int =
         cache = sum(entry.nbytes for entry in decoder.cache if isinstance(entry, torch.Tensor))
     return Footprint(
         transformer=_total(weights["transformer"]),
-        transformer_float8=_total(weights["transformer"]) - linear,
+        transformer_float8=_total(weights["transformer"]) - saved,
         text_encoder=_total(weights["text_encoder"]),
         vae=_total(weights["vae"]),
         pool=pool,

@@ -112,16 +112,18 @@ def choose_memory(policy: str | None, held: int | None, top_k: int | None, train
                 raise MemFlowError(
                     f"--memory reference: the published code has absolute positions, this model {trained.positions}"
                 )
+            if trained.published:
+                return replace(trained, **changes)
             return MemoryConfig.reference(
-                trained.published or "interactive",
                 local_frames=trained.sink_frames + trained.window_frames,
                 sink_frames=trained.sink_frames,
                 bank_frames=bank,
                 frames_per_chunk=trained.frames_per_chunk,
-                **changes,
+                **{"top_k": trained.top_k} | changes,
             )
         if policy is not None:
-            changes = {"held_frames": None, "published": None} | changes | {"policy": policy, "bank_frames": bank}
+            ours = {"held_frames": None, "published": None, "global_sink": True, "bank_frames": bank}
+            changes = ours | changes | {"policy": policy}
         return replace(trained, **changes)
     except ValueError as error:
         option = f"--memory {policy}" if held is None else f"--held {held}"

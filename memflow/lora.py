@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -89,7 +90,8 @@ def check_fits(lora: Lora, weights: Mapping[str, Tensor]) -> None:
 
 
 def write_lora(lora: Lora, original: Mapping[str, str], folder: Path) -> None:
-    """Write `lora` so that `pipeline.load_lora_weights(folder)` reads it; the scales are multiplied into B.
+    """Write `lora` so that `pipeline.load_lora_weights(folder)` reads it; the scales are multiplied into B, which is
+    float32 then where the product would not fit its format without rounding.
 
     original: diffusers' names of the transformer's weights to the original ones.
     """
@@ -98,10 +100,16 @@ def write_lora(lora: Lora, original: Mapping[str, str], folder: Path) -> None:
     for old, (a, b, scale) in lora.updates.items():
         module = names[old].removesuffix(".weight")
         tensors[f"transformer.{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"transformer.{module}.lora_B.weight"] = (b if scale == 1 else b * scale).contiguous()
+        tensors[f"transformer.{module}.lora_B.weight"] = _scaled(b, scale).contiguous()
     partial = folder / f"{WEIGHTS_NAME}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / WEIGHTS_NAME)
+
+
+def _scaled(b: Tensor, scale: float) -> Tensor:
+    exact = b.float() * scale
+    kept = exact.to(b.dtype)
+    return kept if torch.equal(kept.float(), exact) else exact
 
 
 def _adapter_config(path: Path) -> dict:
@@ -110,6 +118,10 @@ def _adapter_config(path: Path) -> dict:
     if not config.is_file():
         return {}
     try:
-        return json.loads(config.read_text())
+        content = json.loads(config.read_text())
     except (OSError, ValueError) as error:
         raise MemFlowError(f"{config}: cannot be read: {error}") from error
+    for name in ("alpha_pattern", "rank_pattern"):
+        if content.get(name):
+            raise MemFlowError(f"{config}: {name} is not known here, every module must have the same: {content[name]}")
+    return content

@@ -177,6 +177,8 @@ class FrameMemory:
         keys and values of their own prompt.
         """
         config = self.config
+        if not config.recache:
+            return start, 0
         frames = max(0, min(config.window_frames - config.frames_per_chunk, start - config.sink_frames))
         return start - frames, frames
 

@@ -17,6 +17,13 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Weights(str, Enum):
+    """Which of the two sets in a training checkpoint."""
+
+    generator = "generator"
+    generator_ema = "generator_ema"
+
+
 def convert(
     sources: Annotated[
         list[Path],
@@ -32,6 +39,13 @@ def convert(
         typer.Option(
             metavar="NAME",
             help="How the model is run, recorded in FOLDER: memflow-1.3b, longlive-1.3b or self-forcing-1.3b.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Weights | None,
+        typer.Option(
+            help="Of a checkpoint that holds both, the trained weights or their moving average. \\[default: what the "
+            "preset's published pipeline runs, else generator_ema]"
         ),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to write. \\[default: that of the files]")] = None,
@@ -66,6 +80,7 @@ def convert(
             sources=sources,
             output=output,
             preset=preset,
+            weights=weights and weights.value,
             dtype=dtype and dtype.value,
             lora_alpha=lora_alpha,
             keep_lora=keep_lora,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,6 +25,7 @@ from memflow.schedule import DistilledSchedule
 from memflow.state import load_stream
 from memflow.stream import Stream
 from memflow.text import encode_prompts
+from memflow.toy import codec as _storybook_codec  # noqa: F401 (diffusers loads only what has been imported)
 
 _LONGEST = 1e7  # seconds of one prompt
 
@@ -40,7 +42,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """Text to video, streamed, with a memory of the past frames that the coming prompt calls for.
 
     tokenizer, text_encoder: a T5 family encoder. transformer: WanTransformer3DModel, distilled for few-step causal
-    generation. vae: AutoencoderKLWan or `memflow.codec.PixelShuffleCodec`. scheduler: a diffusers flow-matching
+    generation. vae: AutoencoderKLWan or a `memflow.codec.IndependentCodec`. scheduler: a diffusers flow-matching
     scheduler, the source of the noise levels. denoising_steps: its unshifted timesteps that are used. fps: video frames
     per second. text_length: tokens that a prompt is padded to. height, width: default size of the video in pixels.
     memory: fields of the `MemoryConfig` that this model was trained for; the defaults of that class where not given.
@@ -83,21 +85,27 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @classmethod
     def from_preset(cls, name: str = "toy", *, dtype: torch.dtype = torch.float32) -> MemFlowPipeline:
-        """A model that needs no files. `toy`: a tiny transformer of the real architecture with random weights."""
-        from memflow import toy
+        """A model that comes with the package.
 
+        `toy`: the storybook model of `memflow.toy`, trained, a few megabytes. `noise`: a tiny transformer of the real
+        architecture with random weights, for tests and measurements.
+        """
         if name in PRESETS:
             raise MemFlowError(
                 f"preset {name!r} says how a model is run; its weights are made into a folder with `memflow convert` "
                 "(docs/models.md)"
             )
-        if name != "toy":
-            raise MemFlowError(f"there is no preset {name!r}; presets: toy")
-        height, width = toy.DEFAULT_SIZE
-        components = toy.build()
+        if name == "toy":
+            return cls.from_pretrained(Path(__file__).parent / "assets" / "toy", dtype=dtype)
+        if name != "noise":
+            raise MemFlowError(f"there is no preset {name!r}; presets: toy, noise")
+        from memflow import untrained
+
+        height, width = untrained.DEFAULT_SIZE
+        components = untrained.build()
         for model in ("transformer", "text_encoder"):
             _cast(components[model], dtype)
-        return cls(**components, text_length=toy.MAX_LENGTH, height=height, width=width)
+        return cls(**components, text_length=untrained.MAX_LENGTH, height=height, width=width)
 
     def use_preset(self, name: str) -> None:
         """Run as the published model `name` is run (see `memflow.presets`), whatever the folder recorded."""

@@ -21,11 +21,14 @@ class Preset:
     """Everything that a pipeline records beside its models.
 
     memory: that of the published pipeline. paper_top_k: what the paper activates (`--top-k`); the released
-    configurations leave activation off. denoising_steps: unshifted timesteps. shift: of the flow-matching schedule.
+    configurations leave activation off. weights: which of the two sets in a checkpoint the published pipeline runs, the
+    trained ones ("generator": `use_ema: false` in its configuration) or their moving average ("generator_ema").
+    denoising_steps: unshifted timesteps. shift: of the flow-matching schedule.
     """
 
     memory: MemoryConfig
     paper_top_k: int | None = None
+    weights: str = "generator_ema"
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
     fps: float = 16.0
@@ -48,8 +51,10 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "memflow-1.3b": Preset(MemoryConfig.reference("interactive", record_interval=3), paper_top_k=3),
-    "longlive-1.3b": Preset(MemoryConfig(policy="none", sink_frames=3, window_frames=9)),
+    "memflow-1.3b": Preset(
+        MemoryConfig.reference("interactive", record_interval=3), paper_top_k=3, weights="generator"
+    ),
+    "longlive-1.3b": Preset(MemoryConfig(policy="none", sink_frames=3, window_frames=9), weights="generator"),
     "self-forcing-1.3b": Preset(MemoryConfig(policy="none", sink_frames=0, window_frames=21)),
 }
 

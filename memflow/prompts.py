@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memflow.text import encode_prompts
+from memflow.text import clean_prompt, encode_prompts
 
 _SMALL = 32 * 2**20  # bytes of a file that is read wholly for its model's identity
 _SAMPLES, _SAMPLE = 16, 2**16
@@ -68,7 +68,7 @@ class PromptBook:
 
     def _row(self, text: str) -> Tensor:
         """The embeddings of the tokens of `text` alone, [tokens, text_dim]."""
-        text = " ".join(text.split())
+        text = clean_prompt(text)
         if text not in self._known:
             row = self._read(text)
             if row is None:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from memflow.errors import MemFlowError
 from memflow.lora import Lora, read_lora
-from memflow.originals import SUFFIXES, Checkpoint, read_checkpoint
+from memflow.originals import GENERATORS, SUFFIXES, Checkpoint, read_checkpoint
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
@@ -19,38 +19,44 @@ _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 @dataclass
 class Sources:
-    """What was found. models: tensors by kind and original name. titles: how messages call a model. files: all read."""
+    """What was found. models: tensors by kind and original name. titles: how messages call a model. generators: which
+    of `originals.GENERATORS` a model is, by its kind. files: all read."""
 
     models: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
+    generators: dict[str, str | None] = field(default_factory=dict)
     loras: list[Lora] = field(default_factory=list)
     tokenizer: PreTrainedTokenizerBase | None = None
     files: list[Path] = field(default_factory=list)
 
 
-def find_sources(paths: list[Path], lora_alpha: float | None = None) -> Sources:
-    """Files as they are, folders with all in them that is recognised. A later path's model replaces an earlier's."""
+def find_sources(paths: list[Path], lora_alpha: float | None = None, weights: str = GENERATORS[0]) -> Sources:
+    """Files as they are, folders with all in them that is recognised. A later path's model replaces an earlier's.
+
+    weights: as in `read_checkpoint`.
+    """
     sources = Sources()
     for path in paths:
         if not path.exists():
             raise MemFlowError(f"{path}: there is no such file or folder")
         found, taken = Sources(), {lora.path.resolve() for lora in sources.loras}
         if path.is_dir():
-            _take_folder(found, path, lora_alpha)
+            _take_folder(found, path, lora_alpha, weights)
         else:
-            _take(found, read_checkpoint(path), lora_alpha)
+            _take(found, read_checkpoint(path, weights), lora_alpha)
         sources.models |= found.models
         sources.titles |= found.titles
+        sources.generators |= found.generators
         sources.loras += [lora for lora in found.loras if lora.path.resolve() not in taken]
         sources.tokenizer = found.tokenizer or sources.tokenizer
         sources.files += [file for file in found.files if file not in sources.files]
     return sources
 
 
-def _take_folder(found: Sources, folder: Path, lora_alpha: float | None) -> None:
+def _take_folder(found: Sources, folder: Path, lora_alpha: float | None, weights: str) -> None:
     for file in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES):
         try:
-            checkpoint = None if file in found.files else read_checkpoint(file)
+            checkpoint = None if file in found.files else read_checkpoint(file, weights)
         except MemFlowError:
             continue  # other models may lie there too; what is missing in the end is said by name
         if checkpoint:
@@ -67,6 +73,8 @@ def _take_folder(found: Sources, folder: Path, lora_alpha: float | None) -> None
 def _take(found: Sources, checkpoint: Checkpoint, lora_alpha: float | None) -> None:
     path, tensors = checkpoint.path, dict(checkpoint.tensors)
     shards, title = _shards(path), path.name
+    if len(checkpoint.generators) > 1:
+        title += f" ({checkpoint.generators[0]}, not its {checkpoint.generators[1]})"
     for shard in shards:
         if shard == path:
             continue
@@ -85,6 +93,7 @@ def _take(found: Sources, checkpoint: Checkpoint, lora_alpha: float | None) -> N
         kind = checkpoint.kind.replace("_", " ")
         raise MemFlowError(f"{path.parent}: holds two {kind}s, {found.titles[checkpoint.kind]} and {title}: name one")
     found.models[checkpoint.kind], found.titles[checkpoint.kind] = tensors, title
+    found.generators[checkpoint.kind] = checkpoint.generators[0] if checkpoint.generators else None
 
 
 def _shards(path: Path) -> list[Path]:

@@ -162,6 +162,7 @@ class Stream(Iterator[Chunk]):
                 step = self.memory.pass_over(first, count, self.prompt)
                 fix(self.pipeline.transformer, self._model_input(self.history[:, :, -count:]), step)
 
+    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt."""
         pipe = self.pipeline

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import torch
+import html
+
+import ftfy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@torch.no_grad()
+def clean_prompt(prompt: str) -> str:
+    """`prompt` as Wan's pipelines clean it (diffusers' `prompt_clean` of pipeline_wan.py): garbled Unicode repaired,
+    curly quotes and ligatures made plain, HTML entities resolved (twice escaped ones too), each run of whitespace one
+    space, none at the ends."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel, prompts: list[str], max_length: int
 ) -> tuple[Tensor, Tensor]:
     """Encodes one prompt per batch row, as Wan's pipelines do.
 
-    Runs of whitespace count as one space, a prompt of more than `max_length` tokens (bytes with ByT5) is cut, a
-    shorter one padded; the encoder does not see the padding, and its embeddings are zero.
+    Prompts are cleaned (`clean_prompt`). One of more than `max_length` tokens (bytes with ByT5) is cut, a shorter one
+    padded; the encoder does not see the padding, and its embeddings are zero. Differentiable in the
+    encoder's weights.
 
     Returns:
         embeddings [B, max_length, text_dim] and mask [B, max_length] bool (True = a token, False = padding), both on
@@ -25,7 +34,7 @@ def encode_prompts(
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
     tokens = tokenizer(
-        [" ".join(prompt.split()) for prompt in prompts],
+        [clean_prompt(prompt) for prompt in prompts],
         padding="max_length",
         max_length=max_length,
         truncation=True,

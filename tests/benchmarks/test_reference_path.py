@@ -85,7 +85,7 @@ def test_a_layer_equals_ours_over_a_stream(dtype, top_k):
 @pytest.mark.parametrize("top_k", [None, 3], ids=["dense", "activated"])
 def test_a_stream_equals_ours(top_k):
     """The toy model in float64, a prompt switch before and one after the window is full, to the latents."""
-    pipeline = in_float64(MemFlowPipeline.from_preset("toy"))
+    pipeline = in_float64(MemFlowPipeline.from_preset("noise"))
     config = replace(MemoryConfig.reference(), top_k=top_k)
     size = {"height": 32, "width": 32}
     ours = pipeline.stream(["a", "b", "c"], seconds_per_prompt=3 * 12 / 16, memory=config, **size)

@@ -1,5 +1,7 @@
 """Which memory `--memory`, `--held` and `--top-k` ask for, beside the one that the model was trained for."""
 
+from dataclasses import replace
+
 import pytest
 
 from memflow.config import MemoryConfig
@@ -24,12 +26,24 @@ def test_another_policy_keeps_positions_votes_and_places():
     assert choose_memory("prompt", None, None, MemoryConfig(policy="none")).bank_frames == 3
 
 
+def test_reference_keeps_what_the_model_recorded():
+    published = MemoryConfig.reference("single", record_interval=2, top_k=3, global_sink=False)
+    assert choose_memory("reference", None, None, published) == published
+    assert choose_memory("reference", None, 2, published) == replace(published, top_k=2)
+    assert choose_memory("prompt", None, None, published).global_sink
+    other = choose_memory("reference", None, None, MemoryConfig(sink_frames=2, bank_frames=4, top_k=5))
+    assert other == MemoryConfig.reference(local_frames=11, sink_frames=2, bank_frames=4, top_k=5)
+
+
 @pytest.mark.parametrize(
     ("policy", "held", "trained", "complaint"),
     [
         ("prompt", 3, TRAINED, "--held 3: held_frames must be a whole number of at least 4, got 3"),
         ("archive", 12, TRAINED, "--held 12: held_frames must be None with policy='archive'"),
         ("reference", None, TRAINED, "--memory reference: the published code has absolute positions"),
+        ("none", 9, TRAINED, "--held 9: held_frames must be None with policy='none'"),
+        (None, 9, MemoryConfig(policy="none"), "--held 9: held_frames must be None with policy='none'"),
+        ("reference", 9, MemoryConfig.reference(), "--held 9: held_frames must be None with published='interactive'"),
         ("reference", 9, MemoryConfig(), "--held 9: held_frames must be None with published='interactive'"),
         (None, 9, MemoryConfig.reference(), "--held 9: held_frames must be None"),
         ("archive", None, MemoryConfig(aggregate="softmax"), "--memory archive: aggregate must be 'mean'"),

@@ -15,7 +15,20 @@ from films import decode
 from memflow import stream
 from memflow.cli import main
 
-SETTINGS = ["-p", "A fox in the snow.", "-p", "The fox sleeps.", "--device", "cpu", "--height", "32", "--width", "32"]
+SETTINGS = [
+    "--model",
+    "noise",
+    "-p",
+    "A fox in the snow.",
+    "-p",
+    "The fox sleeps.",
+    "--device",
+    "cpu",
+    "--height",
+    "32",
+    "--width",
+    "32",
+]
 LONG = [*SETTINGS, "--seconds-per-prompt", "1200"]
 
 

@@ -107,6 +107,39 @@ def test_a_generator_takes_the_place_of_the_base_model(name, wan, ours, tmp_path
     assert_equal(found, expected_transformer(tmp_path, seed=9))
 
 
+BOTH = {
+    ("--preset", "memflow-1.3b"): ("generator", 9),
+    ("--preset", "longlive-1.3b"): ("generator", 9),
+    ("--preset", "self-forcing-1.3b"): ("generator_ema", 10),
+    (): ("generator_ema", 10),
+    ("--preset", "memflow-1.3b", "--weights", "generator_ema"): ("generator_ema", 10),
+    ("--weights", "generator"): ("generator", 9),
+}
+
+
+@pytest.mark.parametrize("options", BOTH, ids=" ".join)
+def test_of_trained_and_averaged_weights_those_of_the_preset_are_taken(options, ours, tmp_path, capsys):
+    """What MemFlow and LongLive run (use_ema: false in their configurations) is not what Self-Forcing runs."""
+    torch.save({"generator": transformer(seed=9), "generator_ema": transformer(seed=10)}, tmp_path / "both.pt")
+    taken, seed = BOTH[options]
+    left = {"generator": "generator_ema", "generator_ema": "generator"}[taken]
+    code, told, _ = convert(capsys, tmp_path / "both.pt", *ours, "--partial", *options)
+    assert code == 0 and f"from both.pt ({taken}, not its {left})" in told
+    found = WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer").state_dict()
+    assert_equal(found, expected_transformer(tmp_path, seed))
+
+
+@pytest.mark.parametrize("content", ["generator", None])
+def test_weights_that_no_file_holds_are_refused(content, ours, tmp_path, capsys):
+    torch.save({content: transformer()} if content else transformer(), tmp_path / "a.pt")
+    code, _, error = convert(capsys, tmp_path / "a.pt", *ours, "--partial", "--weights", "generator_ema")
+    assert code == 2 and "--weights generator_ema: there are none of that name in a.pt" in error
+    assert not (tmp_path / "out").exists()
+    if content:
+        code, told, _ = convert(capsys, tmp_path / "a.pt", *ours, "--partial", "--preset", "self-forcing-1.3b")
+        assert code == 0 and "from a.pt\n" in told, "a preset takes what there is"
+
+
 def test_sharded_sources_and_shards_written(wan, ours, tmp_path, capsys):
     whole = list(transformer(seed=5).items())
     names = [tmp_path / f"diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]

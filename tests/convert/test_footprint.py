@@ -9,6 +9,7 @@ from written import HEADS, LISTS
 
 from memflow import model_doctor
 from memflow.cli import main
+from memflow.float8 import float8_linears
 from memflow.footprint import _Peak
 from memflow.loading import load_pipeline
 from memflow.model_doctor import GIB, describe, options
@@ -49,9 +50,10 @@ def test_exact_parts_are_what_a_stream_holds(model, found):
     assert found.pool == nbytes(stream.memory.pool.state_dict().values())
     assert found.prompt == nbytes(stream.prompt[:2])
     assert found.vae_cache == nbytes(t for t in stream.decoder.cache if isinstance(t, torch.Tensor))
-    saved = nbytes(m.weight for m in pipe.transformer.blocks.modules() if isinstance(m, torch.nn.Linear))
-    count = sum(m.weight.numel() for m in pipe.transformer.blocks.modules() if isinstance(m, torch.nn.Linear))
-    assert found.transformer_float8 == found.transformer - saved + count
+    converted = [pipe.transformer.get_submodule(name).weight for name in float8_linears(pipe.transformer)]
+    # A byte for each number, and torchao's float32 scale for each row.
+    float8 = sum(weight.numel() + 4 * len(weight) for weight in converted)
+    assert converted and found.transformer_float8 == found.transformer - nbytes(converted) + float8
 
 
 def test_the_estimates_are_the_tensors_of_the_real_pass(model, found):
@@ -129,7 +131,7 @@ def test_options_differ_by_what_they_are_about(found):
 def test_wrong_requests_are_one_line(model, tmp_path, capsys):
     from memflow import MemFlowPipeline
 
-    MemFlowPipeline.from_preset("toy").save_pretrained(tmp_path / "toy")
+    MemFlowPipeline.from_preset("noise").save_pretrained(tmp_path / "toy")
     (tmp_path / "broken" / "vae").mkdir(parents=True)
     (tmp_path / "broken" / "model_index.json").write_text("{")
     cases = {

@@ -13,7 +13,7 @@ from memflow import MemFlowPipeline
 from memflow.errors import MemFlowError
 from memflow.layouts import transformer_layout
 from memflow.loading import load_pipeline
-from memflow.lora import read_lora
+from memflow.lora import read_lora, write_lora
 from memflow.originals import read_checkpoint
 
 
@@ -149,6 +149,40 @@ def test_half_precision_is_rounded_once(base, ours, tmp_path, capsys):
     name = "blocks.1.attn1.to_q.weight"
     wanted = merged(lora(3), lambda _: 1)[name].bfloat16()
     assert (found[name] == wanted).float().mean() > 0.99  # float32 sums may fall on the other side of a tie
+
+
+@pytest.mark.parametrize(("alpha", "kept"), [(2, torch.float32), (1.5, torch.bfloat16)])
+def test_a_kept_lora_is_not_rounded_by_its_scale(alpha, kept, tmp_path):
+    """2 / 3 of a bfloat16 is none; half of one is, and stays in the file's format."""
+    save_file({name: tensor.bfloat16() for name, tensor in lora(3).items()}, tmp_path / "lora.safetensors")
+    adapter = read_lora(read_checkpoint(tmp_path / "lora.safetensors"), alpha)
+    write_lora(adapter, {name: name for name in adapter.updates}, tmp_path)
+    found = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    for name, (_, b, scale) in adapter.updates.items():
+        written = found[f"transformer.{name.removesuffix('.weight')}.lora_B.weight"]
+        assert written.dtype == kept and torch.equal(written.float(), b.float() * scale)
+
+
+@pytest.mark.parametrize("pattern", ["alpha_pattern", "rank_pattern"])
+def test_patterns_of_peft_are_refused_by_name(pattern, tmp_path):
+    save_file(lora(3), tmp_path / "lora.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 9, pattern: {"q": 4}}))
+    with pytest.raises(MemFlowError, match=rf"adapter_config\.json: {pattern} is not known here"):
+        read_lora(read_checkpoint(tmp_path / "lora.safetensors"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 9, pattern: {}}))
+    assert not read_lora(read_checkpoint(tmp_path / "lora.safetensors")).assumed_alpha
+
+
+def test_another_scale_is_another_conversion(base, ours, tmp_path, capsys):
+    save_file(lora(3), tmp_path / "lora.safetensors")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"lora_alpha": 9}))
+    assert convert(capsys, base, tmp_path / "lora.safetensors", *ours)[0] == 0
+    config.write_text(json.dumps({"lora_alpha": 9, "r": 3}))
+    assert convert(capsys, base, tmp_path / "lora.safetensors", *ours)[0] == 0, "the same scale continues"
+    config.write_text(json.dumps({"lora_alpha": 6}))
+    code, _, error = convert(capsys, base, tmp_path / "lora.safetensors", *ours)
+    assert code == 2 and "holds another conversion" in error
 
 
 def spoiled(**changes):

@@ -6,6 +6,6 @@ from memflow.pipeline import MemFlowPipeline
 @pytest.fixture(scope="session")
 def toy() -> MemFlowPipeline:
     """The embedded model. Streams share it: they keep everything of their own to themselves."""
-    pipeline = MemFlowPipeline.from_preset("toy")
+    pipeline = MemFlowPipeline.from_preset("noise")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

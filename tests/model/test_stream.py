@@ -112,7 +112,7 @@ def test_resume_in_a_new_process(toy, tmp_path):
     code = (
         "import sys, torch; from memflow import MemFlowPipeline\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
-        "stream = MemFlowPipeline.from_preset('toy').resume(sys.argv[1])\n"
+        "stream = MemFlowPipeline.from_preset('noise').resume(sys.argv[1])\n"
         "torch.save(torch.cat([chunk.frames for chunk in stream], dim=1), sys.argv[2])\n"
     )
     subprocess.run(
@@ -165,7 +165,7 @@ def test_snapshot(toy):
 
 
 def test_uninstall_gives_the_transformer_back(toy):
-    pipeline = type(toy).from_preset("toy")
+    pipeline = type(toy).from_preset("noise")
     before = [type(p) for p in pipeline.transformer.attn_processors.values()]
     next(pipeline.stream(STORY))
     latents = torch.zeros(1, pipeline.transformer.config.in_channels, 1, 16, 16)
@@ -230,12 +230,12 @@ def test_resume_refuses(toy, tmp_path):
     with pytest.raises(MemFlowError, match="cannot be written"):
         stream.save(tmp_path / "no such folder" / "state.safetensors")
     stream.save(tmp_path / "state.safetensors")
-    other = type(toy).from_preset("toy")
+    other = type(toy).from_preset("noise")
     other.register_to_config(denoising_steps=[1000, 500])
     assert len(other.schedule) == 2
     with pytest.raises(MemFlowError, match=r"saved with another model.*denoising_steps"):
         other.resume(tmp_path / "state.safetensors")
-    tuned = type(toy).from_preset("toy")
+    tuned = type(toy).from_preset("noise")
     tuned.transformer.blocks[0].attn1.to_q.weight.data += 1
     with pytest.raises(MemFlowError, match=r"saved with another model.*weights"):
         tuned.resume(tmp_path / "state.safetensors")
@@ -274,7 +274,7 @@ def test_a_transformer_that_is_busy_says_so(toy):
 
 
 def test_a_stream_goes_on_after_uninstall():
-    pipeline = MemFlowPipeline.from_preset("toy")
+    pipeline = MemFlowPipeline.from_preset("noise")
     stream = pipeline.stream(STORY, seconds_per_prompt=CHUNK_SECONDS)
     next(stream)
     uninstall(pipeline.transformer)

@@ -45,7 +45,7 @@ def test_the_mask_is_where_the_embeds_are_not_zero(toy):
 
 
 def test_remove_gives_the_transformer_its_attention_back():
-    transformer = MemFlowPipeline.from_preset("toy").transformer
+    transformer = MemFlowPipeline.from_preset("noise").transformer
     before = [type(processor) for processor in transformer.attn_processors.values()]
     StreamingAttention(transformer).remove()
     assert [type(processor) for processor in transformer.attn_processors.values()] == before

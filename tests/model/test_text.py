@@ -1,8 +1,10 @@
 import pytest
 import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import ByT5Tokenizer, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from memflow.text import encode_prompts
+from memflow.prompts import PromptBook
+from memflow.text import clean_prompt, encode_prompts
 
 PIECES = ["<pad>", "</s>", "<unk>", "▁a", "▁fox", "▁runs"]
 TOKENIZERS = {
@@ -47,6 +49,25 @@ def test_whitespace_collapses(tokenizer, encoder):
     plain, _ = encode_prompts(tokenizer, encoder, ["a fox runs"], 16)
     spaced, _ = encode_prompts(tokenizer, encoder, ["  a\tfox \n runs "], 16)
     assert torch.equal(plain, spaced)
+
+
+MESSY = "  the fox&amp;#39;s caf\u00c3\u00a9 \u201cLe\u00a0Loup\u201d,\n&lt;night&gt; "
+
+
+@pytest.mark.parametrize("prompt", [MESSY, "a\tfox \n runs", "\ufb01re &eacute;", "\uff1f a \u3000 fox", ""])
+def test_prompts_are_cleaned_as_by_wan(prompt):
+    assert clean_prompt(prompt) == prompt_clean(prompt)
+
+
+def test_what_is_cleaned_is_encoded_and_kept(encoder, tmp_path):
+    assert clean_prompt(MESSY) == 'the fox\'s caf\u00e9 "Le Loup", <night>'
+    bytewise, clean = ByT5Tokenizer(), clean_prompt(MESSY)
+    messy, _ = encode_prompts(bytewise, encoder, [MESSY], 48)
+    assert torch.equal(messy, encode_prompts(bytewise, encoder, [clean], 48)[0])
+    book = PromptBook(bytewise, lambda: encoder, 48, dtype=torch.float32, folder=tmp_path)
+    assert torch.equal(book([MESSY])[0], messy)
+    known = PromptBook(bytewise, None, 48, dtype=torch.float32, folder=tmp_path)
+    assert torch.equal(known([clean])[0], messy), "kept by its clean text: no encoder is needed"
 
 
 def test_long_prompts_are_cut(tokenizer, encoder):

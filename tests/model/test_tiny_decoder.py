@@ -172,7 +172,7 @@ FOR_THE_TOY = {"latent_channels": 192, "channels": (8, 8, 8), "grow": (2, 2)}
 
 
 def test_in_the_pipeline(tmp_path):
-    pipeline = MemFlowPipeline.from_preset("toy")
+    pipeline = MemFlowPipeline.from_preset("noise")
     write_checkpoint(built(**FOR_THE_TOY), tmp_path / "tiny.pth")
     use_decoder(pipeline, tmp_path / "tiny.pth")
     chunks = list(pipeline.stream(["a red boat"], seconds_per_prompt=1.5, height=32, width=32))

@@ -1,4 +1,4 @@
-"""The preset `toy`: a whole pipeline of tiny components, so that everything runs anywhere at once.
+"""The preset `noise`: a pipeline of tiny components with random weights, for tests and measurements of the machinery.
 
 Architecture and code path are those of the real models. The weights are random, from a fixed seed, and so arranged that
 something can be watched: a cloth of colours that the prompt decides and that remembers what it looked like.
@@ -17,7 +17,7 @@ _TEXT_DIM = 64
 
 
 def build(seed: int = 7) -> dict[str, object]:
-    """The components of a toy pipeline by name, in float32 on the CPU, in eval mode.
+    """The components of a pipeline by name, in float32 on the CPU, in eval mode.
 
     Equal for equal seeds; torch's global random state is left as it was. Of the first ten seeds 7 tells prompts apart
     best by their colours.

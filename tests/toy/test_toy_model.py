@@ -1,0 +1,63 @@
+"""The trained model that ships: it loads from the package alone, is small, and remembers."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from memflow import MemFlowPipeline
+from memflow.story import read_stories
+from memflow.toy import evaluate, train_model
+from memflow.toy.evaluate import Setting
+from memflow.toy.model import settings
+from memflow.toy.results import settings_named
+
+ROOT = Path(__file__).parents[2]
+ASSETS = ROOT / "memflow" / "assets" / "toy"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> MemFlowPipeline:
+    pipeline = MemFlowPipeline.from_preset()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_it_loads_without_a_network(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    pipeline = MemFlowPipeline.from_preset("toy")
+    assert pipeline.transformer.dtype == torch.float32
+    assert {name: pipeline.config[name] for name in ("fps", "text_length", "height", "width", "memory")} == {
+        name: settings()[name] for name in ("fps", "text_length", "height", "width", "memory")
+    }
+
+
+def test_it_is_small_and_has_a_card():
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 8_000_000
+    card = (ASSETS / "README.md").read_text()
+    for fact in ("license: apache-2.0", "memflow toy train", "Seed ", "torch 2."):
+        assert fact in card
+    assert f"{train_model.STORIES} stories of {train_model.CHUNKS} chunks" in card
+
+
+def test_its_stories_are_made_of_its_words(shipped):
+    for prompt in read_stories(ROOT / "examples" / "stories" / "bo-and-the-balloon.txt")[0].prompts:
+        assert shipped.tokenizer.unk_token_id not in shipped.tokenizer(prompt).input_ids
+
+
+def recalled(pipeline, setting: Setting) -> dict[str, float]:
+    shares = evaluate.evaluate(pipeline, setting, "short", stories=8, seed=77)["shares"]
+    return {name: share.value for name, share in shares.items()}
+
+
+def test_it_remembers_and_not_by_chance(shipped):
+    """32 returns each; the committed evaluation has the numbers, and here is a wide margin."""
+    with_memory, without = (recalled(shipped, setting) for setting in settings_named(["archive", "none"]))
+    assert with_memory["scene"] > 0.9 and with_memory["look"] > 0.6
+    assert with_memory["colour"] > 0.5 > without["colour"] + 0.1
+    assert with_memory["landmark"] > 0.6 > without["landmark"]
+    assert with_memory["hit character"] > 0.8 and without["hit character"] == 0.0
