@@ -81,6 +81,7 @@ def _run(request: Request, jobs: list[Job], results: list[Result], console: Cons
                 title = f"{number}/{len(jobs)} {job.name}" if len(jobs) > 1 else job.name
                 console.print(f"{title}: {model} on {device}, {dtype_name}", style="dim", soft_wrap=True)
                 results.append(_tell(stream, job, request, extra, title, console))
+                del stream  # its memory makes room for that of the next one
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and "alloc" not in str(error) and "memory" not in str(error):
                     raise

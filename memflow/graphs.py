@@ -19,7 +19,7 @@ from memflow.errors import MemFlowError
 from memflow.memory import Pass, Prompt
 from memflow.passes import denoise
 
-EAGER_CALLS = 8  # of a size, before it is captured: a memory that still grows has left it by then
+EAGER_CALLS = 8  # of a size, before it is captured: most sizes of a memory that still grows are gone by then
 
 
 @dataclass
@@ -44,6 +44,7 @@ class GraphedDenoiser:
     def __init__(self, transformer: WanTransformer3DModel):
         _require_gpu(transformer)
         self.transformer = transformer
+        self.record = Recorder(transformer.device)
         self.calls: Counter[Hashable] = Counter()
         self.captured: dict[Hashable, Captured] = {}
 
@@ -73,16 +74,34 @@ class GraphedDenoiser:
         timestep = torch.zeros(latents.shape[0], dtype=torch.float32, device=latents.device)
         own = {name: value.clone() for name, value in step._asdict().items() if isinstance(value, Tensor)}
         own_step = step._replace(**own, prompt=Prompt(*(part.clone() for part in step.prompt)))
-        replay, flow = capture(lambda: denoise(self.transformer, latents, timestep, own_step))
+        replay, flow = self.record(lambda: denoise(self.transformer, latents, timestep, own_step))
         return Captured(latents, timestep, own_step, step.prompt, replay, flow)
 
 
-def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A function that replays what `run` launches, and the tensor that then holds its result."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph.replay, result
+class Recorder:
+    """Captures what one stream launches on `device`, which need not be the current one.
+
+    Its graphs share a side stream and one pool of memory: they are replayed one at a time, each result being copied
+    before the next, so that each can use again what the others used for passing results on.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        with torch.cuda.device(device):
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """A function that replays what `run` launches, and the tensor that then holds its result."""
+        with torch.cuda.device(self.device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                result = run()
+
+        def replay() -> None:
+            with torch.cuda.device(self.device):
+                graph.replay()
+
+        return replay, result
 
 
 def _require_gpu(transformer: WanTransformer3DModel) -> None:

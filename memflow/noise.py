@@ -28,3 +28,10 @@ class Noise:
     def set_state(self, state: Tensor) -> None:
         for generator, row in zip(self.generators, state, strict=True):
             generator.set_state(row)
+
+
+def to_device(noise: Tensor, device: torch.device) -> Tensor:
+    """`noise` on `device`; the host does not wait until it has arrived there."""
+    if device.type == "cuda":
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)

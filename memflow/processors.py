@@ -33,6 +33,10 @@ class MemorySelfAttention:
         self.pool = step.pools[self.layer]
         self.unplaced = step.unplaced[self.layer] if step.unplaced else None
 
+    def release(self) -> None:
+        """Hold nothing of a stream's any more: these are views, and any of them keeps the whole pool in memory."""
+        self.pool = self.unplaced = None
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Pass = None):
         query, query_mean = self.write(attn, hidden_states, rotary_emb)
         hidden_states = self.attend(query, query_mean, rotary_emb)
@@ -101,6 +105,10 @@ class PromptCrossAttention:
         """The next calls belong to `step`."""
         self.key, self.value = step.prompt.key[self.layer], step.prompt.value[self.layer]
 
+    def release(self) -> None:
+        """Hold nothing of a stream's any more."""
+        self.key = self.value = None
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         hidden_states = memory_attention(query, self.key, self.value, tokens_per_frame=self.key.shape[1])
@@ -128,17 +136,24 @@ class StreamContext(nn.Module):
         """The calls of the transformer in this block belong to `step`."""
         if self.step is not None:
             raise MemFlowError("this transformer is in a call already: streams that share it can only take turns")
-        for processor in self.processors:
-            processor.bind(step)
-        self.step = step._replace(pools=(), prompt=None, unplaced=())
         try:
+            for processor in self.processors:
+                processor.bind(step)
+            self.step = step._replace(pools=(), prompt=None, unplaced=())
             yield
         finally:
             self.step = None
+            for processor in self.processors:
+                processor.release()
 
 
 def install(transformer: WanTransformer3DModel) -> StreamContext:
     """Give the transformer a memory; returns the context that its calls run in. Installing twice changes nothing."""
+    if _is_group_offloaded(transformer):
+        raise MemFlowError(
+            "transformer: group offloading moves its layers one by one, which a stream cannot use: its processors read "
+            "their weights directly; enable_model_cpu_offload moves whole models and works"
+        )
     if isinstance(transformer.rope, StreamContext):
         return transformer.rope
     if any(block.attn2.add_k_proj is not None for block in transformer.blocks):
@@ -168,6 +183,12 @@ def uninstall(transformer: WanTransformer3DModel) -> None:
         for attn in (block.attn1, block.attn2):
             attn.set_processor(attn._default_processor_cls())
     transformer.rope = transformer.rope.replaced_rope[0].to(transformer.device)
+
+
+def _is_group_offloaded(transformer: WanTransformer3DModel) -> bool:
+    # Read from the modules' dictionaries: nn.Module is slow to say that an attribute is missing.
+    registries = (vars(module).get("_diffusers_hook") for module in transformer.modules())
+    return any(registry is not None and registry.get_hook("group_offloading") is not None for registry in registries)
 
 
 def head_sizes(transformer: WanTransformer3DModel) -> dict[str, int]:

@@ -55,7 +55,9 @@ class PromptBook:
                 torch.cuda.empty_cache()  # its room is needed by tensors of quite other sizes
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """As `encode_prompts`, on the CPU: embeddings [B, text_length, text_dim], mask [B, text_length]."""
+        """As `encode_prompts`, on the CPU: embeddings [B, text_length, text_dim], mask [B, text_length]. Leaves no
+        encoder in memory."""
+        self.prepare(texts)
         rows = [self._row(text) for text in texts]
         embeds = torch.zeros(len(rows), self.text_length, rows[0].shape[1], dtype=self.dtype)
         mask = torch.zeros(embeds.shape[:2], dtype=torch.bool)

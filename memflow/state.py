@@ -71,10 +71,9 @@ def load_stream(pipeline, path):
 
     header = read_header(path)
     identity = _model_identity(pipeline)
-    if header["model"] != identity:
-        differing = [
-            f"{k}: saved {header['model'].get(k)}, here {v}" for k, v in identity.items() if header["model"].get(k) != v
-        ]
+    # A state that was saved by an earlier version may say less.
+    differing = [f"{k}: saved {v}, here {identity.get(k)}" for k, v in header["model"].items() if identity.get(k) != v]
+    if differing:
         raise MemFlowError(f"{path} was saved with another model ({'; '.join(differing)})")
     stream = Stream(
         pipeline,
@@ -90,7 +89,10 @@ def load_stream(pipeline, path):
     device = stream.memory.pool.key.device
     stream.position, stream.timings, stream.extra = header["position"], header["timings"], header["extra"]
     stream.memory.load_state_dict(_under("memory.", tensors), header["counters"])
-    stream.decoder.load_state_dict(_under("decoder.", tensors))
+    try:
+        stream.decoder.load_state_dict(_under("decoder.", tensors))
+    except ValueError as error:
+        raise MemFlowError(f"{path}: the decoder's state does not fit this model's VAE: {error}") from error
     stream.noise.set_state(tensors["noise"])
     if "history" in tensors:
         stream.history = tensors["history"].to(device)
@@ -103,6 +105,8 @@ def _model_identity(pipeline) -> dict:
     names = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "text_dim")
     rest = {
         "denoising_steps": list(pipeline.config.denoising_steps),
+        "sigmas": pipeline.schedule.sigmas,
+        "vae": type(pipeline.vae).__name__,
         "dtype": str(pipeline.transformer.dtype),
         "weights": _fingerprint(pipeline.transformer),
     }

@@ -16,7 +16,7 @@ from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
 from memflow.graphs import GraphedDenoiser
 from memflow.memory import MemorySnapshot, Pass, Prompt
-from memflow.noise import Noise
+from memflow.noise import Noise, to_device
 from memflow.passes import denoise, encode_prompt, fix
 from memflow.plan import Plan
 from memflow.processors import head_sizes, install
@@ -27,7 +27,7 @@ class Chunk:
     """What one step of a stream yields.
 
     index: number of the chunk. start_frame: number of its first latent frame. prompts: one text per batch row.
-    switched: a new prompt starts here. latents: clean, [B, C, F, h, w] float32 on the model's device.
+    switched: a new prompt starts here. latents: clean, [B, C, F, h, w] float32 on the model's device, the caller's own.
     frames: the video, [B, T, H, W, 3] uint8 on the CPU.
     """
 
@@ -108,7 +108,7 @@ class Stream(Iterator[Chunk]):
             frames = self.decoder.decode(latents)
         self._broken_at = None
         self.position += 1
-        return Chunk(self.position - 1, start, list(texts), switched, latents, frames)
+        return Chunk(self.position - 1, start, list(texts), switched, latents.clone(), frames)
 
     def send(self, prompt: str | Sequence[str]) -> None:
         """Switch to `prompt` (one text, or one per batch row) at the next chunk, for as many chunks as any prompt has;
@@ -166,6 +166,8 @@ class Stream(Iterator[Chunk]):
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt."""
         pipe = self.pipeline
+        if pipe.prompts is not None:  # what is planned too, or every prompt would load the encoder again
+            pipe.prompts.prepare([*texts, *(text for planned, _ in self.plan.queue for text in planned)])
         embeds, mask = pipe.encode(texts)
         device = pipe._execution_device
         return embeds.to(device, self.memory.pool.key.dtype), mask.to(device)
@@ -173,12 +175,14 @@ class Stream(Iterator[Chunk]):
     def _denoise(self, start: int) -> Tensor:
         schedule, device = self.pipeline.schedule, self.memory.pool.key.device
         step = self.memory.pass_over(start, self.config.frames_per_chunk, self.prompt)
-        latents = self.noise(self.latent_shape).to(device)
+        # Before the first step: between two of them the host would wait for the device.
+        noises = [to_device(self.noise(self.latent_shape), device) for _ in schedule.timesteps]
+        latents = noises[0]
         for index, timestep in enumerate(schedule.timesteps):
             flow = self.denoise(self._model_input(latents), timestep, step)
             clean = schedule.clean(index, latents, flow)
             if index + 1 < len(schedule):
-                latents = schedule.add_noise(index + 1, clean, self.noise(self.latent_shape).to(device))
+                latents = schedule.add_noise(index + 1, clean, noises[index + 1])
         if not torch.isfinite(clean).all():
             raise MemFlowError(
                 f"chunk {self.position}: the latents contain NaN or infinity; check the weights and the dtype"

@@ -193,7 +193,7 @@ def use_decoder(pipeline, path) -> None:
             f"{path}: makes {model.temporal_factor} frames and {model.spatial_factor} pixels of a latent one, the "
             f"model's VAE {here[0]} and {here[1]}"
         )
-    pipeline.register_modules(vae=model.to(pipeline.transformer.device))
+    pipeline.register_modules(vae=model.to(pipeline._execution_device))
 
 
 def _sizes(tensors: dict[str, Tensor]) -> dict:

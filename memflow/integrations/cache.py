@@ -162,7 +162,9 @@ def contents(kv_cache: dict) -> tuple[Tensor, Tensor]:
 
 def put_in_order(key: Tensor, value: Tensor) -> None:
     """Move the frames of a patched layer's buffers to where its own code looks for them."""
-    cache = _KNOWN.pop(key)
+    cache = _KNOWN.pop(key, None)
+    if cache is None:  # the only calls with these buffers failed
+        return
     order = cache.order()
     if order == sorted(order):
         return

@@ -40,6 +40,13 @@ class StreamingAttention:
         """Number of the latent frame that the chunk in hand begins with."""
         return self.position * self.config.frames_per_chunk
 
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer computes: under `enable_model_cpu_offload` its weights lie elsewhere between calls."""
+        hook = getattr(self.transformer, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        return self.transformer.device if device is None else torch.device(device)
+
     @torch.no_grad()
     def prompt(self, embeds: Tensor, mask: Tensor | None = None) -> None:
         """Attend to a prompt from the next chunk on.
@@ -55,7 +62,7 @@ class StreamingAttention:
             raise MemFlowError(f"mask must be [B, T] = {list(embeds.shape[:2])}, got {list(mask.shape)}")
         if self.begun == self.position:
             raise MemFlowError(f"prompt: chunk {self.position} is under way under another one; keep it first")
-        device = self.transformer.device
+        device = self.device
         self.text = encode_prompt(self.transformer, embeds.to(device, self.transformer.dtype), mask.to(device))
         self.switched = self.position > 0
 
@@ -73,7 +80,7 @@ class StreamingAttention:
         fix(self.transformer, self._input(latents), memory.pass_over(self.start_frame, latents.shape[2], self.text))
         memory.end_chunk(self.start_frame)
         kept = config.sink_frames + config.window_frames
-        latents = latents.detach()
+        latents = latents.detach().clone()  # the caller's, who may go on to write into them
         self.history = latents if self.history is None else torch.cat([self.history, latents], dim=2)[:, :, -kept:]
         self.position += 1
 
@@ -106,7 +113,7 @@ class StreamingAttention:
                 batch=shape[0],
                 grid=grid,
                 dtype=self.transformer.dtype,
-                device=self.transformer.device,
+                device=self.device,
             )
         if self.memory.grid != grid:
             raise MemFlowError(f"latents: a stream keeps its size; it began with {self.memory.grid} tokens, not {grid}")
@@ -132,4 +139,4 @@ class StreamingAttention:
             fix(self.transformer, self._input(self.history[:, :, -count:]), step)
 
     def _input(self, latents: Tensor) -> Tensor:
-        return latents.to(self.transformer.device, self.transformer.dtype)
+        return latents.to(self.device, self.transformer.dtype)

@@ -100,8 +100,16 @@ def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name or type(module).__name__: module
         for name, module in model.named_modules()
-        if set(PARAMETERS) <= set(inspect.signature(module.forward).parameters) and hasattr(module, "num_heads")
+        if set(PARAMETERS) <= set(_signature(module).parameters) and hasattr(module, "num_heads")
     }
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    """Of its forward; without parameters where there is none to be had, as of builtins and scripted modules."""
+    try:
+        return inspect.signature(module.forward)
+    except ValueError:
+        return inspect.Signature()
 
 
 class Patch:
@@ -151,7 +159,7 @@ class StoreMode:
         for module in model.modules():
             if module in attentions or not any(part in attentions for part in module.modules()):
                 continue
-            signature = inspect.signature(module.forward)
+            signature = _signature(module)
             kinds = {parameter.kind for parameter in signature.parameters.values()}
             if "update_cache" in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds:
                 hook = partial(self._read, signature)

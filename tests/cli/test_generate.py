@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -80,6 +81,22 @@ def test_several_stories_fill_a_folder(tmp_path, capsys):
     first, second = (decode(tmp_path / "out" / f"tales-{n}.mp4") for n in (1, 2))
     assert len(first) == len(second) == 12 and not np.array_equal(first, second)
     assert "2/2 tales-2" in capsys.readouterr().err
+
+
+def test_a_story_is_gone_before_the_next_one_begins(tmp_path, monkeypatch):
+    told, alive, begin = [], [], MemFlowPipeline.stream
+
+    def stream(*args, **settings):
+        alive.append(sum(story() is not None for story in told))
+        made = begin(*args, **settings)
+        told.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(MemFlowPipeline, "stream", stream)
+    stories = tmp_path / "tales.jsonl"
+    stories.write_text("".join(json.dumps({"prompts": [text]}) + "\n" for text in STORY))
+    assert generate(stories, "-o", tmp_path / "out", *SMALL, "--chunks", "1", "--report") == 0
+    assert alive == [0, 0, 0]
 
 
 def test_a_saved_pipeline_is_a_model(story, tmp_path):

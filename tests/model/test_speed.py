@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -91,13 +93,50 @@ def test_a_captured_pass_takes_everything_that_changes_from_its_inputs(toy, monk
         captures.append(1)
         return lambda: result.copy_(run()), result
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "Recorder", lambda device: capture)
     monkeypatch.setattr(graphs, "_require_gpu", lambda transformer: None)
     expected = latents_of(toy, [*STORY, "a lighthouse"])
     pipeline = MemFlowPipeline.from_preset("noise")
     pipeline.cuda_graphs = True
     assert torch.equal(latents_of(pipeline, [*STORY, "a lighthouse"]), expected)
     assert len(captures) == 1, "one size, that of a full memory, lasts long enough"
+
+
+def test_graphs_of_a_stream_share_their_memory_and_run_on_its_device(monkeypatch):
+    """torch.cuda played: what counts is the current device of every call, and what `torch.cuda.graph` is given."""
+    current, calls = [torch.device("cuda:0")], []
+
+    @contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Graph:
+        def replay(self):
+            calls.append(("replay", current[-1]))
+
+    @contextmanager
+    def recording(graph, pool, stream):
+        calls.append(("capture", current[-1], pool, stream))
+        yield
+
+    for name, stand_in in {
+        "device": on,
+        "Stream": lambda: ("stream", current[-1], object()),
+        "graph_pool_handle": object,
+        "CUDAGraph": Graph,
+        "graph": recording,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    second = torch.device("cuda:1")
+    record = graphs.Recorder(second)
+    for _ in range(2):
+        replay, result = record(lambda: "result")
+        replay()
+        assert result == "result"
+    assert calls[0] == calls[2] and calls[1] == calls[3] == ("replay", second)
+    assert calls[0][1] == calls[0][3][1] == second
 
 
 @on_a_gpu

@@ -12,6 +12,7 @@ from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
 from memflow.pipeline import MemFlowPipeline
 from memflow.processors import uninstall
+from memflow.tiny_decoder import TinyVideoDecoder
 
 STORY = ["a red boat leaves the harbour", "an owl looks down from the lighthouse"]
 MEMORIES = {
@@ -238,6 +239,23 @@ def test_resume_refuses(toy, tmp_path):
     tuned.transformer.blocks[0].attn1.to_q.weight.data += 1
     with pytest.raises(MemFlowError, match=r"saved with another model.*weights"):
         tuned.resume(tmp_path / "state.safetensors")
+
+
+@pytest.mark.parametrize("change", ["sigmas", "vae", "decoder"])
+def test_resume_refuses_what_would_go_on_otherwise(toy, tmp_path, change, monkeypatch):
+    stream = toy.stream(STORY, seconds_per_prompt=CHUNK_SECONDS)
+    next(stream)
+    if change == "decoder":
+        monkeypatch.setattr(stream.decoder, "state_dict", lambda: {"cache.0": torch.zeros(1)})
+    stream.save(tmp_path / "state.safetensors")
+    other = MemFlowPipeline.from_preset("toy")
+    if change == "sigmas":
+        other.scheduler = type(other.scheduler).from_config(other.scheduler.config, shift=3.0)
+    elif change == "vae":
+        other.register_modules(vae=TinyVideoDecoder(latent_channels=192, channels=(8, 8, 8), grow=(2, 2)))
+    complaint = "does not fit this model's VAE" if change == "decoder" else f"saved with another model.*{change}"
+    with pytest.raises(MemFlowError, match=complaint):
+        other.resume(tmp_path / "state.safetensors")
 
 
 def test_autocast_does_not_reach_the_memory(toy):
