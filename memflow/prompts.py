@@ -77,6 +77,7 @@ class PromptBook:
             self._known[text] = row
         return self._known[text]
 
+    @torch.no_grad()  # a kept embedding that drags the encoder's graph along would keep the encoder too
     def _encode(self, text: str) -> Tensor:
         self._encoder = self._encoder or self._load_encoder()
         # One by one: what a prompt is encoded together with may change the last bits.

@@ -70,7 +70,7 @@ WRONG = {
     f"generate good.jsonl {OUT} --seed x": "--seed",
     f"generate good.jsonl {OUT} --seed 99999999999999999999": "seed must be a whole number from 0 to 2**63 - 1",
     f"generate good.jsonl {OUT} --seconds-per-prompt 1e300": "seconds_per_prompt must be above 0 and at most",
-    f"generate good.jsonl {OUT} --height 100000 --width 100000": "cpu is out of memory",
+    f"generate good.jsonl {OUT} --height 128000 --width 128000": "cpu is out of memory",
     f"generate good.jsonl {OUT} --memory all": "--memory",
     f"generate good.jsonl {OUT} --dtype int8": "--dtype",
     f"generate good.jsonl {OUT} --chunks 0": "--chunks",

@@ -31,8 +31,10 @@ def fake_nvcc(path: Path, action: str = "", version: str = "13.0.88", known: str
     """Write it to `path`. action: shell lines run per file; $out is what it should make, $all how it was called."""
     path.parent.mkdir(parents=True, exist_ok=True)
     release = ".".join(version.split(".")[:2])
-    path.write_text(SCRIPT.format(release=release, version=version, known=known, action=action))
-    path.chmod(0o755)
+    new = path.with_suffix(".new")
+    new.write_text(SCRIPT.format(release=release, version=version, known=known, action=action))
+    new.chmod(0o755)
+    new.replace(path)  # another process may be running the old one
     return path
 
 

@@ -141,7 +141,7 @@ def test_what_is_not_served_is_refused(host):
     assert host.call("memory_attention_supported", 2, 96) == 0
     inputs = inputs_of(1, 3, 1, 64, 9)
     with pytest.raises(RuntimeError, match="memory_attention: error 1"):
-        host.run("memory_attention", *map(States, inputs), 1, None, 1, 3, 1, 9, 1, 64, 0, 1, 0, 0.1, *[None] * 4)
+        host.run("memory_attention", *map(States, inputs), 1, None, 1, 3, 1, 9, 1, 64, 1, 1, 0, 0.1, *[None] * 4)
     for inputs in (inputs_of(1, 3, 1, 64, 9, torch.float32), inputs_of(1, 3, 1, 80, 9)):
         with pytest.raises(NotImplementedError, match="memory_attention: unsupported"):
             host.memory_attention(*inputs, None, 9, 0, 0.1)

@@ -101,6 +101,9 @@ class SlowAttention:
     def bind(self, step):
         self.clean = bool(step.unplaced)
 
+    def release(self):
+        self.clean = False
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         query, own = self.write(attn, hidden_states, rotary_emb)
         out = self.attend(query, own, rotary_emb).to(hidden_states.dtype)

@@ -68,7 +68,7 @@ def test_noise_does_not_make_a_gpu_wait(monkeypatch):
 
 
 def test_an_encoder_that_a_sent_prompt_loaded_goes_again():
-    pipeline, loaded = MemFlowPipeline.from_preset("toy"), []
+    pipeline, loaded = MemFlowPipeline.from_preset("noise"), []
     encoder = pipeline.text_encoder
     pipeline.prompts = PromptBook(
         pipeline.tokenizer, lambda: loaded.append(1) or encoder, pipeline.config.text_length, dtype=torch.float32

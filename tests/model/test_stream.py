@@ -248,7 +248,7 @@ def test_resume_refuses_what_would_go_on_otherwise(toy, tmp_path, change, monkey
     if change == "decoder":
         monkeypatch.setattr(stream.decoder, "state_dict", lambda: {"cache.0": torch.zeros(1)})
     stream.save(tmp_path / "state.safetensors")
-    other = MemFlowPipeline.from_preset("toy")
+    other = MemFlowPipeline.from_preset("noise")
     if change == "sigmas":
         other.scheduler = type(other.scheduler).from_config(other.scheduler.config, shift=3.0)
     elif change == "vae":

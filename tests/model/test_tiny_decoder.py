@@ -199,13 +199,15 @@ def test_in_the_pipeline(tmp_path):
 
 def test_on_the_command_line(tmp_path, capfd):
     write_checkpoint(built(**FOR_THE_TOY), tmp_path / "tiny.pth")
-    short = ["--height", "32", "--width", "32", "--device", "cpu", "--seconds-per-prompt", "1.5"]
+    MemFlowPipeline.from_preset("noise").save_pretrained(tmp_path / "noise")
+    model = ["--model", str(tmp_path / "noise")]
+    short = [*model, "--height", "32", "--width", "32", "--device", "cpu", "--seconds-per-prompt", "1.5"]
     state, video = str(tmp_path / "state"), str(tmp_path / "a.mp4")
     begin = ["generate", "-p", "a red boat", "-p", "an owl", *short, "--decoder", str(tmp_path / "tiny.pth")]
     assert main([*begin, "-o", video, "--chunks", "3", "--save-state", state]) == 0
-    assert main(["generate", "--resume", state, "-o", video]) == 0
+    assert main(["generate", "--resume", state, "-o", video, *model]) == 0
     assert "45 frames" in capfd.readouterr().out
-    assert main(["generate", "--resume", state, "-o", video, "--decoder", str(tmp_path / "tiny.pth")]) == 2
+    assert main(["generate", "--resume", state, "-o", video, *model, "--decoder", str(tmp_path / "tiny.pth")]) == 2
     assert "leave out --decoder" in capfd.readouterr().err
     assert main([*begin[:-1], str(tmp_path / "none.pth"), "-o", video]) == 2
     assert "none.pth: cannot be read as a checkpoint" in capfd.readouterr().err
