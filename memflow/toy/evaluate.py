@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memflow.config import MemoryConfig
-from memflow.toy.measure import measure
+from memflow.toy.measure import landmark_colour, measure, same_colour
 from memflow.toy.statistics import Share, chance_of_a_hit
 from memflow.toy.stories import CHUNK
 from memflow.toy.trials import LENGTHS, Trial, recall_trial
@@ -47,7 +47,7 @@ SETTINGS = [
 MEASURES = {
     "colour": "a returning character's colour",
     "shape": "a returning character's shape",
-    "landmark": "the landmark's colour in a place seen again",
+    "landmark": "the landmark's colour in a place seen again, as the model itself drew it first",
     "hit character": "attention sees a frame of the returning character",
     "hit place": "attention sees a frame of the place",
     "scene": "the place that the prompt names",
@@ -81,7 +81,11 @@ def evaluate(pipeline, setting: Setting, length: str, stories: int, seed: int) -
 
 
 class _Telling:
-    """One batch of trials, told; `seen` holds what the frames of the scenes that count show, [stories, CHUNK] each."""
+    """One batch of trials, told.
+
+    seen: what the frames of the scenes that count show, fields [stories, CHUNK]; landmarks: the mean colours of their
+    landmarks [stories, 3].
+    """
 
     def __init__(self, pipeline, setting: Setting, part: list[Trial], seed: int):
         self.trials = part
@@ -95,6 +99,7 @@ class _Telling:
         )
         stream.decoder = _Latents()
         self.seen: dict[int, Frame] = {}
+        self.landmarks: dict[int, Tensor] = {}
         self.hits: dict[str, list[bool]] = {"hit character": [], "hit place": []}
         self.chances: list[float] = []
         self.seconds = 0.0
@@ -106,7 +111,7 @@ class _Telling:
             chunk = next(stream)
             self.seconds += time.perf_counter() - begin
             if scene in first.meetings or scene in first.returns:
-                self.seen[scene] = _measure(pipeline.vae, chunk.latents)
+                self.seen[scene], self.landmarks[scene] = _measure(pipeline.vae, chunk.latents)
             if scene in first.returns:
                 self._note_hits(stream.snapshot(), scene)
 
@@ -130,7 +135,7 @@ class _Telling:
                 told = trial.story.scenes[scene]
                 look = trial.story.looks[told.name]
                 shown = Frame(*(values[row] for values in self.seen[scene]))
-                hue, shape, place, landmark = (_most(x) for x in (shown.hue, shown.shape, shown.place, shown.landmark))
+                hue, shape, place = (_most(x) for x in (shown.hue, shown.shape, shown.place))
                 found["scene"].append(place == told.place)
                 found["action"].append(_acted(shown) == told.action)
                 if scene in trial.meetings:
@@ -140,7 +145,8 @@ class _Telling:
                 found["colour"].append(hue == look.hue)
                 found["shape"].append(shape == look.shape)
                 # Nobody says the landmark's colour: what the model itself drew there first is what it must repeat.
-                found["landmark"].append(landmark == _most(self.seen[place_met].landmark[row]))
+                before, now = self.landmarks[place_met][row], self.landmarks[scene][row]
+                found["landmark"].append(bool(same_colour(before, now)))
         return found
 
 
@@ -152,10 +158,13 @@ class _Latents:
 
 
 @torch.no_grad()
-def _measure(codec, latents: Tensor) -> Frame:
-    """What clean latents [B, C, F, h, w] show: fields [B, F]."""
+def _measure(codec, latents: Tensor) -> tuple[Frame, Tensor]:
+    """What clean latents [B, C, F, h, w] show: fields [B, F]; and the mean colour of the landmark [B, 3]."""
+    stories = latents.shape[0]
     pictures = codec.decode_frames(latents.transpose(1, 2).flatten(0, 1)).clamp(0, 1).float().cpu()
-    return Frame(*(values.unflatten(0, (latents.shape[0], -1)) for values in measure(pictures)))
+    frame = measure(pictures)
+    landmark = landmark_colour(pictures, frame.place).unflatten(0, (stories, -1)).mean(1)
+    return Frame(*(values.unflatten(0, (stories, -1)) for values in frame)), landmark
 
 
 def _most(values: Tensor) -> int:

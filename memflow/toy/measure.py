@@ -3,6 +3,9 @@
 Nothing is learnt. The place is the one whose drawing is nearest. Shape and pose are those of the drawing that is
 nearest around the characters. A colour is the palette colour nearest to the mean inside the drawn mask, of the landmark
 or of that character.
+
+A landmark's colour is the model's own idea, which need not be one of the palette. So whether it is the same as before is
+asked of the mean colours themselves: `same_colour`.
 """
 
 from __future__ import annotations
@@ -25,10 +28,20 @@ def measure(pictures: Tensor) -> Frame:
     if pictures.ndim != 4 or pictures.shape[1:] != (SIZE, SIZE, 3):
         raise ValueError(f"pictures must be [n, {SIZE}, {SIZE}, 3], got {list(pictures.shape)}")
     place = _place(pictures)
-    landmark = _nearest_colour(pictures, landmark_mask()[place])
+    landmark = _nearest(landmark_colour(pictures, place))
     pose = _pose(pictures, place, landmark)
-    hue = _nearest_colour(pictures, character_mask(*pose) > 0.99)
+    hue = _nearest(_mean_colour(pictures, character_mask(*pose) > 0.99))
     return Frame(place, landmark, hue, *pose)
+
+
+def landmark_colour(pictures: Tensor, place: Tensor) -> Tensor:
+    """Mean colour [n, 3], 0 to 1, of where pictures [n, SIZE, SIZE, 3] of places [n] show the landmark."""
+    return _mean_colour(pictures, landmark_mask()[place])
+
+
+def same_colour(one: Tensor, other: Tensor) -> Tensor:
+    """Whether colours [..., 3] are nearer to each other than half the least distance of two palette colours: [...]"""
+    return torch.linalg.vector_norm(one - other, dim=-1) < torch.pdist(_palette()).min() / 2
 
 
 def from_video(video: Tensor) -> Tensor:
@@ -46,11 +59,18 @@ def _place(pictures: Tensor) -> Tensor:
     return torch.stack(distance, 1).argmin(1)
 
 
-def _nearest_colour(pictures: Tensor, mask: Tensor) -> Tensor:
-    palette = torch.tensor(list(COLOURS.values())) / 255
+def _mean_colour(pictures: Tensor, mask: Tensor) -> Tensor:
     mask = mask.to(pictures.dtype)
     total = torch.einsum("nrcd,nrc->nd", pictures, mask)
-    return torch.cdist(total / mask.sum((1, 2)).clamp(min=1).unsqueeze(-1), palette).argmin(1)
+    return total / mask.sum((1, 2)).clamp(min=1).unsqueeze(-1)
+
+
+def _nearest(colour: Tensor) -> Tensor:
+    return torch.cdist(colour, _palette()).argmin(1)
+
+
+def _palette() -> Tensor:
+    return torch.tensor(list(COLOURS.values())) / 255
 
 
 def _pose(pictures: Tensor, place: Tensor, landmark: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from memflow.toy.measure import from_video, measure
+from memflow.toy.measure import from_video, landmark_colour, measure, same_colour
 from memflow.toy.model import TEXT_LENGTH, build_tokenizer
 from memflow.toy.stories import CHUNK, Scene, Story, training_story
 from memflow.toy.trials import LENGTHS, recall_trial
@@ -40,6 +40,16 @@ def test_what_is_upscaled_is_measured():
     assert all(torch.equal(a, b) for a, b in zip(measure(from_video(video)), frame, strict=True))
     with pytest.raises(ValueError, match=r"\[4, 64, 64, 3\]"):
         measure(torch.zeros(4, 64, 64, 3))
+
+
+def test_landmarks_of_one_colour_are_the_same_and_of_two_are_not():
+    """Over all pictures of a place in which the character stands at the left edge, whoever it is."""
+    frame = Frame.of(torch.arange(frame_count()))
+    for place in range(len(PLACES)):
+        here = Frame.of(torch.nonzero((frame.place == place) & (frame.step == 0) & (frame.mood == 0)).flatten())
+        colours = landmark_colour(render(here), here.place)
+        same = same_colour(colours[:, None], colours)
+        assert torch.equal(same, here.landmark[:, None] == here.landmark)
 
 
 def test_actions_can_be_told_apart_from_three_frames():
