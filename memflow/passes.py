@@ -7,7 +7,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from memflow.memory import Pass, Prompt
-from memflow.processors import install
+from memflow.processors import StreamContext, install
 
 
 def encode_prompt(transformer: WanTransformer3DModel, embeds: Tensor, mask: Tensor) -> Prompt:
@@ -36,7 +36,7 @@ def denoise(transformer: WanTransformer3DModel, latents: Tensor, timestep: float
     Overwrites the keys and values that an earlier pass over the same frames left in the pool.
     """
     step = step._replace(unplaced=())  # what later chunks see is written by the clean pass
-    with install(transformer).during(step), _own_dtypes(latents):
+    with _context(transformer).during(step), _own_dtypes(latents):
         return transformer(latents, _timesteps(latents, timestep), _no_text(transformer, latents), return_dict=False)[0]
 
 
@@ -46,7 +46,7 @@ def fix(transformer: WanTransformer3DModel, latents: Tensor, step: Pass) -> None
     Nobody reads the output of such a pass, so it ends with the last layer's keys and values: that layer's attention,
     cross-attention and feed-forward and the head are left out.
     """
-    context = install(transformer)
+    context = _context(transformer)
     _bring_to_device(transformer)
     with context.during(step), _own_dtypes(latents):
         hidden = transformer.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
@@ -59,6 +59,12 @@ def fix(transformer: WanTransformer3DModel, latents: Tensor, step: Pass) -> None
         shift, scale = (last.scale_shift_table + modulation.float()).chunk(6, dim=1)[:2]
         hidden = (last.norm1(hidden.float()) * (1 + scale) + shift).type_as(hidden)
         last.attn1.processor.write(last.attn1, hidden, context.step)
+
+
+def _context(transformer: WanTransformer3DModel) -> StreamContext:
+    # install() looks through all modules for what it must refuse: once for a stream, not in every pass.
+    context = transformer.rope
+    return context if isinstance(context, StreamContext) else install(transformer)
 
 
 def _timesteps(latents: Tensor, timestep: float | Tensor) -> Tensor:
