@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,20 +134,26 @@ def _tell(stream, job: Job, request: Request, extra: dict[str, str], title: str,
         notify = lambda: bar.console.print("stopping after this chunk; Ctrl-C again to stop at once")  # noqa: E731
         interrupt = stack.enter_context(Interrupt(notify))
         begin, size = time.perf_counter(), (0, 0)
+        # A chunk is written while the next one is made; left before `video` is, so that all is written by then.
+        writer, writing = stack.enter_context(ThreadPoolExecutor(1)), Future()
+        writing.set_result(None)
         while stream.position < stop and not interrupt.requested:
             try:
                 chunk = next(stream)
             except MemFlowError as error:
+                writing.result()
                 kept = f" ({job.output} keeps the {video.frames} frames made before)" if video.frames else ""
                 raise MemFlowError(f"{error}{kept}") from error
+            writing.result()
             if chunk.switched:
                 bar.console.print(_prompt_line(video.frames / fps, chunk.prompts[0], bar.console.width), style="dim")
-            video.write(chunk.frames[0].numpy())
+            writing = writer.submit(video.write, chunk.frames[0].numpy())
             if report is not None:
                 report.add(chunk, stream.snapshot())
             size = tuple(chunk.frames.shape[2:4])
             rate = (video.frames - before) / (time.perf_counter() - begin)
             bar.update(task, completed=stream.position, rate=f"{rate:.1f} frames/s")
+        writing.result()
         wall = time.perf_counter() - begin
         if request.save_state:
             known = {"video_frames": str(video.frames), "video_checksum": str(video.checksum)}

@@ -36,8 +36,12 @@ def denoise(transformer: WanTransformer3DModel, latents: Tensor, timestep: float
     Overwrites the keys and values that an earlier pass over the same frames left in the pool.
     """
     step = step._replace(unplaced=())  # what later chunks see is written by the clean pass
-    with _context(transformer).during(step), _own_dtypes(latents):
-        return transformer(latents, _timesteps(latents, timestep), _no_text(transformer, latents), return_dict=False)[0]
+    context = _context(transformer)
+    _bring_to_device(transformer)
+    with context.during(step), _own_dtypes(latents), torch.inference_mode():
+        times, no_text = _timesteps(latents, timestep), _no_text(transformer, latents)
+        flow = transformer(latents, times, no_text, return_dict=False)[0]
+    return flow.clone()  # the caller's own, with which autograd may do what it likes
 
 
 def fix(transformer: WanTransformer3DModel, latents: Tensor, step: Pass) -> None:
@@ -48,7 +52,7 @@ def fix(transformer: WanTransformer3DModel, latents: Tensor, step: Pass) -> None
     """
     context = _context(transformer)
     _bring_to_device(transformer)
-    with context.during(step), _own_dtypes(latents):
+    with context.during(step), _own_dtypes(latents), torch.inference_mode():
         hidden = transformer.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
         times, no_text = _timesteps(latents, 0.0), _no_text(transformer, latents)
         _, modulation, text, _ = transformer.condition_embedder(times, no_text)

@@ -34,7 +34,7 @@ unknown token. Every place has a landmark whose colour the story makes up; no pr
 
 Seed {seed}; {codec_steps} steps of the autoencoder (its encoder is left alone after three quarters of them), {steps}
 steps of transformer and text encoder, {stories} stories of {chunks} chunks each. All data is drawn in code
-(`memflow.toy.world`). {remarks}Made with memflow {memflow}, torch {torch}, diffusers {diffusers},
+(`memflow.toy.world`). Made with memflow {memflow}, torch {torch}, diffusers {diffusers},
 transformers {transformers}, Python {python}.
 
 Method: teacher forcing with the memory in the loop (sink 3, window 9, bank of 0, 3 or 6 past frames at random slots),
@@ -45,8 +45,8 @@ Measured: `memflow toy evaluate`. Licence: Apache-2.0, weights and pictures.
 """
 
 
-def card(parts: dict, *, seed: int, steps: int, codec_steps: int, remarks: str = "") -> str:
-    """The card of trained components. remarks: what else there is to say about how they came to be."""
+def card(parts: dict, *, seed: int, steps: int, codec_steps: int) -> str:
+    """The card of trained components."""
     from memflow.toy import train_model
     from memflow.toy.model import SHIFT
 
@@ -67,7 +67,6 @@ def card(parts: dict, *, seed: int, steps: int, codec_steps: int, remarks: str =
         codec_steps=codec_steps,
         stories=train_model.STORIES,
         chunks=train_model.CHUNKS,
-        remarks=remarks and remarks + " ",
         shift=SHIFT,
         blur=train_model.CONTEXT_NOISE,
         memflow=__version__,

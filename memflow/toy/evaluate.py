@@ -39,6 +39,8 @@ SETTINGS = [
     Setting("published, bank of 6", {"policy": "prompt"}),
     Setting("diverse", {"policy": "diverse"}),
     Setting("diverse, top 3", {"policy": "diverse", "top_k": 3}),
+    Setting("diverse, 12 held", {"policy": "diverse", "held_frames": 12}),
+    Setting("diverse, 24 held", {"policy": "diverse", "held_frames": 24}),
     Setting("archive", {"policy": "archive"}),
     Setting("archive, top 3", {"policy": "archive", "top_k": 3}),
     Setting("oracle", {"policy": "oracle"}),

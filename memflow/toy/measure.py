@@ -4,8 +4,8 @@ Nothing is learnt. The place is the one whose drawing is nearest. Shape and pose
 nearest around the characters. A colour is the palette colour nearest to the mean inside the drawn mask, of the landmark
 or of that character.
 
-A landmark's colour is the model's own idea, which need not be one of the palette. So whether it is the same as before is
-asked of the mean colours themselves: `same_colour`.
+A landmark's colour is the model's own idea, which need not be one of the palette. So whether it is the same as before
+is asked of the mean colours themselves: `same_colour`.
 """
 
 from __future__ import annotations

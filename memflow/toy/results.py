@@ -104,15 +104,15 @@ def plot(results: dict, path: Path) -> None:
             errors = [[s["value"] - s["low"] for s in shares], [s["high"] - s["value"] for s in shares]]
             at = [k + 0.27 * (i - 1) for k in range(len(rows))]
             axis.bar(at, [s["value"] for s in shares], 0.25, yerr=errors, label=MEASURES[name], error_kw={"lw": 0.8})
-        axis.axhline(1 / 8, color="grey", lw=0.8, ls="--")
-        axis.text(-0.5, 1 / 8 + 0.01, "a colour by chance", color="grey", fontsize=8)
+        axis.axhline(1 / 8, color="grey", lw=0.8, ls="--", label="a colour by chance")
         axis.set_xticks(range(len(rows)), rows, rotation=40, ha="right")
         axis.set(
             ylim=(0, 1.05),
             title=f"{length}: {results['about']['scenes between'][length]} scenes between meetings and returns",
         )
-    axes[-1].legend(loc="upper left", fontsize=8)
-    figure.tight_layout()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

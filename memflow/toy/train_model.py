@@ -22,7 +22,7 @@ from memflow.toy.train_codec import encode_frames
 from memflow.toy.world import STEPS as PLACES_IN_A_ROW
 from memflow.toy.world import Frame, character_mask, landmark_mask
 
-STEPS = 1375
+STEPS = 2000
 STORIES, CHUNKS = 4, 12  # stories in a step, over all workers; chunks in a story
 _MUON_RATE, _ADAM_RATE = 2.5e-3, 2.5e-3
 CONTEXT_NOISE = 0.25  # at most this much noise on the clean frames: a stream remembers what it made itself

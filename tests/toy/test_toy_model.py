@@ -3,6 +3,7 @@
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,8 @@ from memflow.toy import evaluate, train_model
 from memflow.toy.evaluate import Setting
 from memflow.toy.model import settings
 from memflow.toy.results import settings_named
+from memflow.toy.stories import CHUNK, Scene, Story, random_cast
+from memflow.toy.world import ACTIONS, NAMES, PLACES
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "memflow" / "assets" / "toy"
@@ -61,3 +64,28 @@ def test_it_remembers_and_not_by_chance(shipped):
     assert with_memory["colour"] > 0.5 > without["colour"] + 0.1
     assert with_memory["landmark"] > 0.6 > without["landmark"]
     assert with_memory["hit character"] > 0.8 and without["hit character"] == 0.0
+
+
+@pytest.mark.slow
+def test_a_story_of_5000_chunks_stays_as_good_as_it_began(shipped):
+    """Half an hour of film, everybody introduced at its beginning: who and where, in the first and the last scenes."""
+    random = np.random.default_rng(7)
+    looks, landmarks = random_cast(random)
+    cast = [Scene(name, name, 0, 1) for name in range(len(NAMES))]
+    draw = [random.integers(size, size=994) for size in (len(NAMES), len(PLACES), len(ACTIONS))]
+    story = Story(cast + [Scene(*map(int, scene), 1) for scene in zip(*draw, strict=True)], looks, landmarks)
+    stream = shipped.stream(story.prompts(), seconds_per_prompt=5 * CHUNK / shipped.fps, seed=1)
+    stream.decoder = evaluate._Latents()
+    right: list[tuple[bool, bool]] = []
+    for chunk in stream:
+        assert torch.isfinite(chunk.latents).all()
+        if (chunk.index + 1) % 5 == 0:  # the last chunk of a scene
+            scene = story.scenes[chunk.index // 5]
+            shown, _ = evaluate._measure(shipped.vae, chunk.latents)
+            place, hue = evaluate._most(shown.place[0]), evaluate._most(shown.hue[0])
+            right.append((place == scene.place, hue == story.looks[scene.name].hue))
+    assert stream.position == 5000
+    for begin, end in ((0, 100), (900, 1000)):
+        places, hues = zip(*right[begin:end], strict=True)
+        print(f"scenes {begin} to {end}: place {sum(places)} %, colour {sum(hues)} %")
+        assert sum(places) >= 95 and sum(hues) >= 90
