@@ -119,6 +119,23 @@ def norm_rope_kernel(
 
 
 @triton.jit
+def store_mean(
+    sums, target,  # one head: rows of sums, `channels` apart, and where their mean goes
+    first, last, tokens, channels, dim, head_dim,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """The sum of the rows from `first` to `last`, divided by `tokens`."""
+    total = tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32)
+    for start in tl.range(first, last, BLOCK_TOKENS, num_stages=STAGES):
+        row = start + tl.arange(0, BLOCK_TOKENS)
+        inside = (row < last)[:, None] & (dim < head_dim)[None, :]
+        total += tl.load(sums + row.to(tl.int64)[:, None] * channels + dim[None, :], inside, other=0.0)
+    tl.store(target + dim, tl.sum(total, 0) / (tokens * 1.0), dim < head_dim)
+
+
+@triton.jit
 def norm_rope_means_kernel(
     key_sums, query_sums,  # [B, frames * runs, H, D] float32, contiguous; query_sums None: no mean of the queries
     frame_mean,  # [B, S, H, D] float32
@@ -136,25 +153,22 @@ def norm_rope_means_kernel(
     dim = tl.program_id(0) % blocks * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     frame, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     channels = tl.num_programs(0) // blocks * head_dim
-    sums, first, count, slot = key_sums, frame * runs, runs, tl.cast(0, tl.int64)
+    here = batch * frames * runs * channels + head * head_dim
+    # A call in each branch: the AMD compiler of Triton 3.6 cannot follow pointers that branches choose between.
     if frame < frames:
         slot = tl.load(slots + frame).to(tl.int64)
-        target = frame_mean + batch * mean_batch + slot * mean_place + head * mean_head
-    else:
+        if (slot >= 0) & (slot < places):
+            target = frame_mean + batch * mean_batch + slot * mean_place + head * mean_head
+            store_mean(
+                key_sums + here, target, frame * runs, (frame + 1) * runs, per_frame, channels, dim, head_dim,
+                BLOCK_TOKENS, BLOCK_DIM, STAGES,
+            )  # fmt: skip
+    elif query_sums is not None:
         target = query_mean + batch * channels + head * head_dim
-        first, count = first * 0, frames * runs
-        if query_sums is not None:
-            sums = query_sums
-    last = first + count
-    if (slot >= 0) & (slot < places):
-        rows = sums + batch * frames * runs * channels + head * head_dim + dim[None, :]
-        total = tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32)
-        for start in tl.range(first, last, BLOCK_TOKENS, num_stages=STAGES):
-            row = start + tl.arange(0, BLOCK_TOKENS)
-            inside = (row < last)[:, None] & (dim < head_dim)[None, :]
-            total += tl.load(rows + row.to(tl.int64)[:, None] * channels, inside, other=0.0)
-        tokens = count // runs * per_frame
-        tl.store(target + dim, tl.sum(total, 0) / (tokens * 1.0), dim < head_dim)
+        store_mean(
+            query_sums + here, target, 0, frames * runs, frames * per_frame, channels, dim, head_dim,
+            BLOCK_TOKENS, BLOCK_DIM, STAGES,
+        )  # fmt: skip
 
 
 def launch_options(kernel: str, heads: int, head_dim: int, device: torch.device) -> dict[str, int]:
