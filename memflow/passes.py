@@ -37,7 +37,7 @@ def denoise(transformer: WanTransformer3DModel, latents: Tensor, timestep: float
     """
     step = step._replace(unplaced=())  # what later chunks see is written by the clean pass
     context = _context(transformer)
-    _bring_to_device(transformer)
+    _bring_to_device(transformer)  # not in inference mode, which would leave weights that cannot be trained any more
     with context.during(step), _own_dtypes(latents), torch.inference_mode():
         times, no_text = _timesteps(latents, timestep), _no_text(transformer, latents)
         flow = transformer(latents, times, no_text, return_dict=False)[0]
