@@ -66,6 +66,7 @@ def _run(request: Request, jobs: list[Job], results: list[Result], console: Cons
         preset = request.preset or known.get("preset")
         with loading.backend(request.backend, device):
             pipe = loading.load_pipeline(model, device, dtype, preset=preset, prompt_cache=request.prompt_cache)
+            loading.choose_threads(pipe.transformer, device)
             decoder = request.decoder or known.get("decoder")
             if decoder:
                 use_decoder(pipe, decoder)

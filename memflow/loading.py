@@ -20,6 +20,8 @@ from memflow.presets import find_preset
 from memflow.prompts import PromptBook, cache_folder
 from memflow_kernels.backends import available_backends, refused, use_backend
 
+TINY = 10_000_000  # parameters
+
 
 def choose_device(name: str | None) -> torch.device:
     """`name` as a device that is there; None: the GPU where there is one, else the CPU."""
@@ -42,6 +44,17 @@ def choose_device(name: str | None) -> torch.device:
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """`name` as a dtype; None: bfloat16 on a GPU, else float32."""
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def choose_threads(transformer: torch.nn.Module, device: torch.device) -> None:
+    """Let a tiny model compute on one CPU core, unless OMP_NUM_THREADS says how many.
+
+    Its layers take some 0.05 ms. Two cores are hardly faster then, and several times slower as soon as anything else,
+    the writing of the video too, keeps one of them busy: each waits for the other at the end of every layer.
+    """
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    if device.type == "cpu" and parameters < TINY and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def load_pipeline(

@@ -7,6 +7,7 @@ from ..backends import dispatch
 from ..dtypes import statistics_dtype
 from . import _checks
 from ._call import call
+from ._kinds import once_per_kind
 from .means import frame_means
 from .selection import select_frames
 
@@ -93,17 +94,28 @@ def _backward(ctx, grad_out, grad_lse):
 _memory_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_frames(
+@once_per_kind
+def _check(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tokens_per_frame: int,
     candidate_frames: int,
-    frames: int,
     top_k: int | None,
     frame_table: Tensor | None,
     frame_mean: Tensor | None,
     query_mean: Tensor | None,
     query_block: int | None,
+    scale: float | None,
 ) -> None:
+    _checks.states("query", query, "[B, Lq, H, D]")
     batch, queries, heads, head_dim = query.shape
+    for name, x in (("key", key), ("value", value)):
+        _checks.states(name, x, "[B, F*N, H, D]")
+        _checks.shape(name, x, (batch, key.shape[1], heads, head_dim), "[B, F*N, H, D]")
+        _checks.same_kind(name, x, "query", query)
+    frames = _checks.frame_count("key", key.shape[1], tokens_per_frame)
+    _checks.scale(scale, head_dim)
     _checks.integer("candidate_frames", candidate_frames, 0)
     if candidate_frames > frames:
         raise ValueError(f"candidate_frames must be at most the {frames} frames of key, got {candidate_frames}")
@@ -170,15 +182,9 @@ def memory_attention(
     Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes, and on the CPU for a table value outside
     -1 to candidate_frames - 1 (on a GPU the table is not read on the host).
     """
-    _checks.states("query", query, "[B, Lq, H, D]")
-    batch, _, heads, head_dim = query.shape
-    for name, x in (("key", key), ("value", value)):
-        _checks.states(name, x, "[B, F*N, H, D]")
-        _checks.shape(name, x, (batch, key.shape[1], heads, head_dim), "[B, F*N, H, D]")
-        _checks.same_kind(name, x, "query", query)
-    frames = _checks.frame_count("key", key.shape[1], tokens_per_frame)
-    _check_frames(query, candidate_frames, frames, top_k, frame_table, frame_mean, query_mean, query_block)
-    scale = _checks.scale(scale, head_dim)
+    frames = (tokens_per_frame, candidate_frames, top_k, frame_table, frame_mean, query_mean, query_block)
+    _check(query, key, value, *frames, scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
     if top_k is not None and top_k < candidate_frames:
         if frame_mean is None:

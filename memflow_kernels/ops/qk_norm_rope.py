@@ -8,6 +8,7 @@ from ..dtypes import SUPPORTED, statistics_dtype
 from ..pool import Pool
 from . import _checks
 from ._call import call
+from ._kinds import once_per_kind
 
 
 @torch.library.custom_op("memflow::qk_norm_rope", mutates_args=())
@@ -113,16 +114,8 @@ def _(
     return query.new_empty(query.shape), query.new_empty(mean_shape, dtype=statistics_dtype(query.dtype))
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    eps: float,
-    grid: tuple[int, int],
-    start_frame: int | Tensor,
-) -> tuple[int, Tensor | None]:
-    """Returns (start_frame, start): the number where it is known on the host, the tensor where it is not."""
+@once_per_kind
+def _check(query: Tensor, key: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float, grid: tuple[int, int]) -> None:
     _checks.states("query", query, "[B, L, H, D]")
     _checks.states("key", key, "[B, L, H, D]")
     _checks.shape("key", key, tuple(query.shape), "[B, L, H, D] like query")
@@ -145,6 +138,26 @@ def _check(
     _checks.integer("grid cols", cols, 1)
     if tokens % (rows * cols):
         raise ValueError(f"query has {tokens} tokens, not a multiple of rows * cols = {rows} * {cols}")
+
+
+@once_per_kind
+def _check_written(query: Tensor, value: Tensor, grid: tuple[int, int], pool: Pool, slots: Tensor, query_mean: bool):
+    _checks.states("value", value, "[B, L, H, D]")
+    _checks.shape("value", value, tuple(query.shape), "[B, L, H, D] like query")
+    _checks.same_kind("value", value, "query", query)
+    _checks.pool(pool, "query", query)
+    rows, cols = grid
+    if pool.tokens_per_frame != rows * cols:
+        raise ValueError(f"pool has {pool.tokens_per_frame} tokens per slot; grid {rows} x {cols} needs {rows * cols}")
+    _checks.of_dtype("slots", slots, torch.int32)
+    _checks.shape("slots", slots, (query.shape[1] // (rows * cols),), "[n], one slot per frame")
+    _checks.same_device("slots", slots, "query", query)
+    if not isinstance(query_mean, bool):
+        raise TypeError(f"query_mean must be True or False, got {query_mean!r}")
+
+
+def _start(start_frame: int | Tensor, query: Tensor) -> tuple[int, Tensor | None]:
+    """(start_frame, start): the number where it is known on the host, the tensor where it is not."""
     if isinstance(start_frame, Tensor):
         _checks.of_dtype("start_frame", start_frame, torch.int32, torch.int64)
         if start_frame.numel() != 1:
@@ -175,7 +188,8 @@ def qk_norm_rope(
     Returns (query, key), new tensors [B, L, H, D]. Differentiable in query, key and the weights.
     Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes.
     """
-    first, start = _check(query, key, weight_q, weight_k, eps, grid, start_frame)
+    _check(query, key, weight_q, weight_k, eps, grid)
+    first, start = _start(start_frame, query)
     return call(_qk_norm_rope, "qk_norm_rope", query, key, weight_q, weight_k, float(eps), *grid, first, start)
 
 
@@ -203,21 +217,11 @@ def qk_norm_rope_write(
     Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes, and on the CPU for slots outside the pool
     (on a GPU they are not read on the host); RuntimeError where gradients are asked for: it writes in place.
     """
-    first, start = _check(query, key, weight_q, weight_k, eps, grid, start_frame)
-    _checks.states("value", value, "[B, L, H, D]")
-    _checks.shape("value", value, tuple(query.shape), "[B, L, H, D] like query")
-    _checks.same_kind("value", value, "query", query)
-    _checks.pool(pool, "query", query)
-    rows, cols = grid
-    if pool.tokens_per_frame != rows * cols:
-        raise ValueError(f"pool has {pool.tokens_per_frame} tokens per slot; grid {rows} x {cols} needs {rows * cols}")
-    _checks.of_dtype("slots", slots, torch.int32)
-    _checks.shape("slots", slots, (query.shape[1] // (rows * cols),), "[n], one slot per frame")
-    _checks.same_device("slots", slots, "query", query)
+    _check(query, key, weight_q, weight_k, eps, grid)
+    _check_written(query, value, grid, pool, slots, query_mean)
+    first, start = _start(start_frame, query)
     _checks.no_gradients("qk_norm_rope_write", query, key, value, weight_q, weight_k, *pool)
-    if not isinstance(query_mean, bool):
-        raise TypeError(f"query_mean must be True or False, got {query_mean!r}")
-    place = (float(eps), rows, cols, first, start)
+    place = (float(eps), *grid, first, start)
     arguments = (query, key, value, weight_q, weight_k, *place, *pool, slots, query_mean)
     new_query, mean = call(_qk_norm_rope_write, "qk_norm_rope_write", *arguments, written=pool)
     return (new_query, mean) if query_mean else new_query

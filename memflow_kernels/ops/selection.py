@@ -6,6 +6,7 @@ from torch import Tensor
 from ..backends import dispatch
 from . import _checks
 from ._call import call
+from ._kinds import once_per_kind
 
 
 @torch.library.custom_op("memflow::select_frames", mutates_args=())
@@ -20,6 +21,23 @@ def _(query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None, query
     batch, queries, heads, _ = query.shape
     blocks = () if query_block is None else (_checks.block_count(queries, query_block),)
     return query.new_empty((batch, heads, *blocks, min(top_k, frame_mean.shape[1])), dtype=torch.int32)
+
+
+@once_per_kind
+def _check(query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None, query_block: int | None) -> None:
+    _checks.states("query", query, "[B, Lq, H, D]")
+    _checks.states("frame_mean", frame_mean, "[B, F, H, D]", empty_tokens=True)
+    batch, _, heads, head_dim = query.shape
+    frames = frame_mean.shape[1]
+    _checks.shape("frame_mean", frame_mean, (batch, frames, heads, head_dim), "[B, F, H, D]")
+    _checks.statistics("frame_mean", frame_mean, "query", query)
+    _checks.integer("top_k", top_k, 1)
+    if query_block is not None:
+        _checks.integer("query_block", query_block, 1)
+    if valid is not None:
+        _checks.of_dtype("valid", valid, torch.bool)
+        _checks.shape("valid", valid, (batch, frames), "[B, F]")
+        _checks.same_device("valid", valid, "query", query)
 
 
 def select_frames(
@@ -37,17 +55,5 @@ def select_frames(
     Source: arXiv 2512.14699, equations 2 to 4, per head.
     Raises TypeError or ValueError for wrong dtypes, devices, shapes, top_k < 1 or query_block < 1.
     """
-    _checks.states("query", query, "[B, Lq, H, D]")
-    _checks.states("frame_mean", frame_mean, "[B, F, H, D]", empty_tokens=True)
-    batch, _, heads, head_dim = query.shape
-    frames = frame_mean.shape[1]
-    _checks.shape("frame_mean", frame_mean, (batch, frames, heads, head_dim), "[B, F, H, D]")
-    _checks.statistics("frame_mean", frame_mean, "query", query)
-    _checks.integer("top_k", top_k, 1)
-    if query_block is not None:
-        _checks.integer("query_block", query_block, 1)
-    if valid is not None:
-        _checks.of_dtype("valid", valid, torch.bool)
-        _checks.shape("valid", valid, (batch, frames), "[B, F]")
-        _checks.same_device("valid", valid, "query", query)
+    _check(query, frame_mean, top_k, valid, query_block)
     return call(_select_frames, "select_frames", query.detach(), frame_mean.detach(), top_k, valid, query_block)

@@ -17,7 +17,7 @@ def _attend_fused(
     """Attention with log-sum-exp by torch's fused CPU kernel, which reads strided views in place."""
     if bias is not None:
         bias = bias.to(query.dtype).expand(-1, -1, query.shape[1], -1)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias, scale=scale
     )
     return out.transpose(1, 2), lse

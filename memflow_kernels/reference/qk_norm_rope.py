@@ -43,7 +43,7 @@ def qk_norm_rope(
     """query, key [B, L, H, D], weight_* [H*D] -> the same; the first frame has number start_frame + start."""
     table = _table(query, rows, cols, start_frame, start)
     normed = rms_norm_heads(query, weight_q, eps), rms_norm_heads(key, weight_k, eps)
-    query, key = (rotate(x, table).contiguous() for x in normed)
+    query, key = (rotate(x, table, out=x).contiguous() for x in normed)
     return query, key
 
 
@@ -89,7 +89,8 @@ def _check_slots(slots: list[int], available: int) -> None:
 
 def _turned_query(query: Tensor, weight: Tensor, eps: float, table: Tensor, query_mean: bool) -> tuple[Tensor, Tensor]:
     """The normed and rotated query and the mean over its tokens, empty unless asked for."""
-    turned = rotate(rms_norm_heads(query, weight, eps), table).contiguous()
+    normed = rms_norm_heads(query, weight, eps)
+    turned = rotate(normed, table, out=normed).contiguous()
     if query_mean:
         return turned, frame_means(turned, turned.shape[1]).squeeze(1)
     return turned, query.new_empty((0,), dtype=statistics_dtype(query.dtype))

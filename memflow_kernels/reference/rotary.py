@@ -18,7 +18,7 @@ def inverse_rms(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
         count *= x.shape[dim]
     # vector_norm reads x once; squaring first would write a tensor of its size
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=statistics_dtype(x.dtype))
-    return torch.rsqrt(norm.square() / count + eps)
+    return norm.mul_(norm).div_(count).add_(eps).rsqrt_()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,8 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same over all heads together: x [B, L, H, D] of any strides, weight [H*D]."""
-    return ((x * inverse_rms(x, (-2, -1), eps)).to(x.dtype) * weight.view(x.shape[-2:])).to(x.dtype)
+    """The same over all heads together: x [B, L, H, D] of any strides, weight [H*D]. A new tensor."""
+    return (x * inverse_rms(x, (-2, -1), eps)).to(x.dtype).mul_(weight.view(x.shape[-2:]))
 
 
 def rotation_table(
@@ -67,11 +67,11 @@ def as_pairs(x: Tensor) -> Tensor | None:
         return None
     if any(stride % 2 for stride in x.stride()[:-1]):
         return None
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return x.view(torch.complex128 if x.dtype == torch.float64 else torch.complex64)
 
 
 def rotate(x: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
-    """x [B, L, H, D] turned by table [L, 1, D/2], in the precision of the table; written to `out` where given."""
+    """x [B, L, H, D] turned by table [L, 1, D/2], in the precision of the table; written to `out`, which may be x."""
     wide = x.to(torch.float64 if table.dtype == torch.complex128 else torch.float32)
     pairs = as_pairs(wide)
     if pairs is None:
