@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
+from contextlib import suppress
+from typing import NoReturn
 
 from memflow.errors import MemFlowError
 
@@ -36,6 +40,19 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error.format_message())
 
 
+def run() -> NoReturn:
+    """`main` as a process of its own, which ends at once: Python takes up to two seconds to put torch and all away.
+
+    What was registered with atexit runs, and all output is written.
+    """
+    code = main()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever was to read it is gone
+            stream.flush()
+    os._exit(code)
+
+
 def _doctor() -> int:
     """`memflow doctor` without the packages that read options: it tells which are missing."""
     from memflow.doctor import collect, show
@@ -57,4 +74,4 @@ def _fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

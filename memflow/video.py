@@ -167,7 +167,8 @@ class VideoWriter:
     def _encode(self, frames: np.ndarray) -> tuple[bytes, bytes, int]:
         """The header of a file with such frames, `frames` as fragments that continue it, and how many fragments."""
         height, width = frames.shape[1:3]
-        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if height % 2 or width % 2:
+            frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         file = io.BytesIO()
         with av.open(file, "w", format="mp4", options=_MUXER | {"fragment_index": str(self._fragments + 1)}) as output:
             stream = output.add_stream("libx264", rate=self.fps, options=_ENCODER)

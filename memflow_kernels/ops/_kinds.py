@@ -18,8 +18,8 @@ _MOST = 512  # kinds that a check remembers
 def once_per_kind(check: Callable[..., None]) -> Callable[..., None]:
     """Run `check(*arguments)` only for arguments unlike all that it let through before.
 
-    Alike are tensors of one type, shape, dtype, device, layout and strides, and equal values of one type: nothing else may the
-    check read, neither a tensor's numbers nor the state of the process.
+    Alike are tensors of one type, shape, dtype, device, layout and strides, and equal values of one type. The check may
+    read nothing else, neither a tensor's numbers nor the state of the process.
     """
     passed: set[tuple] = set()
 

@@ -111,12 +111,14 @@ def _runs(slots: list[int]) -> Iterator[tuple[int, int, int]]:
 def _store_by_index(new: Tensor, held: Tensor, slots: Tensor) -> None:
     """Write new [B, n, ...] to the places `slots` of held [B, S, ...] without reading them on the host.
 
-    A frame with slot -1 writes what slot 0 already holds. One frame after the other, since -1 and 0 may both occur.
+    A frame with slot -1 repeats another frame's write, so that the order of writes does not matter; where all have it,
+    each writes what slot 0 already holds.
     """
-    for frame in range(new.shape[1]):
-        slot = slots[frame : frame + 1].clamp(min=0).long()
-        kept = torch.where(slots[frame] >= 0, new[:, frame : frame + 1], held.index_select(1, slot))
-        held.index_copy_(1, slot, kept)
+    stored, another = slots >= 0, slots.argmax()
+    source = torch.where(stored, torch.arange(slots.shape[0], device=slots.device), another)
+    slot = slots.long().index_select(0, source).clamp(min=0)
+    kept = torch.where(stored.any(), new.index_select(1, source), held.index_select(1, slot))
+    held.index_copy_(1, slot, kept)
 
 
 def qk_norm_rope_write(

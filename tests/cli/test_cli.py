@@ -171,6 +171,35 @@ def test_a_missing_extra_is_named(tmp_path, package):
     assert error == f"memflow: this needs the package {package!r}: pip install 'memflow-kernels[model]'"
 
 
+PROCESS = """
+import atexit, sys, types
+atexit.register(print, "at exit")
+class Left:
+    def __del__(self):
+        print("taken apart")
+sys.modules["left"] = types.SimpleNamespace(left=Left())
+sys.argv = ["memflow", *{arguments!r}]
+from memflow.cli import run
+run()
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["generate", "-o", "a.mp4"], 2)])
+def test_a_process_ends_at_once_with_all_said(arguments, code):
+    process = [sys.executable, "-c", PROCESS.format(arguments=arguments)]
+    result = subprocess.run(process, capture_output=True, text=True)
+    assert result.returncode == code
+    assert result.stdout == ("" if code else f"memflow {__version__}\n") + "at exit\n"
+    assert result.stderr.startswith("memflow: " if code else "")
+
+
+def test_a_process_whose_reader_is_gone_ends_as_well():
+    process = [sys.executable, "-c", PROCESS.format(arguments=["--help"])]
+    with subprocess.Popen(process, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        assert "Traceback" not in running.stderr.read()
+
+
 def test_a_missing_diffusers_is_named(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers.utils", None)
     code, error = run(capsys, "generate good.jsonl -o out.mp4")
