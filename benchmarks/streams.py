@@ -14,12 +14,12 @@ from memflow_kernels import use_backend
 from memflow_kernels.testing import relative_error
 
 from .cases import Case
-from .floor import without_memory_attention
+from .floor import AttentionOnly, ProjectionsOnly, reduced
 from .models import Middle, config_of, in_float64, pipeline_of
 from .reference_path.stream import ReferenceStream
 from .rows import Row
 from .splits import Split
-from .targets import FLOOR
+from .targets import FLOORS
 from .timing import in_turns
 
 ALLOWED = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}  # of the latents, after all steps and layers
@@ -131,11 +131,13 @@ def toy_entries(experiment: StreamExperiment, device: torch.device) -> list[Entr
         for entry in entries[-len(experiment.backends) - 1 :]:
             entry.row.frames = CHUNKS * pipeline.frames_per_chunk
             judge(entry.row, entry(), expected)
-    bare = without_memory_attention(pipeline)
-    told = lambda: our_story(bare, MemoryConfig.reference(), seconds)  # noqa: E731
-    row = new_row(experiment, FLOOR, False, device)
-    row.status, row.frames = "floor", CHUNKS * pipeline.frames_per_chunk
-    return [*entries, Entry(row, told, "torch")]
+    for name, processor in zip(FLOORS, (ProjectionsOnly, AttentionOnly), strict=True):
+        bare = reduced(pipeline, processor)
+        told = lambda bare=bare: our_story(bare, MemoryConfig.reference(), seconds)  # noqa: E731
+        row = new_row(experiment, name, False, device)
+        row.status, row.frames = "floor", CHUNKS * pipeline.frames_per_chunk
+        entries.append(Entry(row, told, "torch"))
+    return entries
 
 
 def our_story(pipeline: MemFlowPipeline, config: MemoryConfig, seconds: float) -> Tensor:

@@ -52,7 +52,7 @@ def quick(gpu: bool, backends: tuple[str, ...]) -> list[Experiment | StreamExper
         Experiment("chunk", small, "float32", budget=8),
     ]
     stories = [
-        StreamExperiment(toy, backends=backends, budget=15),
+        StreamExperiment(toy, backends=backends, budget=45),
         StreamExperiment(small, backends=backends, budget=8),
     ]
     return [*layers, *ops, *stories]
