@@ -49,6 +49,7 @@ def generate(request: Request) -> int:
         console.print(f"stopped at once{lost}", soft_wrap=True)
         return 130
     finally:
+        gc.unfreeze()
         _show(results)
     return 130 if results[-1].interrupted else 0
 
@@ -96,11 +97,15 @@ def _run(request: Request, jobs: list[Job], results: list[Result], console: Cons
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage collection: loading makes a million objects that stay, and looking through them takes a second."""
+    """No garbage collection of what is made here: a million objects that stay, and looking through them takes a second.
+
+    Up to gc.unfreeze().
+    """
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         gc.enable()
 
 
