@@ -31,6 +31,7 @@ class Memory(str, Enum):
     prompt = "prompt"
     fifo = "fifo"
     diverse = "diverse"
+    original = "original"
     archive = "archive"
     none = "none"
     reference = "reference"
@@ -92,9 +93,9 @@ def generate(
     memory: Annotated[
         Memory | None,
         typer.Option(
-            help="What is remembered: frames that the prompts call for, the newest, those least alike, all of them "
-            "(in host memory), only first frames and window, or as the published code has it. "
-            "\\[default: the model's]",
+            help="What is remembered: frames that the prompts call for, the newest, those least alike (the latest of "
+            "each kind, or the original), all of them (in host memory), only first frames and window, or as the "
+            "published code has it. \\[default: the model's]",
             rich_help_panel=_MEMORY,
         ),
     ] = None,

@@ -69,7 +69,23 @@ class DiversePolicy(PromptPolicy):
         itself = torch.eye(count, dtype=torch.bool, device=means.device)
         nearest = held.vote(distance).masked_fill(itself, torch.inf).flatten(2).argmin(-1)
         pair = torch.stack([nearest // count, nearest % count], -1)  # [layers, B, 2]
-        return pair.gather(-1, frames.gather(-1, pair).argmin(-1, keepdim=True)).squeeze(-1)
+        leaving = pair.gather(-1, self.leaving(frames.gather(-1, pair))).squeeze(-1)
+        return torch.where(leaving == count - 1, -1, leaving)
+
+    def leaving(self, frames: Tensor) -> Tensor:
+        """[layers, B, 1]: which of two frames, given by their numbers [layers, B, 2], is given up."""
+        return frames.argmin(-1, keepdim=True)
+
+
+class OriginalPolicy(DiversePolicy):
+    """Of the two frames that are most alike the newer is given up, so that what is held is how all looked at first.
+
+    A frame that is made repeats what is recalled, never quite: where the newer is held the next one repeats the
+    repetition, and what nobody says again drifts away. Where looks are meant to change, `DiversePolicy` holds the last.
+    """
+
+    def leaving(self, frames: Tensor) -> Tensor:
+        return frames.argmax(-1, keepdim=True)
 
 
 class RandomPolicy(PromptPolicy):
@@ -124,6 +140,7 @@ POLICIES: dict[str, type[PromptPolicy]] = {
     "prompt": PromptPolicy,
     "fifo": FifoPolicy,
     "diverse": DiversePolicy,
+    "original": OriginalPolicy,
     "archive": ArchivePolicy,
     "random": RandomPolicy,
     "oracle": OraclePolicy,

@@ -21,7 +21,7 @@ MEMORY = {
     "window_frames": 9,
     "bank_frames": 6,
     "held_frames": 24,
-    "policy": "diverse",
+    "policy": "original",
     "layers": "mean",
     "positions": "relative",
     "recache": False,

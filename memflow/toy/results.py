@@ -15,7 +15,7 @@ from memflow.toy.statistics import Share
 from memflow.toy.trials import LENGTHS
 
 _RECALL = ("colour", "shape", "landmark")
-_RETRIEVAL = ("none", "fifo", "random", "published", "published, bank of 6", "diverse", "archive")
+_RETRIEVAL = ("none", "fifo", "random", "published", "published, bank of 6", "diverse", "original", "archive")
 
 
 def run(pipeline, path: Path, *, stories: int, seeds: int, settings: list[Setting], say=print) -> dict:

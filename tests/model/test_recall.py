@@ -11,7 +11,7 @@ from memory_driver import DIM, TOKENS, MemoryDriver, prompt_of
 from slow_memory import turned
 
 from memflow.config import MemoryConfig
-from memflow.policies import POLICIES, DiversePolicy, Held
+from memflow.policies import POLICIES, DiversePolicy, Held, OriginalPolicy
 
 CHUNK_SECONDS = 0.75
 STORES = {
@@ -81,7 +81,8 @@ def test_while_all_is_shown_every_store_tells_the_same_story(toy, positions):
     settings = {"seconds_per_prompt": 8 * CHUNK_SECONDS, "height": 32, "width": 32}
     plain = MemoryConfig(bank_frames=4, positions=positions)
     expected = torch.cat([chunk.latents for chunk in toy.stream(["a fox"], memory=plain, **settings)], 2)
-    for other in (replace(plain, policy="archive"), replace(plain, policy="diverse", held_frames=7)):
+    for policy in ("archive", "diverse", "original"):
+        other = replace(plain, policy=policy, held_frames=None if policy == "archive" else 7)
         stream = toy.stream(["a fox"], memory=other, **settings)
         latents = torch.cat([chunk.latents for chunk in stream], 2)
         torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
@@ -102,18 +103,21 @@ def test_what_the_prompt_forgets_the_others_keep():
 
     assert not found(policy="prompt") and not found(policy="fifo", held_frames=6)
     assert found(policy="diverse") and found(policy="diverse", held_frames=6) and found(policy="archive")
+    assert found(policy="original") and found(policy="original", held_frames=6)
 
 
-def naive_victim(frames: list[int], means: torch.Tensor) -> int:
-    """means [n, H, D]: index of the older of the two nearest."""
-    pairs = itertools.combinations(range(len(frames)), 2)
-    first, second = min(pairs, key=lambda pair: float((means[pair[0]] - means[pair[1]]).double().square().sum()))
-    return first if frames[first] < frames[second] else second
+def nearest_two(means: torch.Tensor) -> tuple[int, int]:
+    """Indices of the two nearest of means [n, H, D]."""
+    pairs = itertools.combinations(range(len(means)), 2)
+    return min(pairs, key=lambda pair: float((means[pair[0]] - means[pair[1]]).double().square().sum()))
 
 
+@pytest.mark.parametrize(("policy", "leaving"), [(DiversePolicy, min), (OriginalPolicy, max)])
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_diverse_gives_up_the_older_of_the_nearest_pair(count):
+def test_of_the_nearest_pair_one_is_given_up(policy, leaving, count):
+    """The older one, or the newer one; the newcomer is not taken where it is that."""
     torch.manual_seed(count)
+    refused = 0
     for _ in range(20):
         means = torch.randn(2, 3, count + 1, 2, DIM) + 5  # what all have in common does not matter
         frames = torch.stack([torch.randperm(count) for _ in range(6)]).view(2, 3, count)
@@ -122,10 +126,31 @@ def test_diverse_gives_up_the_older_of_the_nearest_pair(count):
             Held(f, lambda m=m: m, None, lambda scores: scores, None)
             for f, m in ((frames, means[:, :, :-1]), (new, means[:, :, -1:]))
         ]
-        victim = DiversePolicy().victim(*views)
+        victim = policy().victim(*views)
         for layer, row in itertools.product(range(2), range(3)):
-            expected = naive_victim([*frames[layer, row].tolist(), 100], means[layer, row])
-            assert int(victim[layer, row]) == expected < count
+            numbers = [*frames[layer, row].tolist(), 100]
+            expected = leaving(nearest_two(means[layer, row]), key=lambda index: numbers[index])
+            assert int(victim[layer, row]) == (-1 if expected == count else expected)
+            refused += expected == count
+    assert (refused > 0) == (policy is OriginalPolicy)
+
+
+def test_what_looks_the_same_is_held_as_it_looked_at_first():
+    """The same scene twenty times, a little different each time, and one visitor: the first of each stays."""
+    visitor, home = torch.eye(DIM)[0], torch.eye(DIM)[1]
+    keys = lambda frame: 3 * visitor if 12 <= frame < 15 else home + 0.01 * frame * torch.eye(DIM)[2]  # noqa: E731
+
+    def held(policy):
+        driver = MemoryDriver(MemoryConfig(policy=policy, bank_frames=2), frame_keys=keys)
+        driver.prompt = prompt_of(home)
+        for _ in range(20):
+            driver.chunk()
+        return sorted(driver.memory.held[0, 0].tolist())
+
+    first = held("original")
+    assert first == [3, 12]
+    latest = held("diverse")
+    assert latest[0] == 12 and latest[1] > 30
 
 
 def test_policies_see_means_at_place_zero_with_absolute_positions_too(toy):

@@ -36,7 +36,7 @@ def test_settings_are_memories_and_have_names():
 
     trained = MemoryConfig(**model.MEMORY)
     assert {setting.config(trained).policy for setting in SETTINGS} == {
-        "none", "fifo", "random", "prompt", "diverse", "archive", "oracle"
+        "none", "fifo", "random", "prompt", "diverse", "original", "archive", "oracle"
     }  # fmt: skip
     assert settings_named(None) == SETTINGS
     assert [setting.label for setting in settings_named(["oracle", "sink"])] == ["oracle", "sink"]
