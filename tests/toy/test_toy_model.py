@@ -98,7 +98,7 @@ def shares(right: list[tuple[bool, bool]], policy: str, begin: int, end: int) ->
 
 def test_a_story_of_150_chunks_stays_as_good_as_it_began(shipped):
     place, colour = shares(tell_long(shipped, "original", 30), "original", 0, 30)
-    assert place >= 0.95 and colour >= 0.95
+    assert place >= 0.9 and colour >= 0.9
 
 
 @pytest.mark.slow
