@@ -69,8 +69,15 @@ class FramePool:
     def replace(self, slot: int | Tensor, source_slot: int | Tensor) -> None:
         """In every layer and row copy the frame in `source_slot` over `slot`, each an int or [layers, B] on the device;
         a layer and row where either is -1 stays as it is."""
+        slot, source = self._per_row(slot), self._per_row(source_slot)
+        if slot.device.type == "cpu" and ((slot < 0) | (source < 0)).all():
+            return  # as in most chunks, once the memory is full; a GPU is not asked
+        self._replace(slot, source)
+
+    def _replace(self, slot: Tensor, source: Tensor) -> None:
+        """slot, source: [layers * B] int32."""
         rows = Pool(self.key.flatten(0, 1), self.value.flatten(0, 1), self.frame_mean.flatten(0, 1))
-        replace_frame(rows, self._per_row(slot), self._per_row(source_slot))
+        replace_frame(rows, slot, source)
 
     def _per_row(self, slot: int | Tensor) -> Tensor:
         if isinstance(slot, int):
@@ -136,9 +143,8 @@ class RelativeFramePool(FramePool):
     def means(self, first: int, count: int) -> Tensor:
         return self.still_mean[:, :, first : first + count]
 
-    def replace(self, slot: int | Tensor, source_slot: int | Tensor) -> None:
-        super().replace(slot, source_slot)
-        slot, source = self._per_row(slot), self._per_row(source_slot)
+    def _replace(self, slot: Tensor, source: Tensor) -> None:
+        super()._replace(slot, source)
         rows = torch.arange(slot.shape[0], device=slot.device)
         still = (slot < 0) | (source < 0)
         source = source.clamp(min=0).long()

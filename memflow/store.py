@@ -32,8 +32,6 @@ class Reserve:
         """Copy frames `source` [layers, B, k] into the k slots from `first_slot` on; where it is -1 the slot keeps its
         own. On a GPU nothing is read on the host."""
         for place, index in enumerate(source.unbind(2)):
-            if index.device.type == "cpu" and (index < 0).all():
-                continue  # as most do, from chunk to chunk
             self.pool.replace(torch.where(index < 0, -1, first_slot + place), self.first + index)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -41,8 +41,8 @@ def test_targets_of_the_cpu_are_read_pair_by_pair():
         "attention layer, activated, float32, against the dense reference": ("2.40x", "reached"),
         "memory update, float32, against the reference": ("19.00x", "NOT reached"),
         "toy stream, against the reference path": ("1.50x", "reached"),
-        "the same if memory attention took no time": ("1.67x", "the most that can be"),
-        "the same if norm, rotation and write took no time": ("1.25x", "the most that can be"),
+        "the same if memory attention took no time": ("1.67x", "the most that can be reached"),
+        "the same if norm, rotation and write took no time": ("1.25x", "the most that can be reached"),
     }
 
 
