@@ -1,0 +1,81 @@
+"""Stories come out as they did before: the SHA-256 of their frames and latents, recorded with `record()` below.
+
+Rounding differs between kinds of processors, so that the numbers hold where torch computes as it did on the machine that
+they were recorded on; `arithmetic()` tells. Elsewhere the test is skipped and says so.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from memflow import MemFlowPipeline
+
+RECORDED = Path(__file__).parent / "recorded_frames.json"
+STORY = (
+    "bo, a red star, jumps on the beach.",
+    "mia, a blue ball, waits in the village.",
+    "bo waits in the village.",
+    "mia walks left on the beach.",
+)
+CASES = {
+    "default": ("toy", {}, [0]),
+    "top-2": ("toy", {"top_k": 2}, [3]),
+    "prompt-six": ("toy", {"policy": "prompt", "held_frames": None}, [1]),
+    "diverse": ("toy", {"policy": "diverse", "held_frames": 8}, [2]),
+    "archive": ("toy", {"policy": "archive", "held_frames": None}, [5]),
+    "two-stories": ("toy", {}, [0, 9]),
+    "noise-published": ("noise", "published", [0]),
+    "noise-absolute": ("noise", {"policy": "original", "held_frames": 6, "top_k": 2}, [4]),
+}
+
+
+def arithmetic() -> str:
+    """Equal where matrix products, attention and convolutions of this size round alike."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(48, 96, generator=generator)
+    y = torch.randn(96, 64, generator=generator)
+    heads = torch.randn(3, 2, 4, 48, 24, generator=generator)
+    image = torch.randn(1, 8, 3, 12, 12, generator=generator)
+    kernel = torch.randn(8, 8, 3, 3, 3, generator=generator)
+    results = (
+        x @ y,
+        torch.nn.functional.scaled_dot_product_attention(*heads),
+        torch.nn.functional.conv3d(image, kernel),
+        torch.nn.functional.gelu(x, approximate="tanh"),
+    )
+    return digest(results)
+
+
+def digest(tensors) -> str:
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def told(name: str) -> str:
+    preset, changes, seeds = CASES[name]
+    pipeline = MemFlowPipeline.from_preset(preset)
+    trained = pipeline.memory_config
+    memory = type(trained).reference(top_k=2) if changes == "published" else replace(trained, **changes)
+    prompts = [[text] * len(seeds) for text in STORY]
+    stream = pipeline.stream(prompts, seconds_per_prompt=1.5, seed=seeds, memory=memory)
+    return digest(part for chunk in stream for part in (chunk.latents, chunk.frames))
+
+
+def record() -> None:
+    """Write the recorded numbers anew: only for a change that is meant to change them, in a commit that says why."""
+    hashes = {name: told(name) for name in CASES}
+    RECORDED.write_text(json.dumps({"arithmetic": arithmetic(), "stories": hashes}, indent=1) + "\n")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_frames_are_those_recorded(name):
+    recorded = json.loads(RECORDED.read_text())
+    if recorded["arithmetic"] != arithmetic():
+        pytest.skip("this processor rounds otherwise than the one that the frames were recorded on")
+    assert told(name) == recorded["stories"][name]
