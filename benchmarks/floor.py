@@ -7,9 +7,9 @@ import copy
 import torch.nn.functional as F
 from torch import Tensor
 
-from memflow.memory import Pass
-from memflow.pipeline import MemFlowPipeline
-from memflow.processors import MemorySelfAttention, install
+from memflow.memory.frames import Pass
+from memflow.models.wan.attention import MemorySelfAttention, install
+from memflow.stream.pipeline import MemFlowPipeline
 
 
 class ProjectionsOnly(MemorySelfAttention):

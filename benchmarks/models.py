@@ -8,11 +8,11 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch import Tensor
 
-from memflow.config import MemoryConfig
-from memflow.pipeline import MemFlowPipeline
-from memflow.pipeline import _cast as cast
-from memflow.plan import Plan
-from memflow.stream import Stream
+from memflow.memory.config import MemoryConfig
+from memflow.stream.pipeline import MemFlowPipeline
+from memflow.stream.pipeline import _cast as cast
+from memflow.stream.plan import Plan
+from memflow.stream.stream import Stream
 from memflow_kernels import frame_means
 
 from .cases import Case

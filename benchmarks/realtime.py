@@ -12,9 +12,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from memflow.codec import stream_decoder
+from memflow.decoders.codec import stream_decoder
+from memflow.decoders.taehv import TinyVideoDecoder
 from memflow.errors import MemFlowError
-from memflow.tiny_decoder import TinyVideoDecoder
 from memflow_kernels.testing import relative_error
 
 from .cases import Case

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memflow.config import MemoryConfig
-from memflow.memory import FrameMemory, Pass, Prompt
+from memflow.memory.config import MemoryConfig
+from memflow.memory.frames import FrameMemory, Pass, Prompt
 from memflow_kernels import frame_means
 
 from .cases import Case

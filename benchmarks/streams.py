@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memflow.config import MemoryConfig
-from memflow.pipeline import MemFlowPipeline
+from memflow.memory.config import MemoryConfig
+from memflow.stream.pipeline import MemFlowPipeline
 from memflow_kernels import use_backend
 from memflow_kernels.testing import relative_error
 

@@ -8,13 +8,13 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "Chunk": "memflow.stream",
+    "Chunk": "memflow.stream.stream",
     "MemFlowError": "memflow.errors",
-    "MemFlowPipeline": "memflow.pipeline",
-    "MemoryConfig": "memflow.memory",
-    "MemorySnapshot": "memflow.memory",
-    "PixelShuffleCodec": "memflow.codec",
-    "Stream": "memflow.stream",
+    "MemFlowPipeline": "memflow.stream.pipeline",
+    "MemoryConfig": "memflow.memory.config",
+    "MemorySnapshot": "memflow.memory.frames",
+    "PixelShuffleCodec": "memflow.decoders.codec",
+    "Stream": "memflow.stream.stream",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memflow.processors import MemorySelfAttention
+from memflow.models.wan.attention import MemorySelfAttention
 from memflow_kernels import available_backends, frame_means, memory_attention, qk_norm_rope_write, use_backend
 from memflow_kernels.cuda import extension
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memflow.config import MemoryConfig
-from memflow.memory import Prompt
-from memflow.noise import Noise
-from memflow.passes import encode_prompt
-from memflow.processors import head_sizes
+from memflow.memory.config import MemoryConfig
+from memflow.memory.frames import Prompt
+from memflow.models.wan.attention import head_sizes
+from memflow.models.wan.passes import encode_prompt
+from memflow.stream.noise import Noise
 
 from .layer import ReferenceLayer
 
@@ -75,7 +75,7 @@ class ReferenceStream:
     """Chunk after chunk as the published interactive pipeline makes them.
 
     pipeline: a MemFlowPipeline, whose weights are shared. config: a MemoryConfig, read as the published system's
-    sizes. Text comes as embeddings, noise as in `memflow.stream`, so that the latents of both can be compared.
+    sizes. Text comes as embeddings, noise as in `memflow.stream.stream`, so that the latents of both can be compared.
     """
 
     def __init__(self, pipeline, *, config: MemoryConfig, seeds, height: int, width: int):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memflow.config import MemoryConfig
 from memflow.integrations.bank import FrameBank
 from memflow.integrations.cache import FrameCache
+from memflow.memory.config import MemoryConfig
 from memflow_kernels import memory_attention, merge_attention, qk_norm_rope_write, select_frames
 
 

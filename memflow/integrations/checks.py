@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memflow.config import MemoryConfig
 from memflow.integrations.mirror import version
+from memflow.memory.config import MemoryConfig
 from memflow_kernels.ops._checks import MAX_HEAD_DIM
 from memflow_kernels.reference.rotary import rotation_table
 

@@ -6,11 +6,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from memflow.config import MemoryConfig
 from memflow.errors import MemFlowError
-from memflow.memory import FrameMemory, MemorySnapshot, Prompt
-from memflow.passes import denoise, encode_prompt, fix
-from memflow.processors import head_sizes, install, uninstall
+from memflow.memory.config import MemoryConfig
+from memflow.memory.frames import FrameMemory, MemorySnapshot, Prompt
+from memflow.models.wan.attention import head_sizes, install, uninstall
+from memflow.models.wan.passes import denoise, encode_prompt, fix
 
 
 class StreamingAttention:

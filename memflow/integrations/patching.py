@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from memflow.config import MemoryConfig
 from memflow.integrations.attention import CallerAttention
 from memflow.integrations.cache import put_in_order
 from memflow.integrations.checks import GridSizes, Inputs, check_module
+from memflow.memory.config import MemoryConfig
 
 ATTRIBUTES = ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads")
 PARAMETERS = ("x", "grid_sizes", "kv_cache", "current_start")

@@ -12,10 +12,10 @@ from benchmarks.models import in_float64
 from benchmarks.reference_path import ReferenceLayer, rms_norm, rotate_complex
 from benchmarks.reference_path.stream import ReferencePass, ReferenceStream, SelfAttention
 from benchmarks.states import layer_state, reference_layer
-from memflow.config import MemoryConfig
-from memflow.memory import Prompt
-from memflow.pipeline import MemFlowPipeline
-from memflow.processors import MemorySelfAttention
+from memflow.memory.config import MemoryConfig
+from memflow.memory.frames import Prompt
+from memflow.models.wan.attention import MemorySelfAttention
+from memflow.stream.pipeline import MemFlowPipeline
 from memflow_kernels import reference
 from memflow_kernels.testing import Traffic, assert_close
 

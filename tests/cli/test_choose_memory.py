@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from memflow.config import MemoryConfig
+from memflow.cli.loading import choose_memory
 from memflow.errors import MemFlowError
-from memflow.loading import choose_memory
+from memflow.memory.config import MemoryConfig
 
 TRAINED = MemoryConfig(positions="relative", layers="mean", bank_frames=4, policy="diverse", held_frames=12)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from memflow import __version__
-from memflow.cli import main
+from memflow.cli.main import main
 
 GOOD = '{"prompts": ["a fox", "a hare"]}\n'
 
@@ -121,7 +121,7 @@ def test_cuda_without_a_gpu(folder, capsys, monkeypatch):
 
 
 def test_a_backend_that_cannot_run_says_why(folder, capsys, monkeypatch):
-    from memflow import loading
+    from memflow.cli import loading
 
     monkeypatch.setattr(loading, "available_backends", lambda: {"torch": None, "cuda": "no compiler was found"})
     code, error = run(capsys, "generate good.jsonl -o out.mp4 --backend cuda")
@@ -139,7 +139,7 @@ def test_help_and_version(capsys):
 
 CHECK = """
 import json, sys
-from memflow.cli import main
+from memflow.cli.main import main
 for name in {missing!r}:
     sys.modules[name] = None
 code = main({arguments!r})
@@ -179,7 +179,7 @@ class Left:
         print("taken apart")
 sys.modules["left"] = types.SimpleNamespace(left=Left())
 sys.argv = ["memflow", *{arguments!r}]
-from memflow.cli import run
+from memflow.cli.main import run
 run()
 """
 

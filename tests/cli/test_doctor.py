@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from memflow import doctor
-from memflow.cli import main
+from memflow.cli import doctor
+from memflow.cli.main import main
 
 WITHOUT = """
 import sys
 for name in {missing!r}:
     sys.modules[name] = None
-from memflow.doctor import collect
+from memflow.cli.doctor import collect
 import json
 print(json.dumps(collect()))
 """
@@ -82,7 +82,7 @@ def test_the_compiler_is_asked_for_its_release(monkeypatch, tmp_path):
 
 WHERE = """
 import json
-from memflow.doctor import collect
+from memflow.cli.doctor import collect
 print(json.dumps(collect()["cuda_kernels"]))
 """
 
@@ -135,7 +135,7 @@ def test_the_base_install_has_a_doctor():
     code = (
         "import sys\n"
         "for name in ('typer', 'rich', 'diffusers', 'transformers', 'av', 'matplotlib'): sys.modules[name] = None\n"
-        "from memflow.cli import main\n"
+        "from memflow.cli.main import main\n"
         "sys.exit(main(['doctor']))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

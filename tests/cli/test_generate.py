@@ -12,8 +12,9 @@ import torch
 from films import decode
 from PIL import Image
 
-from memflow import MemFlowPipeline, stream
-from memflow.cli import main
+from memflow import MemFlowPipeline
+from memflow.cli.main import main
+from memflow.stream import stream
 
 # Three prompts of four chunks: the window is full after three, so that the bank fills and then has to choose.
 STORY = ["A keeper with a red scarf climbs the stairs.", "A cat on the rail, alone.", "The keeper finds the cat."]
@@ -62,7 +63,7 @@ def test_the_video_is_what_the_pipeline_makes(story, tmp_path):
         == 0
     )
     from memflow import MemoryConfig
-    from memflow.video import VideoWriter
+    from memflow.output.video import VideoWriter
 
     pipe = MemFlowPipeline.from_preset("noise")
     memory = MemoryConfig(policy="fifo", top_k=2)
@@ -150,7 +151,7 @@ def test_every_policy_resumes_to_the_same_video_in_another_process(story, tmp_pa
         assert len(decode(parts)) == 7 * 12
         rest.append(["generate", "--resume", str(state), "-o", str(parts)])
     rest[0].append("--report")
-    code = f"from memflow.cli import main; assert [main(arguments) for arguments in {rest!r}] == [0] * {len(rest)}"
+    code = f"from memflow.cli.main import main; assert [main(arguments) for arguments in {rest!r}] == [0] * {len(rest)}"
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
     )

@@ -12,8 +12,8 @@ import pytest
 import torch
 from films import decode
 
-from memflow import stream
-from memflow.cli import main
+from memflow.cli.main import main
+from memflow.stream import stream
 
 SETTINGS = [
     "--model",
@@ -51,7 +51,7 @@ def start(tmp_path):
     def begin(*options, size=1_000):
         output = tmp_path / "fox.mp4"
         process = subprocess.Popen(
-            [sys.executable, "-m", "memflow.cli", "generate", *LONG, "-o", str(output), *map(str, options)],
+            [sys.executable, "-m", "memflow.cli.main", "generate", *LONG, "-o", str(output), *map(str, options)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         processes.append(process)

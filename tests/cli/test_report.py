@@ -8,8 +8,8 @@ from films import clip
 from PIL import Image
 
 from memflow.errors import MemFlowError
-from memflow.report import MemoryReport, _bank
-from memflow.timeline import Held, _fit, _scenes
+from memflow.output.report import MemoryReport, _bank
+from memflow.output.timeline import Held, _fit, _scenes
 
 
 def memory(held, relevance, recalled=None, **spans):

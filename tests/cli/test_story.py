@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from memflow.cli.story import Story, read_stories
 from memflow.errors import MemFlowError
-from memflow.story import Story, read_stories
 
 
 def write(path, *lines):

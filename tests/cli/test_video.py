@@ -10,7 +10,7 @@ import pytest
 from films import clip, decode
 
 from memflow.errors import MemFlowError
-from memflow.video import VideoWriter
+from memflow.output.video import VideoWriter
 
 
 def write(path, numbers, fps=16, **shape):
@@ -92,7 +92,7 @@ def test_resumed_in_another_process_equals_uninterrupted(tmp_path):
     first = write(tmp_path / "parts.mp4", range(3))
     code = f"""
 from films import clip
-from memflow.video import VideoWriter
+from memflow.output.video import VideoWriter
 with VideoWriter.resume({str(tmp_path / "parts.mp4")!r}, 16, {first.frames}, {first.checksum}) as video:
     for number in range(3, 6):
         video.write(clip(number))

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from written import HEADS, text_encoder, tokenizer, transformer, umt5_name, vae, vae_table
 
 from memflow import MemFlowPipeline
-from memflow.checkpoints import load_transformer
-from memflow.cli import main
+from memflow.cli.main import main
+from memflow.models.wan.checkpoints import load_transformer
 
 
 def convert(capsys, *arguments):
@@ -243,6 +243,6 @@ def test_no_room_is_said_first(wan, ours, tmp_path, capsys, monkeypatch):
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("memflow.convert.shutil.disk_usage", lambda _: usage(9, 9, 10))
+    monkeypatch.setattr("memflow.convert.convert.shutil.disk_usage", lambda _: usage(9, 9, 10))
     code, _, error = convert(capsys, wan, *ours)
     assert code == 2 and "out: needs 0.00 GB, and only 0.00 GB are free there" in error

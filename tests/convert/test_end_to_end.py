@@ -14,9 +14,9 @@ from test_convert import convert
 from written import HEADS, lora
 
 from memflow import MemFlowPipeline, MemoryConfig
-from memflow.cli import main
-from memflow.loading import load_pipeline
-from memflow.presets import PRESETS
+from memflow.cli.loading import load_pipeline
+from memflow.cli.main import main
+from memflow.models.wan.published import PRESETS
 
 STORY = ["-p", "a fox runs", "-p", "the owl sleeps"]
 SMALL = ["--device", "cpu", "--height", "32", "--width", "48", "--seconds-per-prompt", "1"]  # one chunk each
@@ -70,7 +70,7 @@ def test_two_commands_make_the_video_that_diffusers_models_make(model, cache, tm
     )
     prompts = [text for text in STORY if text != "-p"]
     memory = MemoryConfig.reference("interactive", record_interval=3)
-    from memflow.video import VideoWriter
+    from memflow.output.video import VideoWriter
 
     with VideoWriter(tmp_path / "b.mp4", pipe.fps) as video:
         for chunk in pipe.stream(prompts, seconds_per_prompt=1, height=32, width=48, memory=memory):

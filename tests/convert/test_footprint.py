@@ -7,13 +7,13 @@ import pytest
 import torch
 from written import HEADS, LISTS
 
-from memflow import model_doctor
-from memflow.cli import main
-from memflow.float8 import float8_linears
-from memflow.footprint import _Peak
-from memflow.loading import load_pipeline
-from memflow.model_doctor import GIB, describe, options
-from memflow.presets import PRESETS
+from memflow.cli import model_doctor
+from memflow.cli.loading import load_pipeline
+from memflow.cli.main import main
+from memflow.cli.model_doctor import GIB, describe, options
+from memflow.models.wan.float8 import float8_linears
+from memflow.models.wan.footprint import _Peak
+from memflow.models.wan.published import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def nbytes(tensors):
 
 @pytest.fixture(scope="module")
 def found(model):
-    from memflow.footprint import footprint
+    from memflow.models.wan.footprint import footprint
 
     return footprint(describe(str(model), 32, 48), dtype=torch.bfloat16)
 
@@ -61,7 +61,7 @@ def test_the_estimates_are_the_tensors_of_the_real_pass(model, found):
     stream = pipe.stream(["a fox runs"], seconds_per_prompt=4, height=32, width=48)
     for _ in range(5):  # sink and window are full
         next(stream)
-    from memflow.passes import denoise
+    from memflow.models.wan.passes import denoise
 
     step = stream.memory.pass_over(15, 3, stream.prompt)
     with torch.no_grad(), _Peak() as peak:
@@ -150,13 +150,13 @@ def test_wrong_requests_are_one_line(model, tmp_path, capsys):
 def test_presets_are_those_of_the_published_system():
     """The recorded semantics: a window of 12 that counts its sink of 3, a bank of 3, recorded every 3 chunks."""
     memflow, longlive, forcing = (PRESETS[name] for name in ("memflow-1.3b", "longlive-1.3b", "self-forcing-1.3b"))
-    memory = memflow.memory
+    memory = memflow.memory.frames
     assert (memory.sink_frames, memory.window_frames, memory.bank_frames, memory.record_interval) == (3, 9, 3, 3)
     assert (memory.published, memory.top_k, memflow.paper_top_k) == ("interactive", None, 3)
     assert (longlive.memory.sink_frames, longlive.memory.window_frames, longlive.memory.bank_frames) == (3, 9, 0)
     assert (forcing.memory.sink_frames, forcing.memory.window_frames, forcing.memory.bank_frames) == (0, 21, 0)
     for preset in PRESETS.values():
-        from memflow.schedule import DistilledSchedule
+        from memflow.stream.schedule import DistilledSchedule
 
         schedule = DistilledSchedule(preset.scheduler(), preset.denoising_steps)
         assert schedule.sigmas == pytest.approx([1.0, 0.9375, 0.8333333, 0.625], abs=1e-6)

@@ -8,7 +8,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from written import LISTS, umt5_name, vae_table
 
 from memflow.errors import MemFlowError
-from memflow.layouts import LAYOUTS, text_encoder_layout, vae_layout
+from memflow.models.wan.layouts import LAYOUTS, text_encoder_layout, vae_layout
 
 TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
 

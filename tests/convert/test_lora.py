@@ -10,11 +10,11 @@ from test_convert import convert
 from written import HEADS, lora, transformer
 
 from memflow import MemFlowPipeline
+from memflow.cli.loading import load_pipeline
+from memflow.convert.lora import read_lora, write_lora
 from memflow.errors import MemFlowError
-from memflow.layouts import transformer_layout
-from memflow.loading import load_pipeline
-from memflow.lora import read_lora, write_lora
-from memflow.originals import read_checkpoint
+from memflow.models.wan.layouts import transformer_layout
+from memflow.models.wan.originals import read_checkpoint
 
 
 def as_peft(tensors):

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from written import lora, text_encoder, transformer, vae
 
 from memflow.errors import MemFlowError
-from memflow.originals import read_checkpoint
+from memflow.models.wan.originals import read_checkpoint
 
 FILES = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "lora": lora}
 

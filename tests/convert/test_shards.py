@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from test_convert import convert
 from written import HEADS, lora, transformer
 
-from memflow import shards
-from memflow.shards import Weight, plan_shards, write_shards
+from memflow.convert import shards
+from memflow.convert.shards import Weight, plan_shards, write_shards
 
 ODD = {"a": [7], "b": [3, 5], "scalar": [], "empty": [0, 4], "conv": [4, 3, 1, 2, 2], "big": [1560, 24]}
 
@@ -87,7 +87,7 @@ def test_other_files_or_options_do_not_continue_it(wan, tmp_path, capsys):
 
 MEASURE = """
 import sys
-from memflow.cli import main
+from memflow.cli.main import main
 code = main(["convert", *sys.argv[1:]])
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(code, int(peak) * 1024)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
-from memflow.checkpoints import load_transformer
-from memflow.config import MemoryConfig
-from memflow.convert import Conversion, convert
-from memflow.pipeline import MemFlowPipeline
-from memflow.plan import Plan
-from memflow.stream import Stream
+from memflow.convert.convert import Conversion, convert
+from memflow.memory.config import MemoryConfig
+from memflow.models.wan.checkpoints import load_transformer
+from memflow.stream.pipeline import MemFlowPipeline
+from memflow.stream.plan import Plan
+from memflow.stream.stream import Stream
 
 SECTION = golden.manifest().get("model_stream", {})
 CASES = SECTION.get("cases", {})

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from memflow.config import MemoryConfig
 from memflow.integrations import contents, patch
+from memflow.memory.config import MemoryConfig
 from memflow_kernels.reference.rotary import rotation_table
 
 CASES = golden.manifest().get("selfattn_stream", {}).get("cases", {})

@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 
-from memflow.config import MemoryConfig
-from memflow.memory import Prompt
-from memflow.processors import MemorySelfAttention
+from memflow.memory.config import MemoryConfig
+from memflow.memory.frames import Prompt
+from memflow.models.wan.attention import MemorySelfAttention
 from memflow_kernels import select_frames
 
 CASES = golden.manifest().get("selfattn_stream", {}).get("cases", {})

@@ -1,6 +1,6 @@
 import pytest
 
-from memflow.pipeline import MemFlowPipeline
+from memflow.stream.pipeline import MemFlowPipeline
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from memflow.config import MemoryConfig
-from memflow.memory import Prompt
+from memflow.memory.config import MemoryConfig
+from memflow.memory.frames import Prompt
 
 TOKENS, HEADS, DIM = 2, 2, 4
 

@@ -8,8 +8,8 @@ import math
 
 import torch
 
-from memflow.config import MemoryConfig
-from memflow.memory import Pass
+from memflow.memory.config import MemoryConfig
+from memflow.memory.frames import Pass
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from memflow.pipeline import MemFlowPipeline
+from memflow.stream.pipeline import MemFlowPipeline
 
 
 def first_latents(pipeline) -> torch.Tensor:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from memflow.checkpoints import convert_transformer, load_transformer
 from memflow.errors import MemFlowError
+from memflow.models.wan.checkpoints import convert_transformer, load_transformer
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
 WEIGHTS = DATA / "model_weights.safetensors"

@@ -4,7 +4,7 @@ from diffusers import AutoencoderKLWan
 from peak import peak_bytes
 from safetensors.torch import load_file, save_file
 
-from memflow.codec import PixelShuffleCodec, spatial_factor, stream_decoder, temporal_factor, video_frames
+from memflow.decoders.codec import PixelShuffleCodec, spatial_factor, stream_decoder, temporal_factor, video_frames
 
 WAN = {
     "wan2.1": {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True]},

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from memflow.config import MemoryConfig
-from memflow.pipeline import MemFlowPipeline
+from memflow.memory.config import MemoryConfig
+from memflow.stream.pipeline import MemFlowPipeline
 
 STORY = ["a red boat", "an owl", "a lighthouse", "the sea"]
 

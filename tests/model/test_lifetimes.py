@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memflow.config import MemoryConfig
 from memflow.integrations import StreamingAttention
-from memflow.noise import to_device
-from memflow.pipeline import MemFlowPipeline
-from memflow.prompts import PromptBook
+from memflow.memory.config import MemoryConfig
+from memflow.models.wan.prompt_cache import PromptBook
+from memflow.stream.noise import to_device
+from memflow.stream.pipeline import MemFlowPipeline
 
 STORY = ["a red boat", "an owl"]
 SMALL = {"height": 32, "width": 32, "seconds_per_prompt": 2 * 0.75}

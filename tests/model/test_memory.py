@@ -6,8 +6,8 @@ import pytest
 import torch
 from memory_driver import DIM, MemoryDriver, prompt_of
 
-from memflow.config import MemoryConfig
-from memflow.policies import POLICIES
+from memflow.memory.config import MemoryConfig
+from memflow.memory.policies import POLICIES
 
 CONFIGS = {
     "default": MemoryConfig(),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from memflow import MemFlowError, MemFlowPipeline
+from memflow.decoders.taehv import TinyVideoDecoder, use_decoder
 from memflow.integrations import StreamingAttention
-from memflow.tiny_decoder import TinyVideoDecoder, use_decoder
 
 
 class Offloaded:

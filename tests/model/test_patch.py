@@ -9,8 +9,8 @@ import torch
 from causal_wan import CHUNK, DIM, HEADS, TOKENS, DeferringModel, Generator, StoringModel, new_cache
 from torch import nn
 
-from memflow.config import MemoryConfig
 from memflow.integrations import contents, patch, unpatch
+from memflow.memory.config import MemoryConfig
 from memflow_kernels.testing import Traffic
 
 SWITCHES = (4, 7)

@@ -1,6 +1,6 @@
 """Which prompt rules which chunk."""
 
-from memflow.plan import Plan
+from memflow.stream.plan import Plan
 
 
 def told(plan: Plan) -> list[tuple[str, bool]]:

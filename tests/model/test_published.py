@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_driver import DIM, MemoryDriver, prompt_of
 
-from memflow.config import MemoryConfig
+from memflow.memory.config import MemoryConfig
 
 ZERO = 0.0  # what an emptied slot holds; frames are numbered from 1 here
 

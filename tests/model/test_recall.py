@@ -10,8 +10,8 @@ import torch
 from memory_driver import DIM, TOKENS, MemoryDriver, prompt_of
 from slow_memory import turned
 
-from memflow.config import MemoryConfig
-from memflow.policies import POLICIES, DiversePolicy, Held, OriginalPolicy
+from memflow.memory.config import MemoryConfig
+from memflow.memory.policies import POLICIES, DiversePolicy, Held, OriginalPolicy
 
 CHUNK_SECONDS = 0.75
 STORES = {

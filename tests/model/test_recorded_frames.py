@@ -1,7 +1,7 @@
 """Stories come out as they did before: the SHA-256 of their frames and latents, recorded with `record()` below.
 
-Rounding differs between kinds of processors, so that the numbers hold where torch computes as it did on the machine that
-they were recorded on; `arithmetic()` tells. Elsewhere the test is skipped and says so.
+Rounding differs between kinds of processors: the numbers hold where torch computes as it did on the machine that they
+were recorded on; `arithmetic()` tells. Elsewhere the test is skipped and says so.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ STORY = (
     "mia walks left on the beach.",
 )
 CASES = {
-    "default": ("toy", {}, [0]),
-    "top-2": ("toy", {"top_k": 2}, [3]),
-    "prompt-six": ("toy", {"policy": "prompt", "held_frames": None}, [1]),
-    "diverse": ("toy", {"policy": "diverse", "held_frames": 8}, [2]),
-    "archive": ("toy", {"policy": "archive", "held_frames": None}, [5]),
-    "two-stories": ("toy", {}, [0, 9]),
+    "default": ("storybook", {}, [0]),
+    "top-2": ("storybook", {"top_k": 2}, [3]),
+    "prompt-six": ("storybook", {"policy": "prompt", "held_frames": None}, [1]),
+    "diverse": ("storybook", {"policy": "diverse", "held_frames": 8}, [2]),
+    "archive": ("storybook", {"policy": "archive", "held_frames": None}, [5]),
+    "two-stories": ("storybook", {}, [0, 9]),
     "noise-published": ("noise", "published", [0]),
     "noise-absolute": ("noise", {"policy": "original", "held_frames": 6, "top_k": 2}, [4]),
 }

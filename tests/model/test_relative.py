@@ -6,8 +6,8 @@ import pytest
 import torch
 from slow_memory import SlowAttention, SlowMemory
 
-from memflow.config import MemoryConfig
-from memflow.positions import Places, place_keys
+from memflow.memory.config import MemoryConfig
+from memflow.memory.places import Places, place_keys
 from memflow_kernels import frame_means, qk_norm_rope
 
 STORY = ["a red boat leaves the harbour", "an owl looks down from the lighthouse"]

@@ -10,9 +10,10 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from memflow import MemFlowError, MemFlowPipeline, MemoryConfig, float8, graphs
-from memflow.float8 import float8_linears, to_float8
-from memflow.passes import denoise, fix
+from memflow import MemFlowError, MemFlowPipeline, MemoryConfig
+from memflow.models.wan import float8, graphs
+from memflow.models.wan.float8 import float8_linears, to_float8
+from memflow.models.wan.passes import denoise, fix
 
 
 def on_a_gpu(test):

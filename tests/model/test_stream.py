@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from memflow.config import MemoryConfig
+from memflow.decoders.taehv import TinyVideoDecoder
 from memflow.errors import MemFlowError
-from memflow.pipeline import MemFlowPipeline
-from memflow.processors import uninstall
-from memflow.tiny_decoder import TinyVideoDecoder
+from memflow.memory.config import MemoryConfig
+from memflow.models.wan.attention import uninstall
+from memflow.stream.pipeline import MemFlowPipeline
 
 STORY = ["a red boat leaves the harbour", "an owl looks down from the lighthouse"]
 MEMORIES = {

@@ -3,8 +3,8 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import ByT5Tokenizer, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from memflow.prompts import PromptBook
-from memflow.text import clean_prompt, encode_prompts
+from memflow.models.wan.prompt_cache import PromptBook
+from memflow.models.wan.text import clean_prompt, encode_prompts
 
 PIECES = ["<pad>", "</s>", "<unk>", "▁a", "▁fox", "▁runs"]
 TOKENIZERS = {

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from memflow import MemFlowError, MemFlowPipeline
-from memflow.cli import main
-from memflow.codec import spatial_factor, stream_decoder, temporal_factor, video_frames
-from memflow.tiny_decoder import TinyVideoDecoder, use_decoder
+from memflow.cli.main import main
+from memflow.decoders.codec import spatial_factor, stream_decoder, temporal_factor, video_frames
+from memflow.decoders.taehv import TinyVideoDecoder, use_decoder
 
 SMALL = {"latent_channels": 4, "channels": (8, 6, 4, 4)}
 LATENTS = torch.randn(2, 4, 7, 3, 5, generator=torch.Generator().manual_seed(0))

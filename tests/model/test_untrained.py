@@ -5,7 +5,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from transformers import ByT5Tokenizer, UMT5EncoderModel
 
 from memflow import MemFlowPipeline, PixelShuffleCodec
-from memflow.untrained import build
+from memflow.models.wan.untrained import build
 
 MODELS = ("transformer", "text_encoder", "vae")
 

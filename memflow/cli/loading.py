@@ -1,0 +1,159 @@
+"""The pipeline and the memory that a request asks for; every wrong wish becomes a MemFlowError in plain words."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from memflow.convert.lora import WEIGHTS_NAME as LORA_WEIGHTS
+from memflow.errors import MemFlowError
+from memflow.memory.config import MemoryConfig
+from memflow.models.wan.prompt_cache import PromptBook, cache_folder
+from memflow.models.wan.published import find_preset
+from memflow_kernels.backends import available_backends, refused, use_backend
+
+TINY = 10_000_000  # parameters
+
+
+def choose_device(name: str | None) -> torch.device:
+    """`name` as a device that is there; None: the GPU where there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MemFlowError(f"--device {name}: no such kind of device; cpu, cuda and cuda:1 are examples") from None
+    if device.type not in ("cpu", "cuda"):
+        raise MemFlowError(f"--device {name}: stories run on cpu and cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        reason = "no GPU can be used" if torch.version.cuda else "this torch was built without CUDA"
+        raise MemFlowError(f"--device {name}: {reason}; `memflow doctor` tells more, --device cpu works anywhere")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MemFlowError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """`name` as a dtype; None: bfloat16 on a GPU, else float32."""
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def choose_threads(transformer: torch.nn.Module, device: torch.device) -> None:
+    """Let a tiny model compute on one CPU core, unless OMP_NUM_THREADS says how many.
+
+    Its layers take some 0.05 ms. Two cores are hardly faster then, and several times slower as soon as anything else,
+    the writing of the video too, keeps one of them busy: each waits for the other at the end of every layer.
+    """
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    if device.type == "cpu" and parameters < TINY and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def load_pipeline(
+    model: str, device: torch.device, dtype: torch.dtype, *, preset: str | None = None, prompt_cache: bool = True
+):
+    """The `MemFlowPipeline` of the embedded model or of a folder, on `device`.
+
+    A folder's text encoder is loaded only for prompts that have no embeddings yet; prompt_cache: look for them, and
+    keep them, on disk. A LoRA that `memflow convert --keep-lora` left in the folder is loaded too. preset: run it as
+    that published model, whatever the folder recorded.
+    """
+    folder = Path(model)
+    if preset is not None:
+        find_preset(preset)
+    if not folder.exists() and (os.sep in model or model.startswith(".")):
+        raise MemFlowError(f"--model {model}: there is no such folder")
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise MemFlowError(f"--model {model}: not the folder of a saved pipeline, it has no model_index.json")
+    from diffusers.utils import logging
+
+    from memflow.stream.pipeline import MemFlowPipeline
+
+    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if not folder.exists():
+        if preset is not None:
+            raise MemFlowError("--preset is for --model FOLDER: the embedded model has settings of its own")
+        pipeline = MemFlowPipeline.from_preset(model, dtype=dtype)
+    else:
+        try:
+            pipeline = MemFlowPipeline.from_pretrained(folder, dtype=dtype, text_encoder=None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MemFlowError(f"--model {model}: cannot be loaded: {error}") from error
+        if (folder / LORA_WEIGHTS).is_file():
+            pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
+        if preset is not None:
+            pipeline.use_preset(preset)
+        pipeline.prompts = PromptBook(
+            pipeline.tokenizer,
+            lambda: _text_encoder(folder, device, dtype),
+            pipeline.config.text_length,
+            dtype=dtype,
+            folder=cache_folder(folder) if prompt_cache else None,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _text_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
+    try:
+        _, name = json.loads((folder / "model_index.json").read_text())["text_encoder"]
+        encoder = getattr(transformers, name).from_pretrained(folder / "text_encoder", dtype=dtype)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise MemFlowError(f"--model {folder}: its text encoder cannot be loaded: {error}") from error
+    return encoder.to(device).eval()
+
+
+def choose_memory(policy: str | None, held: int | None, top_k: int | None, trained: MemoryConfig) -> MemoryConfig:
+    """The memory that the model was trained for, with another policy, held_frames or top_k where they are given."""
+    changes = {} if top_k is None else {"top_k": top_k}
+    if held is not None:
+        changes["held_frames"] = held
+    bank = trained.bank_frames or MemoryConfig.bank_frames
+    try:
+        if policy == "reference":
+            if trained.positions != "absolute":
+                raise MemFlowError(
+                    f"--memory reference: the published code has absolute positions, this model {trained.positions}"
+                )
+            if trained.published:
+                return replace(trained, **changes)
+            return MemoryConfig.reference(
+                local_frames=trained.sink_frames + trained.window_frames,
+                sink_frames=trained.sink_frames,
+                bank_frames=bank,
+                frames_per_chunk=trained.frames_per_chunk,
+                **{"top_k": trained.top_k} | changes,
+            )
+        if policy is not None:
+            ours = {"held_frames": None, "published": None, "global_sink": True, "bank_frames": bank}
+            changes = ours | changes | {"policy": policy}
+        return replace(trained, **changes)
+    except ValueError as error:
+        option = f"--memory {policy}" if held is None else f"--held {held}"
+        raise MemFlowError(f"{option}: {error}") from None
+
+
+@contextmanager
+def backend(name: str | None, device: torch.device) -> Iterator[None]:
+    """Run inside on one kernel backend; None: the default of `device`."""
+    if name is None:
+        yield
+        return
+    backends = available_backends()
+    if name not in backends:
+        raise MemFlowError(f"--backend {name}: unknown; there are {', '.join(backends)}")
+    reason = backends[name] or refused(name, device)
+    if reason is not None:
+        raise MemFlowError(f"--backend {name}: {reason}")
+    with use_backend(name):
+        yield

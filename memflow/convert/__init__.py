@@ -1,0 +1,1 @@
+"""Original checkpoint files to a folder that loads."""

@@ -1,0 +1,128 @@
+"""Weights written piece by piece into safetensors files: never more than a block of a tensor in memory.
+
+The format is that of https://github.com/huggingface/safetensors#format: the header's length (8 bytes, little endian),
+the header as JSON, padded with spaces to a multiple of 8 bytes, then the tensors' bytes one after the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memflow.convert.lora import Update
+
+_BLOCK = 32 * 2**20  # bytes of a tensor in hand at a time
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4; Python's mmap has no name for it
+
+
+class Weight(NamedTuple):
+    """One tensor to write. source: mapped from an original file. updates: added to it (2-d weights)."""
+
+    name: str
+    source: Tensor
+    dtype: torch.dtype
+    updates: tuple[Update, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.numel() * self.dtype.itemsize
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The bytes to write, in order, uint8 [n]. What was mapped of the source is let go again."""
+        rows = self.source if self.source.ndim else self.source[None]
+        step = max(1, _BLOCK // max(1, rows[:1].numel() * 4))
+        for start in range(0, len(rows), step):
+            mapped = block = rows[start : start + step]
+            for update in self.updates:
+                block = update.added_to(block, start)
+            yield block.to(self.dtype).contiguous().view(-1).view(torch.uint8)
+            _release(mapped)
+
+
+class Shard(NamedTuple):
+    """One file of a model's weights."""
+
+    file: str
+    weights: list[Weight]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights)
+
+
+def plan_shards(weights: list[Weight], stem: str, limit: int) -> list[Shard]:
+    """`weights` in order, in files of at most `limit` bytes (or of a single larger tensor), named as libraries do."""
+    groups: list[list[Weight]] = []
+    for weight in weights:
+        if not groups or sum(w.nbytes for w in groups[-1]) + weight.nbytes > limit:
+            groups.append([])
+        groups[-1].append(weight)
+    if len(groups) == 1:
+        return [Shard(f"{stem}.safetensors", groups[0])]
+    return [Shard(f"{stem}-{i:05}-of-{len(groups):05}.safetensors", group) for i, group in enumerate(groups, start=1)]
+
+
+def write_shards(shards: list[Shard], folder: Path, stem: str, advance: Callable[[int], None]) -> None:
+    """Write what is not there yet, and the index. A file has its name only once it is complete.
+
+    advance: is called with the number of bytes that have been dealt with, finished files included.
+    """
+    for shard in shards:
+        path = folder / shard.file
+        if path.is_file() and path.stat().st_size == len(_header(shard)) + shard.nbytes:
+            advance(shard.nbytes)
+            continue
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            file.write(_header(shard))
+            for weight in shard.weights:
+                for block in weight.blocks():
+                    file.write(block.numpy())
+                    advance(block.numel())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+            "weight_map": {weight.name: shard.file for shard in shards for weight in shard.weights},
+        }
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _header(shard: Shard) -> bytes:
+    entries, offset = {"__metadata__": {"format": "pt"}}, 0
+    for weight in shard.weights:
+        end = offset + weight.nbytes
+        entries[weight.name] = {
+            "dtype": DTYPES[weight.dtype],
+            "shape": list(weight.source.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _release(mapped: Tensor) -> None:
+    """Let the system take back the memory of the file pages behind `mapped`: they are read again if they are needed.
+
+    Without this the whole source file would count as memory in use by the end. The advice never loses data, whatever
+    the memory is, and a system that does not know it ignores it.
+    """
+    begin = math.ceil(mapped.data_ptr() / mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+    if sys.platform == "linux" and mapped.is_contiguous() and length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _PAGEOUT)

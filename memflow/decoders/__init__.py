@@ -1,0 +1,1 @@
+"""Latents to video, chunk by chunk."""

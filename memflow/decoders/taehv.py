@@ -1,0 +1,223 @@
+"""A tiny video decoder for real time, and its stream.
+
+The architecture is that of the TAEHV checkpoints (github.com/madebyollin/taehv, MIT; `taew2_1` is the one for the
+latents of Wan 2.1), described by their parameter names and shapes: per stage three blocks that see the frame before,
+spatial upsampling, a 1x1 convolution that makes several frames of one, and a 3x3 convolution.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memflow.errors import MemFlowError
+
+_BLOCKS = 3  # per stage
+
+
+class MemoryBlock(nn.Module):
+    """Three 3x3 convolutions over a frame and the one before it, with a skip connection."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        convolutions = (nn.Conv2d(width * channels, channels, 3, padding=1) for width in (2, 1, 1))
+        first, second, third = convolutions
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+
+    def forward(self, frames: Tensor, before: Tensor) -> Tensor:
+        """frames [B, T, C, h, w], before: the frame ahead of each of them."""
+        out = self.conv(torch.cat([frames, before], dim=2).flatten(0, 1)).unflatten(0, frames.shape[:2])
+        return F.relu(out + frames)
+
+
+class Grow(nn.Module):
+    """A 1x1 convolution that makes `factor` frames of one."""
+
+    def __init__(self, channels: int, factor: int):
+        super().__init__()
+        self.factor = factor
+        self.conv = nn.Conv2d(channels, channels * factor, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, C, h, w] -> [n * factor, C, h, w]."""
+        return self.conv(x).unflatten(1, (self.factor, -1)).flatten(0, 1)
+
+
+class TinyVideoDecoder(ModelMixin, ConfigMixin):
+    """Latents to video with a few small convolutions, causal in time.
+
+    latent_channels: of a latent. channels: of the stages and of the last convolution. grow: frames that each stage
+    makes of one. patch_size: pixels per side that the last convolution gives as channels.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 16,
+        channels: tuple = (256, 128, 64, 64),
+        grow: tuple = (1, 2, 2),
+        patch_size: int = 1,
+    ):
+        super().__init__()
+        if len(channels) != len(grow) + 1:
+            raise ValueError(f"channels must be one more than grow, got {tuple(channels)} and {tuple(grow)}")
+        # Numbers of the layers are those of the checkpoints; layers without parameters have theirs too.
+        layers: list[nn.Module] = [nn.Identity(), nn.Conv2d(latent_channels, channels[0], 3, padding=1), nn.ReLU()]
+        for width, following, factor in zip(channels, channels[1:], grow, strict=False):
+            layers += [MemoryBlock(width) for _ in range(_BLOCKS)]
+            layers += [nn.Upsample(scale_factor=2), Grow(width, factor)]
+            layers += [nn.Conv2d(width, following, 3, padding=1, bias=False)]
+        layers += [nn.ReLU(), nn.Conv2d(channels[-1], 3 * patch_size**2, 3, padding=1)]
+        self.decoder = nn.ModuleList(layers)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames that a latent frame becomes."""
+        factor = 1
+        for frames in self.config.grow:
+            factor *= frames
+        return factor
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent pixel, along height and width."""
+        return 2 ** len(self.config.grow) * self.config.patch_size
+
+    def forward(self, latents: Tensor, past: list[Tensor | None] | None = None) -> tuple[Tensor, list[Tensor | None]]:
+        """Latents [B, C, F, h, w] -> video [B, 3, F * temporal_factor, H, W] in [-1, 1], and the past of what follows.
+
+        past: per layer the last frame that it has seen, None where that is nothing; a list that this has returned.
+        """
+        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(f"latents must be [B, {self.config.latent_channels}, F, h, w], got {list(latents.shape)}")
+        past = list(past) if past else [None] * len(self.decoder)
+        batch = latents.shape[0]
+        x = torch.tanh(latents.transpose(1, 2).flatten(0, 1) / 3) * 3
+        for index, layer in enumerate(self.decoder):
+            if not isinstance(layer, MemoryBlock):
+                x = layer(x)
+                continue
+            frames = x.unflatten(0, (batch, -1))
+            first = torch.zeros_like(frames[:, :1]) if past[index] is None else past[index]
+            x = layer(frames, torch.cat([first, frames[:, :-1]], dim=1)).flatten(0, 1)
+            past[index] = frames[:, -1:].clone()
+        video = F.pixel_shuffle(x, self.config.patch_size).clamp(0, 1) * 2 - 1
+        return video.unflatten(0, (batch, -1)).transpose(1, 2), past
+
+    @classmethod
+    def from_original(cls, path, dtype: torch.dtype | None = None) -> TinyVideoDecoder:
+        """The decoder in a TAEHV checkpoint, .pth or .safetensors, whose sizes are read from its shapes.
+
+        dtype: of the weights; that of the file by default. The encoder that is in such files too is left out.
+        Raises MemFlowError, naming the parameters, for a file of another layout.
+        """
+        tensors = {name: x for name, x in _read(Path(path)).items() if name.startswith("decoder.")}
+        try:
+            sizes = _sizes(tensors)
+        except (KeyError, IndexError, ZeroDivisionError) as error:
+            raise MemFlowError(f"{path}: not a TAEHV decoder, it has no usable {error.args[0]}") from None
+        with torch.device("meta"):
+            model = cls(**sizes)
+        expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+        found = {name: tuple(x.shape) for name, x in tensors.items()}
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if wrong:
+            few = "; ".join(f"{name}: {found.get(name)} where {expected.get(name)} is needed" for name in wrong[:5])
+            raise MemFlowError(f"{path}: {len(wrong)} parameters do not fit a TAEHV decoder: {few}")
+        model.load_state_dict({name: x.to(dtype or x.dtype) for name, x in tensors.items()}, assign=True)
+        return model.eval().requires_grad_(False)
+
+
+class TinyStreamDecoder:
+    """Decodes a stream with a TinyVideoDecoder; what its blocks remember of the last frame is kept here.
+
+    As the checkpoints are meant to be used, the frames that the first latent frame makes too many are dropped: a causal
+    VAE makes a single one of it. Latents are in the transformer's (normalised) units, as these models take them.
+    """
+
+    def __init__(self, model: TinyVideoDecoder):
+        self.model = model
+        self.frames = 0
+        self.past: list[Tensor | None] = [None] * len(model.decoder)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, F, h, w] -> uint8 [B, T, H, W, 3] on the CPU, where T = 4 F, less 3 in the first chunk."""
+        video = self.decode_float(latents)
+        return video.float().add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+
+    @torch.no_grad()
+    def decode_float(self, latents: Tensor) -> Tensor:
+        """As `decode`, but values in [-1, 1] of the model's dtype and on its device, [B, 3, T, H, W]."""
+        video, self.past = self.model(latents.to(self.model.device, self.model.dtype), self.past)
+        first = self.frames == 0
+        self.frames += latents.shape[2]
+        return video[:, :, self.model.temporal_factor - 1 :] if first else video
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that a new decoder of the same model continues from."""
+        state = {f"past.{i}": frame for i, frame in enumerate(self.past) if frame is not None}
+        return state | {"frames": torch.tensor(self.frames)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue where `state_dict` was taken. Raises ValueError for the state of another kind of decoder."""
+        blocks = [i for i, layer in enumerate(self.model.decoder) if isinstance(layer, MemoryBlock)]
+        needed = {"frames", *(f"past.{i}" for i in blocks if int(state.get("frames", 0)))}
+        if set(state) != needed:
+            raise ValueError(f"state does not fit a TinyVideoDecoder: {sorted(set(state) ^ needed)}")
+        self.frames = int(state["frames"])
+        self.past = [None] * len(self.model.decoder)
+        for index in blocks if self.frames else ():
+            self.past[index] = state[f"past.{index}"].to(self.model.device, self.model.dtype)
+
+
+def use_decoder(pipeline, path) -> None:
+    """Let `pipeline` decode with the TAEHV checkpoint at `path` in place of its VAE. MemFlowError where it cannot."""
+    model = TinyVideoDecoder.from_original(path, dtype=pipeline.transformer.dtype)
+    from memflow.decoders.codec import spatial_factor, temporal_factor
+
+    channels = pipeline.transformer.config.in_channels
+    if model.config.latent_channels != channels:
+        raise MemFlowError(
+            f"{path}: decodes latents of {model.config.latent_channels} channels, this model makes {channels}"
+        )
+    here = temporal_factor(pipeline.vae), spatial_factor(pipeline.vae)
+    if (model.temporal_factor, model.spatial_factor) != here:
+        raise MemFlowError(
+            f"{path}: makes {model.temporal_factor} frames and {model.spatial_factor} pixels of a latent one, the "
+            f"model's VAE {here[0]} and {here[1]}"
+        )
+    pipeline.register_modules(vae=model.to(pipeline._execution_device))
+
+
+def _sizes(tensors: dict[str, Tensor]) -> dict:
+    """Arguments of TinyVideoDecoder, from the shapes of a checkpoint."""
+    channels, grow = [tensors["decoder.1.weight"].shape[0]], []
+    stage = _BLOCKS + 3  # layers
+    last = max(int(name.split(".")[1]) for name in tensors)
+    for first in range(3, last - 1, stage):
+        weight = tensors[f"decoder.{first + _BLOCKS + 1}.conv.weight"]
+        grow.append(weight.shape[0] // weight.shape[1])
+        channels.append(tensors[f"decoder.{first + stage - 1}.weight"].shape[0])
+    patch_size = round((tensors[f"decoder.{last}.weight"].shape[0] / 3) ** 0.5)
+    return {
+        "latent_channels": tensors["decoder.1.weight"].shape[1],
+        "channels": tuple(channels),
+        "grow": tuple(grow),
+        "patch_size": patch_size,
+    }
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle that is none, or damaged, fails in any way
+        raise MemFlowError(f"{path}: cannot be read as a checkpoint: {error}") from None

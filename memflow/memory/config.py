@@ -1,0 +1,168 @@
+"""`MemoryConfig`: what a stream's memory holds, shows and activates, and where attention sees it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from memflow.memory.places import Places
+from memflow.memory.policies import POLICIES
+
+if TYPE_CHECKING:
+    from memflow.memory.frames import FrameMemory
+
+PUBLISHED = ("interactive", "single")  # the published pipelines
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What is held, what is shown and what is activated. Every count is in latent frames.
+
+    frames_per_chunk: frames denoised together.
+    sink_frames: the first frames of the stream, kept for ever.
+    window_frames: the newest frames, the current chunk included, the sink not.
+    bank_frames: places for past frames that attention sees.
+    held_frames: past frames held, of which the bank shows those that the coming prompt calls for most; at least
+        bank_frames. None: the bank is all that is held; or, with the policies that forget nothing, everything is.
+    top_k: candidate frames (bank + sink) that each head attends to; None = all of them.
+    policy: which frame is given up when no more can be held: one of `memflow.memory.policies.POLICIES`.
+    layers: "each" = every layer holds and shows frames of its own; "mean" = those of one vote, the mean of what all
+        layers but the first say (its keys know nothing of the text yet).
+    aggregate: how a relevance is summed up, "mean" or "softmax" (see `memflow_kernels.prompt_relevance`).
+    positions: where attention sees a frame: "absolute" = at its number, "relative" = by its distance to the newest
+        frame, so that a stream may run for ever (see `memflow.memory.places`). A model is trained for one of them.
+    record_interval: every how many chunks a prototype (first frame of the chunk) is recorded.
+    recache: at a prompt switch encode the frames that stay in the window again, under the new prompt. A model is
+        trained for one or the other; without, every frame keeps the keys of the prompt that it shows.
+    published: None, or the name of the published pipeline ("interactive", "single") whose behaviour is repeated
+        exactly, its known defects included; see `MemoryConfig.reference`.
+    global_sink: published behaviour only: False empties sink and window at a prompt switch.
+    """
+
+    frames_per_chunk: int = 3
+    sink_frames: int = 3
+    window_frames: int = 9
+    bank_frames: int = 3
+    held_frames: int | None = None
+    top_k: int | None = None
+    policy: str = "prompt"
+    layers: str = "each"
+    aggregate: str = "mean"
+    positions: str = "absolute"
+    record_interval: int = 1
+    recache: bool = True
+    published: str | None = None
+    global_sink: bool = True
+
+    def __post_init__(self):
+        for name, least in (("frames_per_chunk", 1), ("sink_frames", 0), ("bank_frames", 0), ("record_interval", 1)):
+            _require_count(name, getattr(self, name), least)
+        _require_count("window_frames", self.window_frames, self.frames_per_chunk)
+        if self.top_k is not None:
+            _require_count("top_k", self.top_k, 1)
+        _require_one_of("policy", self.policy, tuple(POLICIES))
+        _require_one_of("layers", self.layers, ("each", "mean"))
+        _require_one_of("aggregate", self.aggregate, ("mean", "softmax"))
+        _require_one_of("positions", self.positions, ("absolute", "relative"))
+        self._check_held()
+        if self.published is not None:
+            self._check_published()
+        elif not self.global_sink:
+            raise ValueError("global_sink must be True without published: only the published code empties its sink")
+
+    def _check_held(self) -> None:
+        if self.held_frames is not None and (self.policy == "none" or self.bank_frames == 0):
+            why = (
+                "policy='none', which holds nothing" if self.policy == "none" else "bank_frames=0, which shows nothing"
+            )
+            raise ValueError(f"held_frames must be None with {why}, got {self.held_frames!r}")
+        if self.policy == "none":
+            object.__setattr__(self, "bank_frames", 0)
+        if self.held_frames is not None:
+            _require_count("held_frames", self.held_frames, max(1, self.bank_frames))
+        if not self.keeps_all:
+            return
+        if self.bank_frames == 0:
+            raise ValueError(
+                f"bank_frames must be a whole number of at least 1, got 0: policy={self.policy!r} holds past frames "
+                "for the bank to show"
+            )
+        if self.held_frames is not None:
+            raise ValueError(f"held_frames must be None with policy={self.policy!r}, which forgets nothing")
+        if self.aggregate != "mean":
+            raise ValueError(
+                f"aggregate must be 'mean' with policy={self.policy!r}, got {self.aggregate!r}: "
+                "it compares all past frames by their means, their keys are in host memory"
+            )
+
+    def _check_published(self) -> None:
+        _require_one_of("published", self.published, PUBLISHED)
+        _require_count("bank_frames", self.bank_frames, 1)
+        for name, value in (
+            ("policy", "prompt"),
+            ("layers", "each"),
+            ("aggregate", "mean"),
+            ("positions", "absolute"),
+            ("recache", True),
+        ):
+            _require_one_of(name, getattr(self, name), (value,))
+        if self.held_frames is not None:
+            raise ValueError(f"held_frames must be None with published={self.published!r}, got {self.held_frames}")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the policy forgets nothing, so that all past frames are held, in host memory."""
+        return POLICIES[self.policy].keeps_all
+
+    @property
+    def places(self) -> Places | None:
+        """Relative places; None with absolute positions."""
+        if self.positions == "absolute":
+            return None
+        return Places(self.sink_frames, self.bank_frames, self.window_frames)
+
+    @classmethod
+    def reference(
+        cls,
+        mode: str = "interactive",
+        *,
+        local_frames: int = 12,
+        sink_frames: int = 3,
+        record_interval: int = 3,
+        **rest,
+    ) -> MemoryConfig:
+        """The published code, for its checkpoints and the goldens. `local_frames` counts the sink, as it does there."""
+        _require_one_of("mode", mode, PUBLISHED)
+        chunk = rest.get("frames_per_chunk", cls.frames_per_chunk)
+        _require_count("sink_frames", sink_frames, 0)
+        _require_count("local_frames (the sink included)", local_frames, sink_frames + chunk)
+        return cls(
+            published=mode,
+            sink_frames=sink_frames,
+            window_frames=local_frames - sink_frames,
+            record_interval=record_interval,
+            **rest,
+        )
+
+    def create(self, **shape) -> FrameMemory:
+        """The memory of one stream; `shape` as in `memflow.memory.frames.FrameMemory`."""
+        if self.published is not None:
+            from memflow.memory.published import PublishedMemory as Memory
+        elif self.held_frames is not None or self.keeps_all:
+            from memflow.memory.held import RecallMemory as Memory
+        else:
+            from memflow.memory.frames import FrameMemory as Memory
+        return Memory(self, **shape)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def _require_count(name: str, value, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def _require_one_of(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,295 @@
+"""What a stream remembers: sink, bank and window of past frames in one pool, nothing ever rolled or concatenated.
+
+`FrameMemory` is the memory as the paper (arXiv 2512.14699) means it; `PublishedMemory` (published.py) repeats
+the published code exactly. Both speak in absolute latent-frame numbers and never read a device tensor on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memflow.memory.config import MemoryConfig
+from memflow.memory.places import Unplaced, place_keys
+from memflow.memory.policies import POLICIES, Held
+from memflow.memory.slots import FramePool, RelativeFramePool
+from memflow_kernels import Pool, prompt_relevance
+
+
+class Prompt(NamedTuple):
+    """A prompt as the transformer's layers see it.
+
+    key, value: [layers, B, T, H, D], the cross-attention keys (normed, not rotated) and values.
+    mask: [B, T] bool, True where a token counts (padding: False).
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor
+
+
+class Pass(NamedTuple):
+    """One call of the transformer as the attention processors need it.
+
+    pools: the layers' pools. prompt: what cross-attention attends to. grid: token rows and columns of a frame.
+    start_frame: [1] int64 on the device, the place of its first frame (`memflow.memory.places`).
+    slots: [n] int32, where the frames of the call are written (-1: nowhere).
+    first_slot, end_slot: the slots attended to. candidates: how many of them compete. top_k: places they compete for.
+    unplaced: with relative positions, what a clean pass writes beside its keys, by layer.
+    """
+
+    pools: tuple[Pool, ...]
+    prompt: Prompt | None
+    grid: tuple[int, int]
+    start_frame: Tensor
+    slots: Tensor
+    first_slot: int
+    end_slot: int
+    candidates: int
+    top_k: int | None
+    unplaced: tuple[Unplaced | None, ...] = ()
+
+    @property
+    def chooses(self) -> bool:
+        """Whether heads attend to a choice of the candidates in this call."""
+        return self.top_k is not None and self.top_k < self.candidates
+
+
+class MemorySnapshot(NamedTuple):
+    """What the memory holds and shows, on the host.
+
+    held: [layers, B, n] frame numbers, -1 = empty place. relevance: [layers, B, n], of each to the prompt in force, as
+    the layers voted on it; NaN = empty. recalled: [layers, B, bank] numbers of the held frames that attention sees,
+    -1 = empty place. sink, window: frame numbers.
+    """
+
+    held: np.ndarray
+    relevance: np.ndarray
+    recalled: np.ndarray
+    sink: list[int]
+    window: list[int]
+
+
+class FrameMemory:
+    """The frames that one stream holds, for all layers and batch rows, and the update before each chunk.
+
+    Before a chunk the frames that it will overwrite leave the window; the prototype among them enters the bank, and a
+    full bank gives up the frame that the policy names. So a frame is never held twice, a copy never fills the bank,
+    and one update moves one frame. Attention sees all that is held; `memflow.memory.held.RecallMemory` holds more.
+
+    layers, batch, heads, head_dim: sizes of the model. grid: (rows, columns) of tokens in a frame. seeds: those of the
+    stories in the batch, for the policies that draw.
+    """
+
+    extra_slots = 0
+
+    def __init__(
+        self, config: MemoryConfig, *, layers, batch, heads, head_dim, grid, dtype, device, seeds: Sequence[int] = ()
+    ):
+        self.config = config
+        self.grid = tuple(grid)
+        self.places = config.places
+        self.pool = (FramePool if self.places is None else RelativeFramePool)(
+            bank=config.bank_frames,
+            sink=config.sink_frames,
+            window=config.window_frames,
+            extra=self.extra_slots,
+            layers=layers,
+            batch=batch,
+            tokens_per_frame=grid[0] * grid[1],
+            heads=heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self.layer_pools = tuple(self.pool.layer(i) for i in range(layers))
+        self.unplaced = tuple(self.pool.unplaced(i) for i in range(layers))
+        self.held = torch.full((layers, batch, config.bank_frames), -1, dtype=torch.int64, device=device)
+        self.bank_used = 0
+        self.updated_for = -1
+        self.policy = POLICIES[config.policy]()
+        self.seeds = torch.tensor(list(seeds) or [0] * batch, dtype=torch.int64, device=device)
+
+    # -- one chunk ---------------------------------------------------------------------------------------------------
+
+    def switch_prompt(self, start: int, prompt: Prompt) -> None:
+        """`prompt` is about to start with the chunk at frame `start`; the window has not been re-encoded yet."""
+
+    def update(self, start: int, prompt: Prompt) -> None:
+        """Make the memory ready for the chunk that begins at frame `start`, under the prompt of that chunk."""
+        if self.updated_for == start:
+            return
+        self.updated_for = start
+        prototype = self._leaving_prototype(start)
+        if prototype is not None:
+            self.admit(prototype, prompt)
+        self.recall(prompt)
+        if self.places is not None:
+            self.pool.place(self._slot_places(start + self.config.frames_per_chunk))
+
+    def admit(self, prototype: int, prompt: Prompt) -> None:
+        """Hold frame `prototype` of the window."""
+        source = self.pool.slot_of(prototype)
+        if self.bank_used < self.config.bank_frames:
+            self.bank_used += 1
+            slot = self.config.bank_frames - self.bank_used
+            self.pool.replace(slot, source)
+            self.held[..., slot] = prototype
+        else:
+            slot = self.policy.victim(self._held(prompt), self._newcomer(prototype, prompt))
+            self.pool.replace(slot, source)
+            self._note(slot, prototype)
+
+    def recall(self, prompt: Prompt) -> None:
+        """Choose what attention sees of what is held: here all of it."""
+
+    def pass_over(self, start: int, frames: int, prompt: Prompt | None) -> Pass:
+        """The context of a call over `frames` frames from frame `start` on, the newest of the stream."""
+        config, pool, stop = self.config, self.pool, start + frames
+        device = pool.key.device
+        oldest = stop - config.window_frames
+        slots = [pool.slot_of(f) if f < config.sink_frames or f >= oldest else -1 for f in range(start, stop)]
+        bank = self.visible_bank()
+        return Pass(
+            pools=self.layer_pools,
+            prompt=prompt,
+            grid=self.grid,
+            start_frame=torch.full((1,), self._place(start, stop), dtype=torch.int64, device=device),
+            slots=torch.tensor(slots, dtype=torch.int32).to(device, non_blocking=True),
+            first_slot=config.bank_frames - bank,
+            end_slot=config.bank_frames + min(stop, config.sink_frames + config.window_frames),
+            candidates=self._candidates(start, stop, bank),
+            top_k=config.top_k,
+            unplaced=self.unplaced,
+        )
+
+    def end_chunk(self, start: int) -> None:
+        """The clean pass over the chunk at frame `start` has been made."""
+
+    def recache_span(self, start: int) -> tuple[int, int]:
+        """(first frame, number of frames) that a prompt switch before frame `start` re-encodes.
+
+        The frames of the window that stay in it. Those that the chunk overwrites keep, as prototypes for the bank, the
+        keys and values of their own prompt.
+        """
+        config = self.config
+        if not config.recache:
+            return start, 0
+        frames = max(0, min(config.window_frames - config.frames_per_chunk, start - config.sink_frames))
+        return start - frames, frames
+
+    # -- what is held ------------------------------------------------------------------------------------------------
+
+    def visible_bank(self) -> int:
+        """Bank frames that attention sees."""
+        return self.bank_used
+
+    def snapshot(self, stop: int, prompt: Prompt) -> MemorySnapshot:
+        """What is held when the frames before `stop` have been made. Waits for the device: for reports."""
+        config = self.config
+        held = self.held.cpu()
+        relevance = torch.full(held.shape, float("nan"))
+        if self.bank_used:
+            relevance[..., config.bank_frames - self.bank_used :] = self.relevance(prompt).float().cpu()
+        return MemorySnapshot(held.numpy(), relevance.numpy(), held.numpy().copy(), *self._spans(stop))
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Everything that a resumed stream needs: tensors and whole numbers apart."""
+        return {**self.pool.state_dict(), "held": self.held}, {name: getattr(self, name) for name in self._counters()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+        self.pool.load_state_dict(tensors)
+        self.held.copy_(tensors["held"])
+        for name in self._counters():
+            setattr(self, name, counters[name])
+
+    def _counters(self) -> tuple[str, ...]:
+        return ("bank_used", "updated_for")
+
+    def relevance(self, prompt: Prompt) -> Tensor:
+        """[layers, B, bank_used] float32: relevance of the held frames to the prompt, as the layers voted on it.
+
+        Padding tokens do not count.
+        """
+        mask = prompt.mask.repeat(prompt.key.shape[0], 1)
+        return self._vote(self._relevance(prompt.key, mask, *self._used_slots()))
+
+    def _relevance(self, text_key: Tensor, text_mask: Tensor | None, first_slot: int, count: int) -> Tensor:
+        if self.config.aggregate == "mean":
+            frames = {"frame_mean": self.pool.means(first_slot, count).flatten(0, 1)}
+        else:
+            frames = {"key": self.pool.keys(first_slot, count), "tokens_per_frame": self.pool.tokens_per_frame}
+        scores = prompt_relevance(
+            text_key.flatten(0, 1), text_mask=text_mask, aggregate=self.config.aggregate, **frames
+        )
+        return scores.unflatten(0, text_key.shape[:2])
+
+    def _used_slots(self) -> tuple[int, int]:
+        """First slot and number of the frames held."""
+        return self.config.bank_frames - self.bank_used, self.bank_used
+
+    def _held(self, prompt: Prompt) -> Held:
+        """What is held, as the policy sees it."""
+        frames = self.held[..., self.held.shape[2] - self.bank_used :]
+        first, count = self._used_slots()
+        return self._view(frames, lambda: self.pool.means(first, count), lambda: self.relevance(prompt))
+
+    def _newcomer(self, prototype: int, prompt: Prompt) -> Held:
+        """A frame of the window, as the policy sees it."""
+        slot, mask = self.pool.slot_of(prototype), prompt.mask.repeat(prompt.key.shape[0], 1)
+        frames = torch.full((*self.held.shape[:2], 1), prototype, dtype=torch.int64, device=self.held.device)
+        relevance = lambda: self._vote(self._relevance(prompt.key, mask, slot, 1))  # noqa: E731
+        return self._view(frames, lambda: self.pool.means(slot, 1), relevance)
+
+    def _view(self, frames: Tensor, means, relevance) -> Held:
+        # Absolute keys are turned by the number of their frame; memories are compared as they were before that.
+        at_zero = means if self.places is not None else lambda: place_keys(means(), -frames)
+        return Held(frames, at_zero, relevance, self._vote, self.seeds)
+
+    def _vote(self, scores: Tensor) -> Tensor:
+        """[layers, ...] as they are, or their mean over all layers but the first in every layer."""
+        if self.config.layers == "each" or len(scores) == 1:
+            return scores
+        return scores[1:].mean(0, keepdim=True).expand_as(scores)
+
+    def _note(self, index: Tensor, prototype: int) -> None:
+        """Frame `prototype` is now at place `index` [layers, B] of what is held; nowhere where that is -1."""
+        index = index.long().unsqueeze(-1)
+        here = index.clamp(min=0)
+        self.held.scatter_(2, here, torch.where(index < 0, self.held.gather(2, here), prototype))
+
+    def _spans(self, stop: int) -> tuple[list[int], list[int]]:
+        """Frames of sink and window when the frames before `stop` have been made."""
+        config = self.config
+        window = range(max(config.sink_frames, stop - config.window_frames), stop)
+        return list(range(min(stop, config.sink_frames))), list(window)
+
+    def _place(self, start: int, stop: int) -> int:
+        """Where attention sees the first frame of a call over the frames from `start` to `stop`."""
+        return start if self.places is None else self.places.of_window(start, stop)
+
+    def _slot_places(self, stop: int) -> list[int]:
+        """Places of all slots that the calls up to frame `stop` attend to, from slot 0 on."""
+        places, (sink, window) = self.places, self._spans(stop)
+        return [
+            *(places.of_bank(slot) for slot in range(self.config.bank_frames)),
+            *(places.of_sink(frame, stop) for frame in sink),
+            *(places.of_window(frame, stop) for frame in sorted(window, key=self.pool.slot_of)),
+        ]
+
+    def _leaving_prototype(self, start: int) -> int | None:
+        """The recorded frame that the chunk at `start` will overwrite, if there is one and a bank to take it."""
+        config = self.config
+        chunk, leaving = config.frames_per_chunk, start - config.window_frames
+        prototype = -(-leaving // chunk) * chunk
+        recorded = prototype % (chunk * config.record_interval) == 0
+        inside = max(leaving, config.sink_frames) <= prototype < leaving + chunk
+        return prototype if config.bank_frames and recorded and inside else None
+
+    def _candidates(self, start: int, stop: int, bank: int) -> int:
+        # While the sink itself is being made its frames are the chunk's own: all of them are seen.
+        return bank + self.config.sink_frames if start >= self.config.sink_frames else 0

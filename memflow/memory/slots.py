@@ -1,0 +1,178 @@
+"""The pool: one K and one V buffer for all layers in frame-sized slots, `[ bank | sink | window ring | extra ]`.
+
+The bank fills from right to left and the window from left to right, so that the frames attended to are always one
+contiguous range of slots: attention reads a view. Softmax does not care for the order of keys, so the window is a ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memflow.memory.places import Unplaced, channels_in_time, place_keys, turn, turns_in_time
+from memflow_kernels import Pool, replace_frame
+
+
+class FramePool:
+    """Slots of all layers and batch rows.
+
+    key, value: [layers, B, slots * tokens_per_frame, heads, head_dim] in `dtype`. In memory a head's tokens follow one
+    another, so that attention reads each head in one go: on two CPU cores it takes a tenth less time than through heads
+    side by side.
+    frame_mean: [layers, B, slots, heads, head_dim], float32 (float64 for a float64 pool), the mean key of each frame.
+    """
+
+    def __init__(
+        self, *, bank, sink, window, extra, layers, batch, tokens_per_frame, heads, head_dim, dtype, device
+    ) -> None:
+        self.bank_slots, self.sink_slots, self.window_slots = bank, sink, window
+        self.tokens_per_frame = tokens_per_frame
+        slots = bank + sink + window + extra
+        heads_first = (layers, batch, heads, slots * tokens_per_frame, head_dim)
+        mean_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.key = torch.zeros(heads_first, dtype=dtype, device=device).transpose(2, 3)
+        self.value = torch.zeros(heads_first, dtype=dtype, device=device).transpose(2, 3)
+        self.frame_mean = torch.zeros((layers, batch, slots, heads, head_dim), dtype=mean_dtype, device=device)
+
+    @property
+    def first_extra_slot(self) -> int:
+        return self.bank_slots + self.sink_slots + self.window_slots
+
+    def slot_of(self, frame: int) -> int:
+        """Slot of a latent frame that is in the sink or in the window."""
+        if frame < self.sink_slots:
+            return self.bank_slots + frame
+        return self.bank_slots + self.sink_slots + (frame - self.sink_slots) % self.window_slots
+
+    def tokens(self, first: int, count: int) -> slice:
+        """The tokens of `count` slots from slot `first` on."""
+        return slice(first * self.tokens_per_frame, (first + count) * self.tokens_per_frame)
+
+    def layer(self, index: int) -> Pool:
+        """The slots of one layer: key, value [B, slots * N, H, D], frame_mean [B, slots, H, D]."""
+        return Pool(self.key[index], self.value[index], self.frame_mean[index])
+
+    def unplaced(self, index: int) -> Unplaced | None:
+        """What the clean pass of one layer writes beside its keys, where these are placed anew."""
+        return None
+
+    def keys(self, first: int, count: int) -> Tensor:
+        """[layers * B, count * N, H, D]: the keys that a prompt's relevance is scored with, of slots from `first`."""
+        return self.key[:, :, self.tokens(first, count)].flatten(0, 1)
+
+    def means(self, first: int, count: int) -> Tensor:
+        """[layers, B, count, H, D]: their mean keys."""
+        return self.frame_mean[:, :, first : first + count]
+
+    def replace(self, slot: int | Tensor, source_slot: int | Tensor) -> None:
+        """In every layer and row copy the frame in `source_slot` over `slot`, each an int or [layers, B] on the device;
+        a layer and row where either is -1 stays as it is."""
+        slot, source = self._per_row(slot), self._per_row(source_slot)
+        if slot.device.type == "cpu" and ((slot < 0) | (source < 0)).all():
+            return  # as in most chunks, once the memory is full; a GPU is not asked
+        self._replace(slot, source)
+
+    def _replace(self, slot: Tensor, source: Tensor) -> None:
+        """slot, source: [layers * B] int32."""
+        rows = Pool(self.key.flatten(0, 1), self.value.flatten(0, 1), self.frame_mean.flatten(0, 1))
+        replace_frame(rows, slot, source)
+
+    def _per_row(self, slot: int | Tensor) -> Tensor:
+        if isinstance(slot, int):
+            rows = self.key.shape[0] * self.key.shape[1]
+            return torch.full((rows,), slot, dtype=torch.int32, device=self.key.device)
+        return slot.flatten().to(torch.int32)
+
+    def frame(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Key and value [layers, B, N, H, D] of the frame in a slot, to be kept elsewhere; may be views."""
+        tokens = self.tokens(slot, 1)
+        return self.key[:, :, tokens], self.value[:, :, tokens]
+
+    def write(self, slot: int, key: Tensor, value: Tensor, frame_mean: Tensor, row: tuple = ()) -> None:
+        """Put a frame that `frame` gave, and its row of `means`, into a slot; row: () = all layers and batch rows, or
+        (layer, batch row), with tensors of these alone. Copies from pinned memory do not wait for the device."""
+        tokens = self.tokens(slot, 1)
+        self.key[row][..., tokens, :, :].copy_(key, non_blocking=True)
+        self.value[row][..., tokens, :, :].copy_(value, non_blocking=True)
+        self.frame_mean[row][..., slot, :, :].copy_(frame_mean)
+
+    def place(self, places: Sequence[int]) -> None:
+        """Turn the keys of the first slots to `places`; nothing to do where a frame's place is its number."""
+
+    def clear_sink_and_window(self) -> None:
+        first, count = self.bank_slots, self.sink_slots + self.window_slots
+        self.frame_mean[:, :, first : first + count].zero_()
+        for buffer in (self.key, self.value):
+            buffer[:, :, self.tokens(first, count)].zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"pool.key": self.key, "pool.value": self.value, "pool.frame_mean": self.frame_mean}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        for name, buffer in self.state_dict().items():
+            buffer.copy_(tensors[name])
+
+
+class RelativeFramePool(FramePool):
+    """Slots whose keys are placed anew before every chunk, always from what they are at place 0: no rounding adds up.
+
+    Only the first 2P channels of a head turn with time (places.py); the others are the same at every place.
+    still_key: [layers, B, slots * tokens_per_frame, heads, 2P], these channels at place 0, in the pool's dtype.
+    still_mean: [layers, B, slots, heads, head_dim], the mean keys at place 0.
+    Both are written by clean passes alone.
+    """
+
+    def __init__(self, **sizes) -> None:
+        super().__init__(**sizes)
+        self.channels = channels_in_time(self.key.shape[-1])
+        layers, batch, tokens, heads, _ = self.key.shape
+        still = self.key.new_zeros((layers, batch, heads, tokens, self.channels))
+        self.still_key = still.transpose(2, 3)
+        self.still_mean = torch.zeros_like(self.frame_mean)
+
+    def unplaced(self, index: int) -> Unplaced:
+        return Unplaced(self.still_key[index], self.still_mean[index])
+
+    def keys(self, first: int, count: int) -> Tensor:
+        tokens = self.tokens(first, count)
+        at_zero = [self.still_key[:, :, tokens], self.key[:, :, tokens, :, self.channels :]]
+        return torch.cat(at_zero, -1).flatten(0, 1)
+
+    def means(self, first: int, count: int) -> Tensor:
+        return self.still_mean[:, :, first : first + count]
+
+    def _replace(self, slot: Tensor, source: Tensor) -> None:
+        super()._replace(slot, source)
+        rows = torch.arange(slot.shape[0], device=slot.device)
+        still = (slot < 0) | (source < 0)
+        source = source.clamp(min=0).long()
+        target = torch.where(still, source, slot.long())  # a row that stays copies a frame onto itself
+        slots = self.still_mean.shape[2]
+        for frames in (self.still_key.flatten(0, 1).unflatten(1, (slots, -1)), self.still_mean.flatten(0, 1)):
+            frames[rows, target] = frames[rows, source]
+
+    def frame(self, slot: int) -> tuple[Tensor, Tensor]:
+        tokens = self.tokens(slot, 1)
+        return self.keys(slot, 1).unflatten(0, self.key.shape[:2]), self.value[:, :, tokens]
+
+    def write(self, slot: int, key: Tensor, value: Tensor, frame_mean: Tensor, row: tuple = ()) -> None:
+        super().write(slot, key, value, frame_mean, row)
+        tokens = self.tokens(slot, 1)
+        self.still_key[row][..., tokens, :, :].copy_(key[..., : self.channels], non_blocking=True)
+        self.still_mean[row][..., slot, :, :].copy_(frame_mean)
+
+    def place(self, places: Sequence[int]) -> None:
+        """The arithmetic of `place_keys` in places.py, on the channels that turn alone and a layer at a time."""
+        count = len(places)
+        places = torch.tensor(places).to(self.key.device, non_blocking=True)
+        turns = turns_in_time(places, self.key.shape[-1]).unsqueeze(1)  # [count, 1, 1, P], for all tokens of a frame
+        tokens = self.tokens(0, count)
+        for key, still in zip(self.key[:, :, tokens], self.still_key[:, :, tokens], strict=True):
+            key, still = (states.unflatten(1, (count, -1)) for states in (key, still))
+            key[..., : self.channels] = turn(still, turns)
+        self.frame_mean[:, :, :count] = place_keys(self.still_mean[:, :, :count], places)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**super().state_dict(), "pool.still_key": self.still_key, "pool.still_mean": self.still_mean}

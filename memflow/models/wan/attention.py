@@ -1,0 +1,201 @@
+"""Attention processors that give diffusers' WanTransformer3DModel a memory, the model itself unchanged.
+
+`install(transformer)` replaces the attention processors and the `rope` module. The processors own nothing: pools,
+prompt and position belong to a call, a `Pass` that they are bound to; so streams can share a model.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from memflow.errors import MemFlowError
+from memflow.memory.frames import Pass
+from memflow.memory.places import Unplaced
+from memflow_kernels import Pool, memory_attention, qk_norm_rope, qk_norm_rope_write
+
+
+class MemorySelfAttention:
+    """Self-attention of one layer: writes the new K and V into the pool and attends to memory and window in place."""
+
+    def __init__(self, layer: int):
+        self.layer = layer
+        self.pool: Pool | None = None
+        self.unplaced: Unplaced | None = None
+
+    def bind(self, step: Pass) -> None:
+        """The next calls belong to `step`.
+
+        A layer's tensors are picked here and not in the call, so that compiled blocks share one graph.
+        """
+        self.pool = step.pools[self.layer]
+        self.unplaced = step.unplaced[self.layer] if step.unplaced else None
+
+    def release(self) -> None:
+        """Hold nothing of a stream's any more: these are views, and any of them keeps the whole pool in memory."""
+        self.pool = self.unplaced = None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Pass = None):
+        query, query_mean = self.write(attn, hidden_states, rotary_emb)
+        hidden_states = self.attend(query, query_mean, rotary_emb)
+        return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2)))
+
+    def write(self, attn, hidden_states: Tensor, step: Pass) -> tuple[Tensor, Tensor | None]:
+        """Project, norm and rotate; keys and values go into the pool.
+
+        Returns the queries [B, L, H, D] and, where heads choose frames by it, their mean [B, H, D].
+        """
+        if getattr(attn, "fused_projections", False):
+            projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
+        if self.unplaced is not None:
+            self.unplaced.write(_at_place_zero(attn, key, step), step.slots)
+        written = qk_norm_rope_write(
+            query,
+            key,
+            value,
+            weight_q=attn.norm_q.weight,
+            weight_k=attn.norm_k.weight,
+            eps=attn.norm_q.eps,
+            grid=step.grid,
+            start_frame=step.start_frame,
+            pool=self.pool,
+            slots=step.slots,
+            query_mean=step.chooses,
+        )
+        return written if step.chooses else (written, None)
+
+    def attend(self, query: Tensor, query_mean: Tensor | None, step: Pass) -> Tensor:
+        """[B, L, H, D]: attention over the slots of the pool that this call sees."""
+        pool, tokens = self.pool, step.grid[0] * step.grid[1]
+        count = step.end_slot - step.first_slot
+        return memory_attention(
+            query,
+            pool.key.narrow(1, step.first_slot * tokens, count * tokens),
+            pool.value.narrow(1, step.first_slot * tokens, count * tokens),
+            tokens_per_frame=tokens,
+            candidate_frames=step.candidates,
+            top_k=step.top_k if step.candidates else None,
+            frame_mean=pool.frame_mean.narrow(1, step.first_slot, step.candidates),
+            query_mean=query_mean,
+        )
+
+
+def _at_place_zero(attn, key: Tensor, step: Pass) -> Tensor:
+    """key [B, n*N, H, D], normed and turned by row and column only: [B, n, N, H, D]."""
+    frames = key.unflatten(1, (-1, step.grid[0] * step.grid[1])).flatten(0, 1)  # every frame a first frame
+    weights = {"weight_q": attn.norm_k.weight, "weight_k": attn.norm_k.weight}
+    _, turned = qk_norm_rope(frames, frames, **weights, eps=attn.norm_k.eps, grid=step.grid, start_frame=0)
+    return turned.unflatten(0, (key.shape[0], -1))
+
+
+class PromptCrossAttention:
+    """Cross-attention of one layer to the prompt's keys and values, which were computed once."""
+
+    def __init__(self, layer: int):
+        self.layer = layer
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def bind(self, step: Pass) -> None:
+        """The next calls belong to `step`."""
+        self.key, self.value = step.prompt.key[self.layer], step.prompt.value[self.layer]
+
+    def release(self) -> None:
+        """Hold nothing of a stream's any more."""
+        self.key = self.value = None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        hidden_states = memory_attention(query, self.key, self.value, tokens_per_frame=self.key.shape[1])
+        return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2)))
+
+
+class StreamContext(nn.Module):
+    """Takes the place of the transformer's `rope`: hands every self-attention the `Pass` of the call in progress."""
+
+    def __init__(self):
+        super().__init__()
+        self.step: Pass | None = None
+        self.processors: list[MemorySelfAttention | PromptCrossAttention] = []
+
+    def forward(self, hidden_states: Tensor) -> Pass:
+        if self.step is None:
+            raise MemFlowError(
+                "this transformer has MemFlow's attention installed and runs inside a stream only: "
+                "use MemFlowPipeline.stream, or memflow.models.wan.attention.uninstall(transformer) first"
+            )
+        return self.step
+
+    @contextmanager
+    def during(self, step: Pass):
+        """The calls of the transformer in this block belong to `step`."""
+        if self.step is not None:
+            raise MemFlowError("this transformer is in a call already: streams that share it can only take turns")
+        try:
+            for processor in self.processors:
+                processor.bind(step)
+            self.step = step._replace(pools=(), prompt=None, unplaced=())
+            yield
+        finally:
+            self.step = None
+            for processor in self.processors:
+                processor.release()
+
+
+def install(transformer: WanTransformer3DModel) -> StreamContext:
+    """Give the transformer a memory; returns the context that its calls run in. Installing twice changes nothing."""
+    if _is_group_offloaded(transformer):
+        raise MemFlowError(
+            "transformer: group offloading moves its layers one by one, which a stream cannot use: its processors read "
+            "their weights directly; enable_model_cpu_offload moves whole models and works"
+        )
+    if isinstance(transformer.rope, StreamContext):
+        return transformer.rope
+    if any(block.attn2.add_k_proj is not None for block in transformer.blocks):
+        raise MemFlowError("transformer: image-to-video checkpoints (added_kv_proj_dim) have no streaming memory")
+    if transformer.config.patch_size[0] != 1:
+        raise MemFlowError(f"transformer: patch_size must be (1, h, w), got {tuple(transformer.config.patch_size)}")
+    if any(parameter.is_meta for parameter in transformer.parameters()):
+        raise MemFlowError(
+            "transformer: its weights are fetched layer by layer (sequential offloading), which a stream cannot use: "
+            "its processors read them directly; enable_model_cpu_offload moves whole models and works"
+        )
+    context = StreamContext()
+    context.replaced_rope = [transformer.rope]
+    for layer, block in enumerate(transformer.blocks):
+        for attn, processor in ((block.attn1, MemorySelfAttention(layer)), (block.attn2, PromptCrossAttention(layer))):
+            attn.set_processor(processor)
+            context.processors.append(processor)
+    transformer.rope = context
+    return context
+
+
+def uninstall(transformer: WanTransformer3DModel) -> None:
+    """Give the transformer its own attention back."""
+    if not isinstance(transformer.rope, StreamContext):
+        return
+    for block in transformer.blocks:
+        for attn in (block.attn1, block.attn2):
+            attn.set_processor(attn._default_processor_cls())
+    transformer.rope = transformer.rope.replaced_rope[0].to(transformer.device)
+
+
+def _is_group_offloaded(transformer: WanTransformer3DModel) -> bool:
+    # Read from the modules' dictionaries: nn.Module is slow to say that an attribute is missing.
+    registries = (vars(module).get("_diffusers_hook") for module in transformer.modules())
+    return any(registry is not None and registry.get_hook("group_offloading") is not None for registry in registries)
+
+
+def head_sizes(transformer: WanTransformer3DModel) -> dict[str, int]:
+    """layers, heads, head_dim, as `MemoryConfig.create` takes them."""
+    config = transformer.config
+    return {
+        "layers": config.num_layers,
+        "heads": config.num_attention_heads,
+        "head_dim": config.attention_head_dim,
+    }

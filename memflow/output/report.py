@@ -1,0 +1,96 @@
+"""A record of what a stream remembered and its picture: which frames it held when, and how relevant they were."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from memflow.errors import MemFlowError
+from memflow.output.timeline import Entry, Held, Timeline
+
+_THUMBNAIL = (192, 108)  # pixels at most
+
+
+class MemoryReport:
+    """Records a stream, batch row 0, and draws it. Keeps a few kilobytes per chunk.
+
+        report = MemoryReport("The keeper's cat", fps=pipe.fps)
+        for chunk in stream:
+            report.add(chunk, stream.snapshot())
+        report.save("story.png")
+
+    Args:
+        title: the headline.
+        fps: frames per second of the video.
+        subtitle: a line below the title, e.g. the settings.
+    """
+
+    def __init__(self, title: str, fps: float, subtitle: str = ""):
+        self.title, self.fps, self.subtitle = title, fps, subtitle
+        self._entries: list[Entry] = []
+        self._seconds_per_chunk = 0.0
+
+    def add(self, chunk, snapshot) -> None:
+        """Record `chunk` (a `memflow.stream.stream.Chunk`) and what the memory held for it (a `MemorySnapshot`)."""
+        frames_per_chunk = chunk.latents.shape[2]
+        self._seconds_per_chunk = chunk.frames.shape[1] / self.fps
+        self._entries.append(
+            Entry(
+                index=chunk.index,
+                prompt=chunk.prompts[0],
+                thumbnail=_thumbnail(np.asarray(chunk.frames[0, 0])),
+                bank=_bank(snapshot, frames_per_chunk),
+                sink=_span(snapshot.sink, frames_per_chunk),
+                window=_span(snapshot.window, frames_per_chunk),
+            )
+        )
+
+    def __len__(self) -> int:
+        """Chunks recorded."""
+        return len(self._entries)
+
+    def save(self, path: str | Path) -> None:
+        """Write the picture as a PNG; MemFlowError if `path` cannot be written."""
+        if not self._entries:
+            raise ValueError("nothing was recorded: call add() for at least one chunk")
+        figure = Timeline(self._entries, self.title, self.subtitle, self._seconds_per_chunk).draw()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as a box; prompts come in every script
+                figure.savefig(path, format="png", dpi=130)
+        except OSError as error:
+            raise MemFlowError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _bank(snapshot, frames_per_chunk: int) -> list[Held]:
+    """What batch row 0 holds, over all layers; every layer's relevance is stretched to 0 to 1."""
+    held, relevance, recalled = (np.asarray(x)[:, 0] for x in (snapshot.held, snapshot.relevance, snapshot.recalled))
+    if not (held >= 0).any():
+        return []
+    relevance = np.where(held >= 0, relevance, np.nan)
+    low = np.nanmin(relevance, axis=1, keepdims=True)
+    spread = np.nanmax(relevance, axis=1, keepdims=True) - low
+    # Frames of equal relevance, a single one too, are neither the least nor the most relevant.
+    relevance = np.where(spread > 0, (relevance - low) / np.where(spread > 0, spread, 1), 0.5)
+    found = []
+    for chunk in np.unique(held[held >= 0] // frames_per_chunk):
+        here = held // frames_per_chunk == chunk
+        shown = (recalled // frames_per_chunk == chunk).any(axis=1).mean()
+        found.append(Held(int(chunk), float(here.any(axis=1).mean()), float(shown), float(relevance[here].mean())))
+    return found
+
+
+def _span(frames: list[int], frames_per_chunk: int) -> tuple[int, int]:
+    return (min(frames) // frames_per_chunk, max(frames) // frames_per_chunk + 1) if frames else (0, 0)
+
+
+def _thumbnail(frame: np.ndarray) -> bytes:
+    image = Image.fromarray(frame)
+    image.thumbnail(_THUMBNAIL)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return file.getvalue()

@@ -1,0 +1,1 @@
+"""One story, made chunk by chunk."""

@@ -1,0 +1,250 @@
+"""`MemFlowPipeline`: a diffusers pipeline that tells stories chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from memflow.decoders import storybook as _storybook  # noqa: F401 (diffusers loads only what has been imported)
+from memflow.decoders.codec import spatial_factor, temporal_factor
+from memflow.errors import MemFlowError
+from memflow.memory.config import MemoryConfig
+from memflow.models.wan.float8 import to_float8
+from memflow.models.wan.graphs import GraphedDenoiser
+from memflow.models.wan.prompt_cache import PromptBook
+from memflow.models.wan.published import PRESETS, find_preset
+from memflow.models.wan.text import encode_prompts
+from memflow.stream.plan import Plan
+from memflow.stream.saved import load_stream
+from memflow.stream.schedule import DistilledSchedule
+from memflow.stream.stream import Stream
+
+_LONGEST = 1e7  # seconds of one prompt
+
+
+@dataclass
+class MemFlowOutput(BaseOutput):
+    """frames: [B, T, H, W, 3] uint8. latents: [B, C, F, h, w] float32."""
+
+    frames: Tensor
+    latents: Tensor
+
+
+class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+    """Text to video, streamed, with a memory of the past frames that the coming prompt calls for.
+
+    tokenizer, text_encoder: a T5 family encoder. transformer: WanTransformer3DModel, distilled for few-step causal
+    generation. vae: AutoencoderKLWan or a `IndependentCodec`. scheduler: a diffusers flow-matching
+    scheduler, the source of the noise levels. denoising_steps: its unshifted timesteps that are used. fps: video frames
+    per second. text_length: tokens that a prompt is padded to. height, width: default size of the video in pixels.
+    memory: fields of the `MemoryConfig` that this model was trained for; the defaults of that class where not given.
+
+    prompts: None, or a `PromptBook` that is asked for embeddings in the encoder's place.
+    """
+
+    prompts: PromptBook | None = None
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        tokenizer,
+        text_encoder,
+        transformer,
+        vae,
+        scheduler,
+        denoising_steps: list | tuple = (1000, 750, 500, 250),
+        fps: float = 16.0,
+        text_length: int = 512,
+        height: int = 480,
+        width: int = 832,
+        memory: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
+        )
+        self.register_to_config(
+            denoising_steps=list(denoising_steps),
+            fps=fps,
+            text_length=text_length,
+            height=height,
+            width=width,
+            memory=dict(memory or {}),
+        )
+        DistilledSchedule(scheduler, denoising_steps)  # refuses what cannot work here and not in the first chunk
+        self.spatial_factor = spatial_factor(vae)
+        self.cuda_graphs = False
+
+    @classmethod
+    def from_preset(cls, name: str = "storybook", *, dtype: torch.dtype = torch.float32) -> MemFlowPipeline:
+        """A model that comes with the package.
+
+        `storybook`: the model of examples/storybook, trained, a few megabytes. `noise`: a tiny transformer of the real
+        architecture with random weights, for tests and measurements.
+        """
+        if name == "toy":
+            raise MemFlowError("the preset 'toy' is called 'storybook' now")
+        if name in PRESETS:
+            raise MemFlowError(
+                f"preset {name!r} says how a model is run; its weights are made into a folder with `memflow convert` "
+                "(docs/models.md)"
+            )
+        if name == "storybook":
+            return cls.from_pretrained(Path(__file__).parents[1] / "assets" / "storybook", dtype=dtype)
+        if name != "noise":
+            raise MemFlowError(f"there is no preset {name!r}; presets: storybook, noise")
+        from memflow.models.wan import untrained
+
+        height, width = untrained.DEFAULT_SIZE
+        components = untrained.build()
+        for model in ("transformer", "text_encoder"):
+            _cast(components[model], dtype)
+        return cls(**components, text_length=untrained.MAX_LENGTH, height=height, width=width)
+
+    def use_preset(self, name: str) -> None:
+        """Run as the published model `name` is run, whatever the folder recorded."""
+        preset = find_preset(name)
+        self.scheduler = preset.scheduler()
+        self.register_to_config(**preset.settings())
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt, one text per batch row."""
+        if self.prompts is not None:
+            return self.prompts(list(texts))
+        return encode_prompts(self.tokenizer, self.text_encoder, list(texts), self.config.text_length)
+
+    @property
+    def fps(self) -> float:
+        """Video frames per second."""
+        return self.config.fps
+
+    @property
+    def schedule(self) -> DistilledSchedule:
+        """Noise levels of the denoising steps."""
+        return DistilledSchedule(self.scheduler, self.config.denoising_steps)
+
+    @property
+    def memory_config(self) -> MemoryConfig:
+        """The memory that this model was trained for."""
+        return MemoryConfig(**self.config.memory)
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """Video frames in a chunk (a causal VAE gives fewer for the first)."""
+        return self.memory_config.frames_per_chunk * temporal_factor(self.vae)
+
+    def compile(self, *, graphs: bool = False, **options) -> None:
+        """Compile the blocks of the transformer, all of them with the same graphs: one for a first chunk, one for all
+        that follow and one for prompt switches, whatever memory holds. For streams that are made from now on.
+
+        graphs: also replay denoising passes as CUDA graphs, once the memory is full; needs a GPU, and weights that stay
+        where they are. options: of torch.compile, `mode="max-autotune-no-cudagraphs"` for example.
+        """
+        if graphs:
+            GraphedDenoiser(self.transformer)  # says what is in the way
+        self.cuda_graphs = graphs
+        self.transformer.compile_repeated_blocks(**{"fullgraph": True, "dynamic": True} | options)
+
+    def use_float8(self) -> list[str]:
+        """Let the linear layers of the blocks compute in float8, weights and inputs; returns their names. See
+        `memflow.models.wan.float8`. MemFlowError where that cannot be. Before `compile`."""
+        return to_float8(self.transformer)
+
+    def chunks_for(self, seconds: float) -> int:
+        """Whole chunks nearest to `seconds` of video, at least one."""
+        if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds <= _LONGEST:
+            raise MemFlowError(f"seconds_per_prompt must be above 0 and at most {_LONGEST:g}, got {seconds!r}")
+        return max(1, round(seconds * self.fps / self.frames_per_chunk))
+
+    def stream(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        seconds_per_prompt: float = 10.0,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] = 0,
+        memory: MemoryConfig | None = None,
+    ) -> Stream:
+        """A generator of chunks that tells the story of `prompts`.
+
+        prompts: one text per prompt; for a batch of stories one list of texts (one per story) per prompt.
+        seconds_per_prompt: length of every prompt's part of the video.
+        height, width: of the video in pixels; the model's own where not given.
+        seed: of the first story; the next ones in a batch count on from it. Or one seed per story.
+        memory: the model's own where not given.
+        """
+        if not isinstance(prompts, (list, tuple)) or not prompts:
+            raise MemFlowError(f"prompts must be a list of at least one prompt, got {prompts!r}")
+        batch = len(prompts[0]) if isinstance(prompts[0], (list, tuple)) else 1
+        texts = [self.check_prompt(prompt, batch) for prompt in prompts]
+        memory = self.memory_config if memory is None else memory
+        if not isinstance(memory, MemoryConfig):
+            raise MemFlowError(f"memory must be a MemoryConfig, got {type(memory).__name__}")
+        return Stream(
+            self,
+            plan=Plan(texts, self.chunks_for(seconds_per_prompt)),
+            config=memory,
+            seeds=_seeds(seed, batch),
+            height=self._check_size("height", self.config.height if height is None else height, 1),
+            width=self._check_size("width", self.config.width if width is None else width, 2),
+        )
+
+    def resume(self, path) -> Stream:
+        """The stream that `Stream.save` wrote to `path`; its next chunks are those of the uninterrupted one."""
+        return load_stream(self, path)
+
+    def __call__(self, prompts, **settings) -> MemFlowOutput:
+        """The whole video at once. Arguments as in `stream`."""
+        chunks = list(self.progress_bar(self.stream(prompts, **settings)))
+        return MemFlowOutput(
+            frames=torch.cat([chunk.frames for chunk in chunks], dim=1),
+            latents=torch.cat([chunk.latents for chunk in chunks], dim=2),
+        )
+
+    def check_prompt(self, prompt: str | Sequence[str], batch: int) -> tuple[str, ...]:
+        """`prompt` as one text per batch row, or an error that says what is wrong with it."""
+        texts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,) * batch
+        if not texts or len(texts) != batch:
+            raise MemFlowError(f"prompt must have one text per story ({batch}), got {len(texts)}")
+        for text in texts:
+            if not isinstance(text, str) or not text.strip():
+                raise MemFlowError(f"prompt must be a text that is not blank, got {text!r}")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise MemFlowError(f"prompt must be valid Unicode, got {text!r}: {error.reason}") from None
+        return texts
+
+    def _check_size(self, name: str, pixels: int, axis: int) -> int:
+        step = self.spatial_factor * self.transformer.config.patch_size[axis]
+        if isinstance(pixels, bool) or not isinstance(pixels, Integral) or pixels < step or pixels % step:
+            raise MemFlowError(f"{name} must be a positive multiple of {step} pixels for this model, got {pixels!r}")
+        return int(pixels)
+
+
+def _seeds(seed, batch: int) -> list[int]:
+    """One seed per story."""
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**63:
+            raise MemFlowError(f"seed must be a whole number from 0 to 2**63 - 1, got {value!r}")
+    if isinstance(seed, (list, tuple)) and len(seeds) != batch:
+        raise MemFlowError(f"seed must be one whole number or {batch} of them, one per story, got {len(seeds)}")
+    return [int(value) for value in seeds] if len(seeds) == batch else [int(seed) + row for row in range(batch)]
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """As `from_pretrained(dtype=...)` does: what the model wants in float32 stays so."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        if kept.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
