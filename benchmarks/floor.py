@@ -7,7 +7,7 @@ import copy
 import torch.nn.functional as F
 from torch import Tensor
 
-from memflow.memory.frames import Pass
+from memflow.memory import Pass
 from memflow.models.wan.attention import MemorySelfAttention, install
 from memflow.stream.pipeline import MemFlowPipeline
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch import Tensor
 
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow.stream.pipeline import MemFlowPipeline
 from memflow.stream.pipeline import _cast as cast
 from memflow.stream.plan import Plan
@@ -83,9 +83,14 @@ class Middle:
             buffer.unflatten(2, (-1, case.tokens))[:, :, slots] = held.to(buffer)
         means = frame_means(memory.pool.key.flatten(0, 1), case.tokens)
         memory.pool.frame_mean.copy_(means.view_as(memory.pool.frame_mean))
-        memory.bank_used, stream.position = self.bank, self.position
-        memory.held[:] = torch.arange(self.bank)
-        stream.set_prompt(*self.text(pipeline))
+        memory.shown[:] = torch.arange(self.bank)
+        tensors, counters = memory.state_dict()
+        embeds, mask = self.text(pipeline)
+        state = {f"memory.{name}": tensor for name, tensor in tensors.items()}
+        stream.driver.load_state_dict(
+            {**state, "text.embeds": embeds, "text.mask": mask},
+            {**counters, "bank_used": self.bank, "position": self.position},
+        )
         return stream
 
     def reference(self, pipeline: MemFlowPipeline, config: MemoryConfig) -> ReferenceStream:

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import FrameMemory, Pass, Prompt
+from memflow.memory import FrameMemory, MemoryConfig, Pass, Prompt, make_memory
 from memflow_kernels import frame_means
 
 from .cases import Case
@@ -107,14 +106,14 @@ def our_memory(state: LayerState, layers: int = 1) -> tuple[FrameMemory, Pass]:
         top_k=state.top_k,
     )
     sizes = {"layers": layers, "batch": case.batch, "heads": case.heads, "head_dim": case.head_dim, "grid": case.grid}
-    memory = config.create(**sizes, dtype=key.dtype, device=key.device)
+    memory = make_memory(config, **sizes, dtype=key.dtype, device=key.device)
     pool, first_window = memory.pool, state.start_frame - case.window
     slots = [*range(case.candidates), *(pool.slot_of(first_window + i) for i in range(case.window))]
     for buffer, held in ((pool.key, state.held_key), (pool.value, state.held_value)):
         buffer.unflatten(2, (-1, case.tokens))[:, :, slots] = held
     pool.frame_mean.copy_(frame_means(pool.key.flatten(0, 1), case.tokens).view_as(pool.frame_mean))
     memory.bank_used = case.bank
-    memory.held[:] = torch.arange(case.sink, case.sink + case.bank, device=key.device)
+    memory.shown[:] = torch.arange(case.sink, case.sink + case.bank, device=key.device)
     text = state.text_key.expand(layers, *state.text_key.shape)
     prompt = Prompt(text, text, torch.ones(text.shape[1:3], dtype=torch.bool, device=key.device))
     return memory, memory.pass_over(state.start_frame, case.chunk, prompt)

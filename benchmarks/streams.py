@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow.stream.pipeline import MemFlowPipeline
 from memflow_kernels import use_backend
 from memflow_kernels.testing import relative_error
@@ -97,7 +97,7 @@ def middle_entries(experiment: StreamExperiment, device: torch.device) -> list[E
         middle = Middle(case, memory)
         for activated in experiment.modes if memory else (False,):
             config = config_of(case, activated, memory)
-            expected = middle.reference(exact, config).chunk()
+            expected = middle.published(exact, config).chunk()
             suffix = "" if memory else ", no bank"
             for backend in experiment.backends:
                 stream = middle.ours(pipeline, config)
@@ -105,7 +105,7 @@ def middle_entries(experiment: StreamExperiment, device: torch.device) -> list[E
                 row = new_row(experiment, f"ours ({backend}){suffix}", activated, device)
                 entries.append(Entry(row, chunk, backend, stream))
                 judge(row, entries[-1](), expected)
-            stream = middle.reference(pipeline, config)
+            stream = middle.published(pipeline, config)
             row = new_row(experiment, f"reference path{suffix}", activated, device)
             entries.append(Entry(row, stream.chunk, None, stream))
             judge(row, stream.chunk(), expected)
@@ -121,7 +121,7 @@ def toy_entries(experiment: StreamExperiment, device: torch.device) -> list[Entr
     seconds = CHUNKS / len(STORY) * pipeline.frames_per_chunk / pipeline.fps
     entries: list[Entry] = []
     for activated in experiment.modes:
-        config = replace(MemoryConfig.reference(), top_k=experiment.case.top_k if activated else None)
+        config = replace(MemoryConfig.published(), top_k=experiment.case.top_k if activated else None)
         expected = reference_story(exact, config)()
         for backend in experiment.backends:
             told = lambda config=config: our_story(pipeline, config, seconds)  # noqa: E731
@@ -133,7 +133,7 @@ def toy_entries(experiment: StreamExperiment, device: torch.device) -> list[Entr
             judge(entry.row, entry(), expected)
     for name, processor in zip(FLOORS, (ProjectionsOnly, AttentionOnly), strict=True):
         bare = reduced(pipeline, processor)
-        told = lambda bare=bare: our_story(bare, MemoryConfig.reference(), seconds)  # noqa: E731
+        told = lambda bare=bare: our_story(bare, MemoryConfig.published(), seconds)  # noqa: E731
         row = new_row(experiment, name, False, device)
         row.status, row.frames = "floor", CHUNKS * pipeline.frames_per_chunk
         entries.append(Entry(row, told, "torch"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from memflow.memory.attention import attend
 from memflow.models.wan.attention import MemorySelfAttention
 from memflow_kernels import available_backends, frame_means, memory_attention, qk_norm_rope_write, use_backend
 from memflow_kernels.cuda import extension
@@ -71,14 +72,12 @@ class Ours(Provider):
 
     def layer(self, state: LayerState):
         _, step = our_memory(state)
-        processor = MemorySelfAttention(0)
-        processor.bind(step)
-        return lambda: processor.attend(*_write(state, step), step)
+        return lambda: attend(*_write(state, step), step.pools[0], step)
 
     def chunk(self, state: ChunkState):
         memory, step = our_memory(state.layer)
         processor = MemorySelfAttention(0)
-        processor.bind(step)
+        processor.bind(step, clean=False)
 
         @torch.no_grad()
         def run():

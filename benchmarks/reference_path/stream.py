@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import Prompt
-from memflow.models.wan.attention import head_sizes
-from memflow.models.wan.passes import encode_prompt
+from memflow.memory import MemoryConfig, Prompt
+from memflow.models.wan.adapter import WanModel
 from memflow.stream.noise import Noise
 
 from .layer import ReferenceLayer
@@ -80,6 +78,7 @@ class ReferenceStream:
 
     def __init__(self, pipeline, *, config: MemoryConfig, seeds, height: int, width: int):
         weights = pipeline.transformer
+        self.encode = WanModel(weights).encode_prompt
         self.transformer = copy.deepcopy(weights, {id(p): p for p in (*weights.parameters(), *weights.buffers())})
         self.transformer.rope = Context()
         for index, block in enumerate(self.transformer.blocks):
@@ -90,13 +89,13 @@ class ReferenceStream:
         rows, cols = height // pipeline.spatial_factor, width // pipeline.spatial_factor
         patch = weights.config.patch_size
         self.latent_shape = (weights.config.in_channels, config.frames_per_chunk, rows, cols)
-        sizes = head_sizes(weights)
+        model = weights.config
         self.window = config.sink_frames + config.window_frames
         self.layers = [
             ReferenceLayer(
                 batch=len(seeds),
-                heads=sizes["heads"],
-                head_dim=sizes["head_dim"],
+                heads=model.num_attention_heads,
+                head_dim=model.attention_head_dim,
                 grid=(rows // patch[1], cols // patch[2]),
                 sink=config.sink_frames,
                 window=self.window,
@@ -104,7 +103,7 @@ class ReferenceStream:
                 dtype=self.dtype,
                 device=self.device,
             )
-            for _ in range(sizes["layers"])
+            for _ in range(model.num_layers)
         ]
         self.noise = Noise(seeds)
         self.position = 0
@@ -126,7 +125,7 @@ class ReferenceStream:
     @torch.no_grad()
     def switch_text(self, embeds: Tensor, mask: Tensor) -> None:
         """Attend to this prompt from now on, and retrieve by it."""
-        self.prompt = encode_prompt(self.transformer, embeds, mask)
+        self.prompt = self.encode(embeds, mask)
         self.text_known = True
 
     @torch.no_grad()

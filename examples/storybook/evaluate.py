@@ -14,7 +14,7 @@ from examples.storybook.statistics import Share, chance_of_a_hit
 from examples.storybook.stories import CHUNK
 from examples.storybook.trials import LENGTHS, Trial, recall_trial
 from examples.storybook.world import ACTIONS, Frame, act, entrance
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 
 BATCH = 34  # stories told together
 

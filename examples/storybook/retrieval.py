@@ -15,9 +15,8 @@ from examples.storybook.model import GRID
 from examples.storybook.statistics import Share
 from examples.storybook.stories import CHUNK, Story, training_story
 from examples.storybook.train_codec import encode_frames
-from memflow.memory.frames import Prompt
-from memflow.models.wan.attention import head_sizes
-from memflow.models.wan.passes import encode_prompt, fix
+from memflow.memory import Prompt, make_memory
+from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.text import encode_prompts
 
 CHUNKS = 24
@@ -29,6 +28,7 @@ class Rehearsal:
 
     def __init__(self, pipeline, stories: int, seed: int):
         self.pipeline = pipeline
+        self.model = WanModel(pipeline.transformer)
         random = np.random.default_rng([seed, CHUNKS])
         told = [training_story(random, CHUNKS) for _ in range(stories)]
         self.seeds = [seed * 1_000_000 + row for row in range(stories)]
@@ -42,7 +42,7 @@ class Rehearsal:
     def _prompt(self, texts: list[str]) -> Prompt:
         pipe = self.pipeline
         embeds, mask = encode_prompts(pipe.tokenizer, pipe.text_encoder, texts, pipe.config.text_length)
-        return encode_prompt(pipe.transformer, embeds.to(pipe.transformer.dtype), mask)
+        return self.model.encode_prompt(embeds.to(pipe.transformer.dtype), mask)
 
     @torch.no_grad()
     def read(self, setting: Setting) -> dict[str, list[Share]]:
@@ -51,13 +51,16 @@ class Rehearsal:
         A chunk counts where the character (the place) was seen before, and neither sink nor window shows it.
         """
         config = setting.config(self.pipeline.memory_config)
-        transformer = self.pipeline.transformer
-        memory = config.create(
-            **head_sizes(transformer),
+        model = self.model
+        memory = make_memory(
+            config,
+            layers=model.layers,
+            heads=model.heads,
+            head_dim=model.head_dim,
             batch=len(self.seeds),
             grid=GRID,
-            dtype=transformer.dtype,
-            device=transformer.device,
+            dtype=model.dtype,
+            device=model.device,
             seeds=self.seeds,
         )
         shares = {name: [Share(0, 0)] * CHUNKS for name in MEASURES}
@@ -69,7 +72,7 @@ class Rehearsal:
                 for name, hit in _hits(row, chunk, config, frames).items():
                     shares[name][chunk] += (hit, 1)
             step = memory.pass_over(start, CHUNK, prompt)
-            fix(transformer, self.latents[:, :, start : start + CHUNK], step)
+            model.write_clean(self.latents[:, :, start : start + CHUNK], step)
             memory.end_chunk(start)
         return shares
 

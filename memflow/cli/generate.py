@@ -206,7 +206,7 @@ def _report(job: Job, stream):
     attended = "all" if config.top_k is None else str(config.top_k)
     held = "" if config.held_frames is None else f", {config.held_frames} held"
     facts = [
-        f"memory: {'reference' if config.published else config.policy}{held}",
+        f"memory: {'published' if config.published_mode else config.policy}{held}",
         f"sink {config.sink_frames}, window {config.window_frames}, bank {config.bank_frames} latent frames",
         f"every head attends to {attended} of sink and bank",
         f"seed {stream.seeds[0]}",

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from memflow.convert.lora import WEIGHTS_NAME as LORA_WEIGHTS
 from memflow.errors import MemFlowError
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow.models.wan.prompt_cache import PromptBook, cache_folder
 from memflow.models.wan.published import find_preset
 from memflow_kernels.backends import available_backends, refused, use_backend
@@ -125,9 +125,9 @@ def choose_memory(policy: str | None, held: int | None, top_k: int | None, train
                 raise MemFlowError(
                     f"--memory reference: the published code has absolute positions, this model {trained.positions}"
                 )
-            if trained.published:
+            if trained.published_mode:
                 return replace(trained, **changes)
-            return MemoryConfig.reference(
+            return MemoryConfig.published(
                 local_frames=trained.sink_frames + trained.window_frames,
                 sink_frames=trained.sink_frames,
                 bank_frames=bank,
@@ -135,7 +135,7 @@ def choose_memory(policy: str | None, held: int | None, top_k: int | None, train
                 **{"top_k": trained.top_k} | changes,
             )
         if policy is not None:
-            ours = {"held_frames": None, "published": None, "global_sink": True, "bank_frames": bank}
+            ours = {"held_frames": None, "published_mode": None, "global_sink": True, "bank_frames": bank}
             changes = ours | changes | {"policy": policy}
         return replace(trained, **changes)
     except ValueError as error:

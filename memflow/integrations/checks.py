@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memflow.integrations.mirror import version
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow_kernels.ops._checks import MAX_HEAD_DIM
 from memflow_kernels.reference.rotary import rotation_table
 
@@ -167,7 +167,7 @@ class Inputs:
                 got = list(held.shape) if isinstance(held, Tensor) else type(held).__name__
                 raise ValueError(
                     f"{self.name}: kv_cache[{entry!r}] must be [B, {frames} frames * {tokens} tokens, H, D] as memory "
-                    f"says (MemoryConfig.reference(local_frames={frames})), got {got}"
+                    f"says (MemoryConfig.published(local_frames={frames})), got {got}"
                 )
 
     def _check_bank(self, kv_bank: dict, tokens: int, recorded: bool) -> None:

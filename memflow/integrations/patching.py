@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from memflow.integrations.attention import CallerAttention
 from memflow.integrations.cache import put_in_order
 from memflow.integrations.checks import GridSizes, Inputs, check_module
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 
 ATTRIBUTES = ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads")
 PARAMETERS = ("x", "grid_sizes", "kv_cache", "current_start")
@@ -49,7 +49,7 @@ def patch(
 ) -> list[str]:
     """Replace every self-attention of the causal Wan kind in `model`; returns the names of the patched modules.
 
-    memory: `MemoryConfig.reference(...)` with the sizes of the caller's cache (local_frames, sink_frames), its
+    memory: `MemoryConfig.published(...)` with the sizes of the caller's cache (local_frames, sink_frames), its
     record_interval and, to activate only some of the remembered frames, top_k. Its defaults where not given.
     returns: makes the return value of a self-attention from a `PatchedCall`, for models whose blocks expect more than
     the output [B, L, C].
@@ -58,11 +58,11 @@ def patch(
     the caller passes `update_cache=False` to it (or that is the default of its `forward`).
     Raises ValueError, naming the module and the attribute, for what cannot be served, here or in a call.
     """
-    memory = MemoryConfig.reference() if memory is None else memory
+    memory = MemoryConfig.published() if memory is None else memory
     if not isinstance(memory, MemoryConfig) or memory.published is None:
         raise ValueError(
             "memory: a patched model keeps the memory that its own code maintains, so it must be a "
-            f"MemoryConfig.reference(...), got {memory!r}"
+            f"MemoryConfig.published(...), got {memory!r}"
         )
     if any(isinstance(getattr(module, "_memflow_patch", None), Patch) for module in model.modules()):
         raise ValueError("model: is patched already; unpatch(model) first")

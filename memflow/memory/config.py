@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 
+from memflow.errors import MemFlowError
 from memflow.memory.places import Places
 from memflow.memory.policies import POLICIES
 
-if TYPE_CHECKING:
-    from memflow.memory.frames import FrameMemory
-
-PUBLISHED = ("interactive", "single")  # the published pipelines
+PUBLISHED_MODES = ("interactive", "single")  # the published pipelines
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ class MemoryConfig:
     record_interval: every how many chunks a prototype (first frame of the chunk) is recorded.
     recache: at a prompt switch encode the frames that stay in the window again, under the new prompt. A model is
         trained for one or the other; without, every frame keeps the keys of the prompt that it shows.
-    published: None, or the name of the published pipeline ("interactive", "single") whose behaviour is repeated
-        exactly, its known defects included; see `MemoryConfig.reference`.
+    published_mode: None, or the name of the published pipeline ("interactive", "single") whose behaviour is repeated
+        exactly, its known defects included; see `MemoryConfig.published`.
     global_sink: published behaviour only: False empties sink and window at a prompt switch.
     """
 
@@ -51,7 +49,7 @@ class MemoryConfig:
     positions: str = "absolute"
     record_interval: int = 1
     recache: bool = True
-    published: str | None = None
+    published_mode: str | None = None
     global_sink: bool = True
 
     def __post_init__(self):
@@ -65,10 +63,10 @@ class MemoryConfig:
         _require_one_of("aggregate", self.aggregate, ("mean", "softmax"))
         _require_one_of("positions", self.positions, ("absolute", "relative"))
         self._check_held()
-        if self.published is not None:
+        if self.published_mode is not None:
             self._check_published()
         elif not self.global_sink:
-            raise ValueError("global_sink must be True without published: only the published code empties its sink")
+            raise ValueError("global_sink must be True without published_mode: only that code empties its sink")
 
     def _check_held(self) -> None:
         if self.held_frames is not None and (self.policy == "none" or self.bank_frames == 0):
@@ -96,7 +94,7 @@ class MemoryConfig:
             )
 
     def _check_published(self) -> None:
-        _require_one_of("published", self.published, PUBLISHED)
+        _require_one_of("published_mode", self.published_mode, PUBLISHED_MODES)
         _require_count("bank_frames", self.bank_frames, 1)
         for name, value in (
             ("policy", "prompt"),
@@ -107,7 +105,8 @@ class MemoryConfig:
         ):
             _require_one_of(name, getattr(self, name), (value,))
         if self.held_frames is not None:
-            raise ValueError(f"held_frames must be None with published={self.published!r}, got {self.held_frames}")
+            mode = self.published_mode
+            raise ValueError(f"held_frames must be None with published_mode={mode!r}, got {self.held_frames}")
 
     @property
     def keeps_all(self) -> bool:
@@ -122,7 +121,7 @@ class MemoryConfig:
         return Places(self.sink_frames, self.bank_frames, self.window_frames)
 
     @classmethod
-    def reference(
+    def published(
         cls,
         mode: str = "interactive",
         *,
@@ -131,35 +130,57 @@ class MemoryConfig:
         record_interval: int = 3,
         **rest,
     ) -> MemoryConfig:
-        """The published code, for its checkpoints and the goldens. `local_frames` counts the sink, as it does there."""
-        _require_one_of("mode", mode, PUBLISHED)
+        """The memory as the published code has it, for its checkpoints and its recorded numbers.
+
+        Args:
+            mode: the published pipeline, "interactive" (prompts that switch) or "single".
+            local_frames: frames of sink and window together, counted as the published settings do.
+            sink_frames: the first frames of the stream, kept for ever.
+            record_interval: every how many chunks a prototype is recorded.
+            rest: other fields of `MemoryConfig`.
+
+        Raises:
+            ValueError: a value that cannot be.
+        """
+        _require_one_of("mode", mode, PUBLISHED_MODES)
         chunk = rest.get("frames_per_chunk", cls.frames_per_chunk)
         _require_count("sink_frames", sink_frames, 0)
         _require_count("local_frames (the sink included)", local_frames, sink_frames + chunk)
         return cls(
-            published=mode,
+            published_mode=mode,
             sink_frames=sink_frames,
             window_frames=local_frames - sink_frames,
             record_interval=record_interval,
             **rest,
         )
 
-    def create(self, **shape) -> FrameMemory:
-        """The memory of one stream; `shape` as in `memflow.memory.frames.FrameMemory`."""
-        if self.published is not None:
-            from memflow.memory.published import PublishedMemory as Memory
-        elif self.held_frames is not None or self.keeps_all:
-            from memflow.memory.held import RecallMemory as Memory
-        else:
-            from memflow.memory.frames import FrameMemory as Memory
-        return Memory(self, **shape)
-
     def to_dict(self) -> dict:
+        """All settings by name, as plain values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict) -> MemoryConfig:
+        """The config that `to_dict` wrote.
+
+        Args:
+            settings: values by name; what is missing has its default.
+
+        Raises:
+            MemFlowError: a name that is not known here, or a value that cannot be.
+        """
+        unknown = sorted(set(settings) - {field.name for field in fields(cls)})
+        if unknown == ["published"]:
+            raise MemFlowError("memory settings: 'published' is called 'published_mode' now")
+        if unknown:
+            raise MemFlowError(f"memory settings: unknown: {', '.join(map(str, unknown))}")
+        try:
+            return cls(**settings)
+        except ValueError as error:
+            raise MemFlowError(f"memory settings: {error}") from None
 
 
 def _require_count(name: str, value, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 

@@ -79,7 +79,7 @@ class FrameMemory:
 
     Before a chunk the frames that it will overwrite leave the window; the prototype among them enters the bank, and a
     full bank gives up the frame that the policy names. So a frame is never held twice, a copy never fills the bank,
-    and one update moves one frame. Attention sees all that is held; `memflow.memory.held.RecallMemory` holds more.
+    and one update moves one frame. Attention sees all that is held; `HeldMemory` (held.py) holds more.
 
     layers, batch, heads, head_dim: sizes of the model. grid: (rows, columns) of tokens in a frame. seeds: those of the
     stories in the batch, for the policies that draw.
@@ -108,7 +108,7 @@ class FrameMemory:
         )
         self.layer_pools = tuple(self.pool.layer(i) for i in range(layers))
         self.unplaced = tuple(self.pool.unplaced(i) for i in range(layers))
-        self.held = torch.full((layers, batch, config.bank_frames), -1, dtype=torch.int64, device=device)
+        self.shown = torch.full((layers, batch, config.bank_frames), -1, dtype=torch.int64, device=device)
         self.bank_used = 0
         self.updated_for = -1
         self.policy = POLICIES[config.policy]()
@@ -138,11 +138,11 @@ class FrameMemory:
             self.bank_used += 1
             slot = self.config.bank_frames - self.bank_used
             self.pool.replace(slot, source)
-            self.held[..., slot] = prototype
+            self.shown[..., slot] = prototype
         else:
             slot = self.policy.victim(self._held(prompt), self._newcomer(prototype, prompt))
             self.pool.replace(slot, source)
-            self._note(slot, prototype)
+            note_frame(self.shown, slot, prototype)
 
     def recall(self, prompt: Prompt) -> None:
         """Choose what attention sees of what is held: here all of it."""
@@ -184,6 +184,11 @@ class FrameMemory:
 
     # -- what is held ------------------------------------------------------------------------------------------------
 
+    @property
+    def held(self) -> Tensor:
+        """[layers, B, n] int64: numbers of the frames held, -1 = empty place."""
+        return self.shown
+
     def visible_bank(self) -> int:
         """Bank frames that attention sees."""
         return self.bank_used
@@ -199,11 +204,11 @@ class FrameMemory:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that a resumed stream needs: tensors and whole numbers apart."""
-        return {**self.pool.state_dict(), "held": self.held}, {name: getattr(self, name) for name in self._counters()}
+        return {**self.pool.state_dict(), "shown": self.shown}, {name: getattr(self, name) for name in self._counters()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         self.pool.load_state_dict(tensors)
-        self.held.copy_(tensors["held"])
+        self.shown.copy_(tensors["shown"])
         for name in self._counters():
             setattr(self, name, counters[name])
 
@@ -234,14 +239,14 @@ class FrameMemory:
 
     def _held(self, prompt: Prompt) -> Held:
         """What is held, as the policy sees it."""
-        frames = self.held[..., self.held.shape[2] - self.bank_used :]
         first, count = self._used_slots()
+        frames = self.shown[..., first:]
         return self._view(frames, lambda: self.pool.means(first, count), lambda: self.relevance(prompt))
 
     def _newcomer(self, prototype: int, prompt: Prompt) -> Held:
         """A frame of the window, as the policy sees it."""
         slot, mask = self.pool.slot_of(prototype), prompt.mask.repeat(prompt.key.shape[0], 1)
-        frames = torch.full((*self.held.shape[:2], 1), prototype, dtype=torch.int64, device=self.held.device)
+        frames = torch.full_like(self.shown[..., :1], prototype)
         relevance = lambda: self._vote(self._relevance(prompt.key, mask, slot, 1))  # noqa: E731
         return self._view(frames, lambda: self.pool.means(slot, 1), relevance)
 
@@ -255,12 +260,6 @@ class FrameMemory:
         if self.config.layers == "each" or len(scores) == 1:
             return scores
         return scores[1:].mean(0, keepdim=True).expand_as(scores)
-
-    def _note(self, index: Tensor, prototype: int) -> None:
-        """Frame `prototype` is now at place `index` [layers, B] of what is held; nowhere where that is -1."""
-        index = index.long().unsqueeze(-1)
-        here = index.clamp(min=0)
-        self.held.scatter_(2, here, torch.where(index < 0, self.held.gather(2, here), prototype))
 
     def _spans(self, stop: int) -> tuple[list[int], list[int]]:
         """Frames of sink and window when the frames before `stop` have been made."""
@@ -293,3 +292,10 @@ class FrameMemory:
     def _candidates(self, start: int, stop: int, bank: int) -> int:
         # While the sink itself is being made its frames are the chunk's own: all of them are seen.
         return bank + self.config.sink_frames if start >= self.config.sink_frames else 0
+
+
+def note_frame(frames: Tensor, index: Tensor, prototype: int) -> None:
+    """Write number `prototype` into `frames` [layers, B, n] at place `index` [layers, B]; nowhere where that is -1."""
+    index = index.long().unsqueeze(-1)
+    here = index.clamp(min=0)
+    frames.scatter_(2, here, torch.where(index < 0, frames.gather(2, here), prototype))

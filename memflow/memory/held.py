@@ -1,4 +1,7 @@
-"""A memory that holds more past frames than attention sees, and shows those that the coming prompt calls for."""
+"""A memory that holds more past frames than attention sees, and shows those that the coming prompt calls for.
+
+What is held and not shown lies in slots of the pool behind the window (`Reserve`) or in host memory (`Archive`).
+"""
 
 from __future__ import annotations
 
@@ -6,41 +9,44 @@ import torch
 from torch import Tensor
 
 from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import FrameMemory, MemorySnapshot, Prompt
+from memflow.memory.frames import FrameMemory, MemorySnapshot, Prompt, note_frame
 from memflow.memory.policies import Held
-from memflow.memory.store import Archive, Reserve
+from memflow.memory.slots import FramePool
 from memflow_kernels import prompt_relevance
 
 
-class RecallMemory(FrameMemory):
+class HeldMemory(FrameMemory):
     """`FrameMemory` with a store behind the bank: prototypes enter the store, copies of the chosen ones the bank.
 
     Before each chunk the policy says what every held frame is worth, and the bank shows those worth most. A frame that
     is shown already stays in its slot: a chunk copies only what it recalls anew.
 
-    held: [layers, B, n] numbers of the frames in the store, -1 = empty. shown: [layers, B, bank] numbers in the bank
-    slots, -1 = empty.
+    stored: [layers, B, n] numbers of the frames in the store, -1 = empty: all that is held.
+    shown: [layers, B, bank] numbers in the bank slots, -1 = empty.
     """
 
     def __init__(self, config: MemoryConfig, **shape):
         self.extra_slots = config.held_frames or 0
         super().__init__(config, **shape)
-        self.shown = self.held
-        self.held = self.shown.new_full((*self.shown.shape[:2], self.extra_slots), -1)
+        self.stored = self.shown.new_full((*self.shown.shape[:2], self.extra_slots), -1)
         self.store = Archive(self.pool) if config.keeps_all else Reserve(self.pool)
+
+    @property
+    def held(self) -> Tensor:
+        return self.stored
 
     def admit(self, prototype: int, prompt: Prompt) -> None:
         source, used = self.pool.slot_of(prototype), self.store.used
         if self.config.keeps_all:
             self.store.add(source)
-            self.held = torch.cat([self.held, self.held.new_full((*self.held.shape[:2], 1), prototype)], -1)
+            self.stored = torch.cat([self.stored, torch.full_like(self.shown[..., :1], prototype)], -1)
         elif used < self.extra_slots:
             self.store.add(source)
-            self.held[..., used] = prototype
+            self.stored[..., used] = prototype
         else:
             index = self.policy.victim(self._held(prompt), self._newcomer(prototype, prompt))
             self.store.replace(index, source)
-            self._note(index, prototype)
+            note_frame(self.stored, index, prototype)
 
     def recall(self, prompt: Prompt) -> None:
         """Bring the frames worth most into the bank."""
@@ -73,20 +79,123 @@ class RecallMemory(FrameMemory):
 
     def state_dict(self):
         tensors, counters = super().state_dict()
-        return {**tensors, **self.store.state_dict(), "shown": self.shown}, {**counters, "used": self.store.used}
+        return {**tensors, **self.store.state_dict(), "stored": self.stored}, {**counters, "used": self.store.used}
 
     def load_state_dict(self, tensors, counters) -> None:
-        self.held = torch.empty_like(tensors["held"], device=self.held.device)
         super().load_state_dict(tensors, counters)
-        self.shown.copy_(tensors["shown"])
+        self.stored = tensors["stored"].to(self.shown.device)
         self.store.load_state_dict(tensors, counters["used"])
 
     def _used_slots(self) -> tuple[int, int]:
         return self.pool.first_extra_slot, self.store.used
 
     def _held(self, prompt: Prompt) -> Held:
-        frames = self.held[..., : self.store.used]
+        frames = self.stored[..., : self.store.used]
         return self._view(frames, self.store.means, lambda: self.relevance(prompt))
+
+
+class Reserve:
+    """Frames in the pool's extra slots, each layer and batch row with frames of its own. used: how many are held."""
+
+    def __init__(self, pool: FramePool):
+        self.pool, self.first = pool, pool.first_extra_slot
+        self.used = 0
+
+    def add(self, source_slot: int) -> None:
+        """Hold a copy of the frame in a slot of the pool, after all others."""
+        self.pool.replace(self.first + self.used, source_slot)
+        self.used += 1
+
+    def replace(self, index: Tensor, source_slot: int) -> None:
+        """The same in place of frame `index` [layers, B]; nothing where that is -1."""
+        self.pool.replace(torch.where(index < 0, -1, self.first + index), source_slot)
+
+    def means(self) -> Tensor:
+        """[layers, B, used, H, D]: mean keys of the frames held."""
+        return self.pool.means(self.first, self.used)
+
+    def bring(self, source: Tensor, first_slot: int) -> None:
+        """Copy frames `source` [layers, B, k] into the k slots from `first_slot` on; where it is -1 the slot keeps its
+        own. On a GPU nothing is read on the host."""
+        for place, index in enumerate(source.unbind(2)):
+            self.pool.replace(torch.where(index < 0, -1, first_slot + place), self.first + index)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}  # the pool has it all
+
+    def load_state_dict(self, tensors: dict[str, Tensor], used: int) -> None:
+        self.used = used
+
+
+class Archive:
+    """All frames, in host memory; in every layer and batch row the same. used: how many are held.
+
+    On the device are their mean keys alone. Host memory grows by one frame of K and V of all layers and batch rows with
+    every frame added. With a GPU it is pinned: copies to it and from it are queued behind the work of the device, and
+    the host waits only to read which frames were chosen.
+    """
+
+    def __init__(self, pool: FramePool):
+        self.pool = pool
+        self.frames: list[tuple[Tensor, Tensor]] = []  # key and value [layers, B, N, H, D]
+        self.mean_buffer = pool.means(0, 0)
+
+    @property
+    def used(self) -> int:
+        return len(self.frames)
+
+    def add(self, source_slot: int) -> None:
+        """Hold a copy of the frame in a slot of the pool."""
+        mean = self.pool.means(source_slot, 1)
+        if self.used == self.mean_buffer.shape[2]:  # twice the room each time: appending costs the same on average
+            room = mean.new_zeros((*mean.shape[:2], max(8, 2 * self.used), *mean.shape[3:]))
+            room[:, :, : self.used] = self.mean_buffer
+            self.mean_buffer = room
+        self.mean_buffer[:, :, self.used] = mean.squeeze(2)
+        self.frames.append(tuple(self._host_copy(states) for states in self.pool.frame(source_slot)))
+
+    def means(self) -> Tensor:
+        """[layers, B, used, H, D]: mean keys of the frames held."""
+        return self.mean_buffer[:, :, : self.used]
+
+    def bring(self, source: Tensor, first_slot: int) -> None:
+        """Copy frames `source` [layers, B, k] into the k slots from `first_slot` on; where it is -1 the slot keeps its
+        own. Waits for the device to say which they are."""
+        for place, index in enumerate(source.permute(2, 0, 1).tolist()):
+            chosen = {frame for row in index for frame in row}
+            if chosen == {-1}:
+                continue
+            if len(chosen) == 1:  # all layers and batch rows want the same frame: one copy
+                self._write(first_slot + place, chosen.pop(), ())
+                continue
+            for layer, row in enumerate(index):
+                for batch, frame in enumerate(row):
+                    if frame >= 0:
+                        self._write(first_slot + place, frame, (layer, batch))
+
+    def _write(self, slot: int, frame: int, row: tuple[int, ...]) -> None:
+        key, value = self.frames[frame]
+        self.pool.write(slot, key[row], value[row], self.mean_buffer[:, :, frame][row], row)
+
+    def _host_copy(self, states: Tensor) -> Tensor:
+        host = torch.empty(states.shape, dtype=states.dtype, pin_memory=states.is_cuda)
+        return host.copy_(states, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if not self.frames:
+            return {}
+        if self.mean_buffer.is_cuda:
+            torch.cuda.synchronize(self.mean_buffer.device)  # the last copies to the host may be under way
+        keys, values = zip(*self.frames, strict=True)
+        return {"archive.key": torch.stack(keys), "archive.value": torch.stack(values), "archive.mean": self.means()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], used: int) -> None:
+        if not used:
+            return
+        self.mean_buffer = tensors["archive.mean"].to(self.mean_buffer.device)
+        pinned = self.mean_buffer.is_cuda
+        for key, value in zip(tensors["archive.key"], tensors["archive.value"], strict=True):
+            self.frames.append(tuple(states.pin_memory() if pinned else states.clone() for states in (key, value)))
 
 
 def _sources(chosen: Tensor, frames: Tensor, shown: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class PublishedMemory(FrameMemory):
         self.recorded = 0
         self.text_known = False
         # The published bank is an ordered list; this names the slot of each of its places.
-        self.order = torch.arange(bank - 1, -1, -1, device=self.held.device).expand(self.held.shape).clone()
+        self.order = torch.arange(bank - 1, -1, -1, device=self.shown.device).expand(self.shown.shape).clone()
 
     def switch_prompt(self, start: int, prompt: Prompt) -> None:
         self.text_known = False
@@ -41,14 +41,14 @@ class PublishedMemory(FrameMemory):
         places = self.config.bank_frames
         if self.recorded > places:
             scores = (
-                self.relevance(prompt) if self.text_known else torch.zeros(self.held.shape, device=self.held.device)
+                self.relevance(prompt) if self.text_known else torch.zeros(self.shown.shape, device=self.shown.device)
             )
             self.insert_pending(scores)
         elif self.pending_is_new:
             self.bank_used = self.recorded
             slot = places - self.recorded
             self.pool.replace(slot, self.pending_slot)
-            self.held[..., slot] = self.pending_frame
+            self.shown[..., slot] = self.pending_frame
         self.pending_is_new = False
 
     def insert_pending(self, scores: torch.Tensor) -> None:
@@ -57,11 +57,11 @@ class PublishedMemory(FrameMemory):
         self.order = self.order.gather(2, ranking)
         victim = self.order[..., -1]
         self.pool.replace(victim, self.pending_slot)
-        self.held.scatter_(2, victim.unsqueeze(-1), self.pending_frame)
+        self.shown.scatter_(2, victim.unsqueeze(-1), self.pending_frame)
 
     def end_chunk(self, start: int) -> None:
         chunk = start // self.config.frames_per_chunk
-        if self.config.published == "single" or chunk % self.config.record_interval == 0:
+        if self.config.published_mode == "single" or chunk % self.config.record_interval == 0:
             self.pool.replace(self.pending_slot, self.pool.slot_of(start))
             self.pending_frame = start
             self.pending_is_new = True
@@ -85,7 +85,7 @@ class PublishedMemory(FrameMemory):
 
     def load_state_dict(self, tensors, counters) -> None:
         super().load_state_dict(tensors, counters)
-        self.order = tensors["order"].to(self.held.device)
+        self.order = tensors["order"].to(self.shown.device)
 
     def _counters(self) -> tuple[str, ...]:
         return ("bank_used", "pending_frame", "pending_is_new", "recorded", "text_known")

@@ -16,9 +16,9 @@ from torch import Tensor
 from memflow.decoders import storybook as _storybook  # noqa: F401 (diffusers loads only what has been imported)
 from memflow.decoders.codec import spatial_factor, temporal_factor
 from memflow.errors import MemFlowError
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow.models.wan.float8 import to_float8
-from memflow.models.wan.graphs import GraphedDenoiser
+from memflow.models.wan.graphs import require_gpu
 from memflow.models.wan.prompt_cache import PromptBook
 from memflow.models.wan.published import PRESETS, find_preset
 from memflow.models.wan.text import encode_prompts
@@ -134,7 +134,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     @property
     def memory_config(self) -> MemoryConfig:
         """The memory that this model was trained for."""
-        return MemoryConfig(**self.config.memory)
+        return MemoryConfig.from_dict(self.config.memory)
 
     @property
     def frames_per_chunk(self) -> int:
@@ -149,7 +149,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         where they are. options: of torch.compile, `mode="max-autotune-no-cudagraphs"` for example.
         """
         if graphs:
-            GraphedDenoiser(self.transformer)  # says what is in the way
+            require_gpu(self.transformer)
         self.cuda_graphs = graphs
         self.transformer.compile_repeated_blocks(**{"fullgraph": True, "dynamic": True} | options)
 

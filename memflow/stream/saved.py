@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from memflow.errors import MemFlowError
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
+from memflow.models.base import weights_digest
+from memflow.models.wan.adapter import WanModel
 from memflow.stream.plan import Plan
 
-FORMAT = "memflow-stream-1"
+FORMAT = "memflow-stream-2"
 
 
 def save_stream(stream, path, extra: dict[str, str]) -> None:
     """Write `stream` to `path`; a file that is already there is replaced only when the new one is complete."""
-    memory, counters = stream.memory.state_dict()
-    tensors = {f"memory.{name}": tensor for name, tensor in memory.items()}
+    tensors, counters = stream.driver.state_dict()
     tensors |= {f"decoder.{name}": tensor for name, tensor in stream.decoder.state_dict().items()}
     tensors["noise"] = stream.noise.state()
-    for name in ("history", "embeds", "mask"):
-        if getattr(stream, name) is not None:
-            tensors[name] = getattr(stream, name)
     header = {
         "plan": stream.plan.to_dict(),
         "config": stream.config.to_dict(),
         "seeds": stream.seeds,
         "height": stream.height,
         "width": stream.width,
-        "position": stream.position,
         "counters": counters,
         "timings": stream.timings,
         "model": _model_identity(stream.pipeline),
@@ -57,6 +52,8 @@ def read_header(path) -> dict:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise MemFlowError(f"{path} cannot be read as the state of a stream: {error}") from error
+    if metadata.get("format") == "memflow-stream-1":
+        raise MemFlowError(f"{path} was saved by MemFlow 0.1, whose states cannot be resumed: tell the story again")
     if metadata.get("format") != FORMAT:
         raise MemFlowError(
             f"{path} is not the state of a stream: its format is {metadata.get('format')!r}, not {FORMAT!r}"
@@ -64,7 +61,6 @@ def read_header(path) -> dict:
     return json.loads(metadata["stream"])
 
 
-@torch.no_grad()
 def load_stream(pipeline, path):
     """The stream that was saved to `path`, on `pipeline`, which must hold the model that it was saved with."""
     from memflow.stream.stream import Stream
@@ -78,7 +74,7 @@ def load_stream(pipeline, path):
     stream = Stream(
         pipeline,
         plan=Plan.from_dict(header["plan"]),
-        config=MemoryConfig(**header["config"]),
+        config=MemoryConfig.from_dict(header["config"]),
         seeds=header["seeds"],
         height=header["height"],
         width=header["width"],
@@ -86,40 +82,24 @@ def load_stream(pipeline, path):
     with safe_open(path, framework="pt") as file:
         # Cloned into memory of their own: arithmetic on tensors at odd addresses may round differently.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    device = stream.memory.pool.key.device
-    stream.position, stream.timings, stream.extra = header["position"], header["timings"], header["extra"]
-    stream.memory.load_state_dict(_under("memory.", tensors), header["counters"])
+    stream.timings, stream.extra = header["timings"], header["extra"]
+    stream.driver.load_state_dict(tensors, header["counters"])
     try:
         stream.decoder.load_state_dict(_under("decoder.", tensors))
     except ValueError as error:
         raise MemFlowError(f"{path}: the decoder's state does not fit this model's VAE: {error}") from error
     stream.noise.set_state(tensors["noise"])
-    if "history" in tensors:
-        stream.history = tensors["history"].to(device)
-        stream.set_prompt(tensors["embeds"].to(device), tensors["mask"].to(device))
     return stream
 
 
 def _model_identity(pipeline) -> dict:
-    config = pipeline.transformer.config
-    names = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "text_dim")
-    rest = {
+    return {
+        "transformer": WanModel(pipeline.transformer).identity(),
+        "vae": f"{type(pipeline.vae).__name__} {weights_digest(pipeline.vae)}",
         "denoising_steps": list(pipeline.config.denoising_steps),
         "sigmas": pipeline.schedule.sigmas,
-        "vae": type(pipeline.vae).__name__,
         "dtype": str(pipeline.transformer.dtype),
-        "weights": _fingerprint(pipeline.transformer),
     }
-    return {name: config[name] for name in names} | rest
-
-
-def _fingerprint(model: torch.nn.Module) -> str:
-    """Tells fine-tuned models and adapters of the same shape apart: a checksum of a few numbers of every parameter."""
-    few = []
-    for parameter in model.parameters():
-        stored = getattr(parameter, "qdata", parameter).detach().flatten()  # torchao's quantised tensors
-        few.append(stored[:: max(1, stored.numel() // 4)].float().cpu())
-    return f"{zlib.crc32(torch.cat(few).numpy().tobytes()):08x}"
 
 
 def _under(prefix: str, tensors: dict) -> dict:

@@ -12,8 +12,7 @@ from benchmarks.models import in_float64
 from benchmarks.reference_path import ReferenceLayer, rms_norm, rotate_complex
 from benchmarks.reference_path.stream import ReferencePass, ReferenceStream, SelfAttention
 from benchmarks.states import layer_state, reference_layer
-from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import Prompt
+from memflow.memory import MemoryConfig, Prompt, make_memory
 from memflow.models.wan.attention import MemorySelfAttention
 from memflow.stream.pipeline import MemFlowPipeline
 from memflow_kernels import reference
@@ -21,7 +20,7 @@ from memflow_kernels.testing import Traffic, assert_close
 
 HEADS, DIM, GRID = 3, 20, (3, 4)
 TOKENS = GRID[0] * GRID[1]
-PUBLISHED = MemoryConfig.reference(record_interval=2)
+PUBLISHED = MemoryConfig.published(record_interval=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -40,7 +39,7 @@ class Pair:
         torch.manual_seed(0)
         self.attn = WanAttention(HEADS * DIM, HEADS, DIM, 1e-6).to(dtype)
         sizes = {"batch": batch, "heads": HEADS, "head_dim": DIM, "grid": GRID, "dtype": dtype, "device": "cpu"}
-        self.memory = PUBLISHED.create(layers=1, **sizes)
+        self.memory = make_memory(PUBLISHED, layers=1, **sizes)
         self.layer = ReferenceLayer(sink=3, window=12, bank=3, **sizes)
         self.processors = MemorySelfAttention(0), SelfAttention(0)
         self.text = torch.randn(batch, 6, HEADS, DIM, dtype=dtype)
@@ -54,7 +53,7 @@ class Pair:
 
     def outputs(self, start: int, hidden: torch.Tensor, store: bool, top_k: int | None):
         step = self.memory.pass_over(start, hidden.shape[1] // TOKENS, self.prompt)._replace(top_k=top_k)
-        self.processors[0].bind(step)
+        self.processors[0].bind(step, clean=False)
         yield self.processors[0](self.attn, hidden, rotary_emb=step)
         step = ReferencePass([self.layer], self.prompt, start, store, top_k)
         yield self.processors[1](self.attn, hidden, rotary_emb=step)
@@ -86,7 +85,7 @@ def test_a_layer_equals_ours_over_a_stream(dtype, top_k):
 def test_a_stream_equals_ours(top_k):
     """The toy model in float64, a prompt switch before and one after the window is full, to the latents."""
     pipeline = in_float64(MemFlowPipeline.from_preset("noise"))
-    config = replace(MemoryConfig.reference(), top_k=top_k)
+    config = replace(MemoryConfig.published(), top_k=top_k)
     size = {"height": 32, "width": 32}
     ours = pipeline.stream(["a", "b", "c"], seconds_per_prompt=3 * 12 / 16, memory=config, **size)
     theirs = ReferenceStream(pipeline, config=config, seeds=[0], **size)

@@ -6,7 +6,7 @@ import pytest
 
 from memflow.cli.loading import choose_memory
 from memflow.errors import MemFlowError
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 
 TRAINED = MemoryConfig(positions="relative", layers="mean", bank_frames=4, policy="diverse", held_frames=12)
 
@@ -27,12 +27,12 @@ def test_another_policy_keeps_positions_votes_and_places():
 
 
 def test_reference_keeps_what_the_model_recorded():
-    published = MemoryConfig.reference("single", record_interval=2, top_k=3, global_sink=False)
+    published = MemoryConfig.published("single", record_interval=2, top_k=3, global_sink=False)
     assert choose_memory("reference", None, None, published) == published
     assert choose_memory("reference", None, 2, published) == replace(published, top_k=2)
     assert choose_memory("prompt", None, None, published).global_sink
     other = choose_memory("reference", None, None, MemoryConfig(sink_frames=2, bank_frames=4, top_k=5))
-    assert other == MemoryConfig.reference(local_frames=11, sink_frames=2, bank_frames=4, top_k=5)
+    assert other == MemoryConfig.published(local_frames=11, sink_frames=2, bank_frames=4, top_k=5)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,14 @@ def test_reference_keeps_what_the_model_recorded():
         ("reference", None, TRAINED, "--memory reference: the published code has absolute positions"),
         ("none", 9, TRAINED, "--held 9: held_frames must be None with policy='none'"),
         (None, 9, MemoryConfig(policy="none"), "--held 9: held_frames must be None with policy='none'"),
-        ("reference", 9, MemoryConfig.reference(), "--held 9: held_frames must be None with published='interactive'"),
-        ("reference", 9, MemoryConfig(), "--held 9: held_frames must be None with published='interactive'"),
-        (None, 9, MemoryConfig.reference(), "--held 9: held_frames must be None"),
+        (
+            "reference",
+            9,
+            MemoryConfig.published(),
+            "--held 9: held_frames must be None with published_mode",
+        ),
+        ("reference", 9, MemoryConfig(), "--held 9: held_frames must be None with published_mode"),
+        (None, 9, MemoryConfig.published(), "--held 9: held_frames must be None"),
         ("archive", None, MemoryConfig(aggregate="softmax"), "--memory archive: aggregate must be 'mean'"),
     ],
 )

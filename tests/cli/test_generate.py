@@ -14,7 +14,7 @@ from PIL import Image
 
 from memflow import MemFlowPipeline
 from memflow.cli.main import main
-from memflow.stream import stream
+from memflow.stream.chunks import ChunkDriver
 
 # Three prompts of four chunks: the window is full after three, so that the bank fills and then has to choose.
 STORY = ["A keeper with a red scarf climbs the stairs.", "A cat on the rail, alone.", "The keeper finds the cat."]
@@ -125,13 +125,13 @@ def test_number_formats(story, tmp_path, dtype):
 
 
 def test_nan_stops_with_a_message_and_keeps_the_video(story, tmp_path, capsys, monkeypatch):
-    calls, denoise = [], stream.denoise
+    calls, denoise = [], ChunkDriver.denoise
 
     def poisoned(*arguments):
         calls.append(1)
         return denoise(*arguments) * (float("nan") if len(calls) == 10 else 1)
 
-    monkeypatch.setattr(stream, "denoise", poisoned)
+    monkeypatch.setattr(ChunkDriver, "denoise", poisoned)
     state = tmp_path / "a.state"
     assert generate(story, "-o", tmp_path / "a.mp4", *SMALL, "--save-state", state) == 2
     last = capsys.readouterr().err.splitlines()[-1]

@@ -13,7 +13,7 @@ import torch
 from films import decode
 
 from memflow.cli.main import main
-from memflow.stream import stream
+from memflow.stream.chunks import ChunkDriver
 
 SETTINGS = [
     "--model",
@@ -92,7 +92,7 @@ def test_ctrl_c_finishes_the_chunk_and_saves_a_state_that_goes_on(start, tmp_pat
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, capsys, monkeypatch):
-    calls, denoise = [], stream.denoise
+    calls, denoise = [], ChunkDriver.denoise
 
     def interrupted(*arguments):
         calls.append(1)
@@ -100,7 +100,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, capsys, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return denoise(*arguments)
 
-    monkeypatch.setattr(stream, "denoise", interrupted)
+    monkeypatch.setattr(ChunkDriver, "denoise", interrupted)
     output, state = tmp_path / "fox.mp4", tmp_path / "state"
     before = signal.getsignal(signal.SIGINT)
     assert main(["generate", *LONG, "-o", str(output), "--save-state", str(state)]) == 130

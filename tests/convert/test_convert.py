@@ -54,7 +54,7 @@ def test_the_wan_folder_becomes_a_pipeline(wan, ours, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(out / "tokenizer")(text).input_ids == ids == [7, 4, 5, 3, 8, 1]
     pipe = MemFlowPipeline.from_pretrained(out)
     assert_equal(pipe.transformer.state_dict(), model.state_dict())
-    assert (pipe.memory_config.record_interval, pipe.memory_config.published) == (3, "interactive")
+    assert (pipe.memory_config.record_interval, pipe.memory_config.published_mode) == (3, "interactive")
     assert [round(t, 1) for t in pipe.schedule.timesteps] == [1000.0, 937.5, 833.3, 625.0]
 
 

@@ -69,7 +69,7 @@ def test_two_commands_make_the_video_that_diffusers_models_make(model, cache, tm
         scheduler=PRESETS["memflow-1.3b"].scheduler(),
     )
     prompts = [text for text in STORY if text != "-p"]
-    memory = MemoryConfig.reference("interactive", record_interval=3)
+    memory = MemoryConfig.published("interactive", record_interval=3)
     from memflow.output.video import VideoWriter
 
     with VideoWriter(tmp_path / "b.mp4", pipe.fps) as video:

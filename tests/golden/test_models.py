@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 from memflow.convert.convert import Conversion, convert
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow.models.wan.checkpoints import load_transformer
 from memflow.stream.pipeline import MemFlowPipeline
 from memflow.stream.plan import Plan
@@ -58,7 +58,7 @@ def test_model(pipeline, name):
     expected = recorded[f"{name}.latents"]
     stream = recorded_stream(pipeline, {**SECTION["config"], **case["spec"]}, recorded, batch=expected.shape[0])
     chunks = list(stream)
-    stream.settle()
+    stream.driver.settle()
     latents = torch.cat([chunk.latents for chunk in chunks], dim=2).transpose(1, 2)
     assert latents.shape == expected.shape
     assert (latents - expected).abs().max() <= LATENT_TOLERANCE
@@ -76,7 +76,7 @@ def test_model(pipeline, name):
 
 def recorded_stream(pipeline, spec, recorded, batch: int) -> Stream:
     """The stream of one case: its memory, its switches, its prompts and its noise."""
-    config = MemoryConfig.reference(
+    config = MemoryConfig.published(
         spec["mode"],
         local_frames=spec.get("local", spec["local_attn_size"]),
         sink_frames=spec.get("sink", spec["sink_size"]),

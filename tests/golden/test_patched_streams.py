@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from memflow.integrations import contents, patch
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow_kernels.reference.rotary import rotation_table
 
 CASES = golden.manifest().get("selfattn_stream", {}).get("cases", {})
@@ -46,7 +46,7 @@ def test_patched_stream(name, activated):
     layer = Layer(config, {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")})
     sizes = {"local_frames": config["local"], "sink_frames": config["sink"], "bank_frames": config["bank"]}
     top_k = 3 if activated else None
-    patch(layer, memory=MemoryConfig.reference(config["mode"], record_interval=config["ri"], top_k=top_k, **sizes))
+    patch(layer, memory=MemoryConfig.published(config["mode"], record_interval=config["ri"], top_k=top_k, **sizes))
     tokens, batch = config["tokens_per_frame"], config["batch"]
     cache, bank = (
         {k: torch.zeros(batch, frames * tokens, config["heads"], config["head_dim"]) for k in "kv"}

@@ -1,6 +1,6 @@
 """One self-attention layer driven through recorded streams: every event of every case of the manifest.
 
-The layer is diffusers' WanAttention with MemFlow's processor, its memory `MemoryConfig.reference`.
+The layer is diffusers' WanAttention with MemFlow's processor, its memory `MemoryConfig.published`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 
-from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import Prompt
+from memflow.memory import MemoryConfig, Prompt, make_memory
 from memflow.models.wan.attention import MemorySelfAttention
 from memflow_kernels import select_frames
 
@@ -49,7 +48,7 @@ class Replay:
             }
         )
         self.layer = MemorySelfAttention(0)
-        self.memory = MemoryConfig.reference(
+        settings = MemoryConfig.published(
             config["mode"],
             frames_per_chunk=config["frames_per_chunk"],
             local_frames=config["local"],
@@ -57,7 +56,9 @@ class Replay:
             bank_frames=config["bank"],
             record_interval=config["ri"],
             global_sink=config.get("global_sink", True),
-        ).create(
+        )
+        self.memory = make_memory(
+            settings,
             layers=1,
             batch=config["batch"],
             heads=config["heads"],
@@ -97,7 +98,7 @@ class Replay:
         memory, x = self.memory, self.recorded(event, "x")
         step = memory.pass_over(event["start"], event["frames"], None)
         self.check_attended(event, step)
-        self.layer.bind(step)
+        self.layer.bind(step, clean=False)
         for name, top_k in (("out_sma", SMA_TOP_K), ("out_dense", None)):
             expected = self.recorded(event, name)
             if expected is not None:

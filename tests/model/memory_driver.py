@@ -1,70 +1,100 @@
-"""Drives a `FrameMemory` without a model: every frame's keys carry its number and the pass that wrote it."""
+"""A model without weights for `ChunkDriver`: every frame's keys carry its number and the pass that wrote it."""
 
 from __future__ import annotations
 
 import torch
 
-from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import Prompt
+from memflow.memory import MemoryConfig, Prompt
+from memflow.stream.chunks import ChunkDriver
 
 TOKENS, HEADS, DIM = 2, 2, 4
 
 
-class MemoryDriver:
-    """A one-layer stream. `frame_keys` maps a frame number to the key vector that its tokens get, [DIM]."""
+class NumberedModel:
+    """A `VideoModel` whose latents are frame numbers. `frame_keys` maps a number to its tokens' key vector, [DIM]."""
 
-    def __init__(self, config: MemoryConfig, batch: int = 1, layers: int = 1, frame_keys=None):
-        self.config = config
-        self.batch = batch
-        self.memory = config.create(
-            layers=layers,
-            batch=batch,
-            heads=HEADS,
-            head_dim=DIM,
-            grid=(1, TOKENS),
-            dtype=torch.float32,
-            device="cpu",
-        )
-        self.layers = layers
-        self.frame_keys = frame_keys or (lambda frame: torch.full((DIM,), float(frame)))
-        self.position = 0
-        self.prompt = prompt_of(torch.ones(DIM), layers, batch)
+    heads, head_dim, channels, text_dim = HEADS, DIM, 1, 1
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, layers: int, frame_keys):
+        self.layers, self.frame_keys = layers, frame_keys
+        self.prompt: Prompt | None = None
         self.seen: list[list[int]] = []
 
-    def chunk(self, new_prompt: Prompt | None = None) -> list[int]:
-        """Make one chunk as `Stream` does; returns the frames that its passes attended to. `seen` has every pass."""
-        memory, start = self.memory, self.position * self.config.frames_per_chunk
-        if new_prompt is not None:
-            self.prompt = new_prompt
-            memory.switch_prompt(start, self.prompt)
-            first, count = memory.recache_span(start)
-            if count:
-                self.seen.append(self.contents(self._write(first, count)))
-        memory.update(start, self.prompt)
-        step = self._write(start, self.config.frames_per_chunk)
-        self.seen.append(self.contents(step))
-        memory.end_chunk(start)
-        self.position += 1
-        return self.seen[-1]
+    def number(self, frame: int) -> int:
+        """What a pass writes for a frame."""
+        return frame
 
-    def contents(self, step) -> list[int]:
-        """Numbers of the frames in the slots that a pass attends to, as their values say (row 0, layer 0)."""
-        values = self.memory.pool.value[0, 0].unflatten(0, (-1, TOKENS))[step.first_slot : step.end_slot, 0, 0, 0]
-        return [int(v) for v in values]
+    def grid(self, rows, columns):
+        return rows, columns
+
+    def encode_prompt(self, embeds, mask):
+        return self.prompt
+
+    def denoise(self, latents, timestep, step):
+        return latents
+
+    def write_clean(self, latents, step):
+        pool = step.pools
+        for frame, slot in zip(latents[0, 0, :, 0, 0].int().tolist(), step.slots.tolist(), strict=True):
+            for layer in range(self.layers) if slot >= 0 else ():
+                number = self.number(frame)
+                key = self.frame_keys(number)
+                pool[layer].key[:, slot * TOKENS : (slot + 1) * TOKENS] = key
+                pool[layer].value[:, slot * TOKENS : (slot + 1) * TOKENS] = float(number)
+                pool[layer].frame_mean[:, slot] = key
+        self.seen.append(contents(step))
+
+
+class MemoryDriver:
+    """A stream of numbers."""
+
+    def __init__(self, config: MemoryConfig, batch: int = 1, layers: int = 1, frame_keys=None):
+        self.config, self.batch = config, batch
+        self.model = NumberedModel(layers, frame_keys or (lambda frame: torch.full((DIM,), float(frame))))
+        self.driver = ChunkDriver(self.model, config)
+        self.driver.open(batch, 1, TOKENS)
+        self.memory = self.driver.memory
+        self.prompt = prompt_of(torch.ones(DIM), layers, batch)
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt in force."""
+        return self.model.prompt
+
+    @prompt.setter
+    def prompt(self, prompt: Prompt) -> None:
+        """That of the first chunk."""
+        self.model.prompt = self._first = prompt
+
+    @property
+    def position(self) -> int:
+        return self.driver.position
+
+    @property
+    def seen(self) -> list[list[int]]:
+        """The frames that each pass attended to: those that encode the window again, and one per chunk."""
+        return self.model.seen
+
+    def chunk(self, new_prompt: Prompt | None = None) -> list[int]:
+        """Make one chunk; returns the frames that its passes attended to."""
+        new_prompt, self._first = new_prompt or self._first, None
+        if new_prompt is not None:
+            self.model.prompt = new_prompt
+            self.driver.prompt(torch.ones(self.batch, 1, 1))
+        numbers = self.driver.start_frame + torch.arange(float(self.config.frames_per_chunk))
+        self.driver.keep(numbers.view(1, 1, -1, 1, 1).expand(self.batch, 1, -1, 1, TOKENS))
+        self.driver.settle()
+        return self.seen[-1]
 
     def bank(self, layer: int = 0, row: int = 0) -> list[int]:
         return self.memory.held[layer, row].tolist()
 
-    def _write(self, start: int, frames: int):
-        step = self.memory.pass_over(start, frames, self.prompt)
-        for offset, slot in enumerate(step.slots.tolist()):
-            if slot >= 0:
-                span = slice(slot * TOKENS, (slot + 1) * TOKENS)
-                key = self.frame_keys(start + offset)
-                self.memory.pool.key[:, :, span] = key
-                self.memory.pool.value[:, :, span] = float(start + offset)
-                self.memory.pool.frame_mean[:, :, slot] = key
-        return step
+
+def contents(step) -> list[int]:
+    """Numbers of the frames in the slots that a pass attends to, as their values say (row 0, layer 0)."""
+    values = step.pools[0].value[0].unflatten(0, (-1, TOKENS))[step.first_slot : step.end_slot, 0, 0, 0]
+    return [int(v) for v in values]
 
 
 def prompt_of(key: torch.Tensor, layers: int = 1, batch: int = 1) -> Prompt:

@@ -8,8 +8,7 @@ import math
 
 import torch
 
-from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import Pass
+from memflow.memory import MemoryConfig, Pass
 
 
 @functools.cache
@@ -98,7 +97,7 @@ class SlowAttention:
     def __init__(self, layer: int):
         self.layer = layer
 
-    def bind(self, step):
+    def bind(self, step, clean):
         self.clean = bool(step.unplaced)
 
     def release(self):

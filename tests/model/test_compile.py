@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow.stream.pipeline import MemFlowPipeline
 
 STORY = ["a red boat", "an owl", "a lighthouse", "the sea"]

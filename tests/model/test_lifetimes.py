@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memflow.integrations import StreamingAttention
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow.models.wan.prompt_cache import PromptBook
 from memflow.stream.noise import to_device
 from memflow.stream.pipeline import MemFlowPipeline
@@ -35,7 +35,7 @@ def test_latents_that_a_loop_of_ones_own_keeps_stay_its_own(toy):
 def test_a_model_holds_no_stream_between_its_calls(toy, positions):
     stream = toy.stream(STORY, memory=MemoryConfig(top_k=2, positions=positions), **SMALL)
     list(stream)
-    stream.settle()
+    stream.driver.settle()
     held = {
         (type(processor).__name__, name)
         for processor in toy.transformer.rope.processors
@@ -47,9 +47,9 @@ def test_a_model_holds_no_stream_between_its_calls(toy, positions):
 
 def test_all_noise_of_a_chunk_is_under_way_before_its_first_step(toy, monkeypatch):
     stream, events = toy.stream(STORY, **SMALL), []
-    randn, denoise = torch.randn, stream.denoise
+    randn, denoise = torch.randn, stream.driver.denoise
     monkeypatch.setattr(torch, "randn", lambda *args, **kw: events.append("noise") or randn(*args, **kw))
-    stream.denoise = lambda *args: events.append("step") or denoise(*args)
+    stream.driver.denoise = lambda *args: events.append("step") or denoise(*args)
     next(stream)
     steps = len(toy.schedule)
     assert events == ["noise"] * steps + ["step"] * steps

@@ -6,7 +6,7 @@ import pytest
 import torch
 from memory_driver import DIM, MemoryDriver, prompt_of
 
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow.memory.policies import POLICIES
 
 CONFIGS = {
@@ -49,7 +49,7 @@ def test_copies_never_fill_the_bank(policy):
         driver.chunk()
         held = [frame for frame in driver.bank() if frame >= 0]
         assert len(set(held)) == len(held)
-    published = MemoryDriver(MemoryConfig.reference(), frame_keys=keys)
+    published = MemoryDriver(MemoryConfig.published(), frame_keys=keys)
     copies = 0
     for _ in range(16):
         published.chunk()
@@ -85,7 +85,7 @@ def test_switch_never_rewrites_or_empties_the_sink(switch_at):
         driver.chunk()
     sink = slice(config.bank_frames * 2, (config.bank_frames + config.sink_frames) * 2)
     before = driver.memory.pool.key[:, :, sink].clone()
-    driver.frame_keys = lambda frame: torch.full((DIM,), -1.0)
+    driver.model.frame_keys = lambda frame: torch.full((DIM,), -1.0)
     driver.chunk(prompt_of(torch.ones(DIM)))
     assert torch.equal(driver.memory.pool.key[:, :, sink], before)
 
@@ -95,7 +95,7 @@ def test_switch_reencodes_the_window_and_the_prototype_that_leaves_keeps_its_own
     driver = MemoryDriver(config)
     for _ in range(6):
         driver.chunk()
-    driver.frame_keys = lambda frame: torch.full((DIM,), 100.0 + frame)
+    driver.model.frame_keys = lambda frame: torch.full((DIM,), 100.0 + frame)
     driver.chunk(prompt_of(torch.ones(DIM)))
     keys = driver.memory.pool.key[0, 0, ::2, 0, 0]
     window, bank = keys[config.bank_frames + config.sink_frames :], keys[: config.bank_frames]
@@ -205,7 +205,7 @@ def test_config_refuses(fields, complaint):
 )
 def test_reference_refuses(arguments, complaint):
     with pytest.raises(ValueError, match=complaint):
-        MemoryConfig.reference(**arguments)
+        MemoryConfig.published(**arguments)
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "softmax"])

@@ -9,8 +9,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 
-from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import Prompt
+from memflow.memory import MemoryConfig, Prompt, make_memory
 from memflow.models.wan.attention import MemorySelfAttention
 from memflow_kernels.testing import Traffic
 
@@ -40,8 +39,8 @@ def copies(traffic: Traffic) -> dict[str, float]:
 def layer_after(chunks: int, config: MemoryConfig):
     torch.manual_seed(0)
     attn = WanAttention(HEADS * DIM, HEADS, DIM, 1e-6)
-    memory = config.create(
-        layers=1, batch=BATCH, heads=HEADS, head_dim=DIM, grid=GRID, dtype=torch.float32, device="cpu"
+    memory = make_memory(
+        config, layers=1, batch=BATCH, heads=HEADS, head_dim=DIM, grid=GRID, dtype=torch.float32, device="cpu"
     )
     key = torch.randn(1, BATCH, 6, HEADS, DIM)
     prompt = Prompt(key, key, torch.ones(BATCH, 6, dtype=torch.bool))

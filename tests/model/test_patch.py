@@ -10,7 +10,7 @@ from causal_wan import CHUNK, DIM, HEADS, TOKENS, DeferringModel, Generator, Sto
 from torch import nn
 
 from memflow.integrations import contents, patch, unpatch
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow_kernels.testing import Traffic
 
 SWITCHES = (4, 7)
@@ -24,7 +24,7 @@ def built(kind, **sizes) -> nn.Module:
 def patched(model: nn.Module, **memory) -> nn.Module:
     deferring = isinstance(model, DeferringModel)
     returns = (lambda call: (call.output, None)) if deferring else None
-    names = patch(model, memory=MemoryConfig.reference(record_interval=1, **memory), returns=returns)
+    names = patch(model, memory=MemoryConfig.published(record_interval=1, **memory), returns=returns)
     assert names == ["blocks.0.self_attn", "blocks.1.self_attn"]
     return model
 
@@ -203,7 +203,7 @@ def test_contents_are_refused_while_they_are_overwritten():
 
 def test_patch_names_what_it_cannot_serve():
     model = built(StoringModel)
-    with pytest.raises(ValueError, match=r"memory: .* MemoryConfig.reference\(...\), got MemoryConfig\("):
+    with pytest.raises(ValueError, match=r"memory: .* MemoryConfig.published\(...\), got MemoryConfig\("):
         patch(model, memory=MemoryConfig())
     with pytest.raises(ValueError, match="Linear has no self-attention of the causal Wan kind"):
         patch(nn.Linear(1, 1))

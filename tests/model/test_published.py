@@ -1,4 +1,4 @@
-"""`MemoryConfig.reference()` against a second, independent telling of the published rules: lists instead of slots."""
+"""`MemoryConfig.published()` against a second, independent telling of the published rules: lists instead of slots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_driver import DIM, MemoryDriver, prompt_of
 
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 
 ZERO = 0.0  # what an emptied slot holds; frames are numbered from 1 here
 
@@ -61,23 +61,6 @@ class FrameLists:
         self.text_known = True
 
 
-class LabelledDriver(MemoryDriver):
-    """Writes labels like those of `FrameLists`."""
-
-    version = 0
-
-    def _write(self, start, frames):
-        step = super()._write(start, frames)
-        labels = 1 + torch.arange(start, start + frames) + 1000 * self.version
-        pool = self.memory.pool
-        for label, slot in zip(labels.tolist(), step.slots.tolist(), strict=True):
-            if slot >= 0:
-                pool.value[:, :, 2 * slot : 2 * slot + 2] = float(label)
-                pool.key[:, :, 2 * slot : 2 * slot + 2] = keys(label)
-                pool.frame_mean[:, :, slot] = keys(label)
-        return step
-
-
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     mode=st.sampled_from(["interactive", "single"]),
@@ -89,7 +72,7 @@ class LabelledDriver(MemoryDriver):
     switches=st.sets(st.integers(0, 17), max_size=4),
 )
 def test_published_memory_is_the_frame_lists(mode, sink, window, bank, interval, global_sink, switches):
-    config = MemoryConfig.reference(
+    config = MemoryConfig.published(
         mode,
         local_frames=sink + window,
         sink_frames=sink,
@@ -97,17 +80,19 @@ def test_published_memory_is_the_frame_lists(mode, sink, window, bank, interval,
         record_interval=interval,
         global_sink=global_sink,
     )
-    driver, lists, text = LabelledDriver(config), FrameLists(config), keys(999_999)
+    driver, lists, text = MemoryDriver(config, frame_keys=keys), FrameLists(config), keys(999_999)
+    version = 0
+    driver.model.number = lambda frame: 1 + frame + 1000 * version  # labels like those of `FrameLists`
     driver.prompt = prompt_of(text)
     for chunk in range(18):
         start, prompt = 3 * chunk, None
         if chunk in switches:
             text = keys(999_999 - chunk)
             prompt = prompt_of(text)
-            driver.version = 2 * chunk
-            lists.switch(start, text, driver.version)
+            version = 2 * chunk
+            lists.switch(start, text, version)
         lists.maintain(text)
         # One version for all writes of a chunk: the driver writes window and chunk in one go.
-        expected = lists.call(start, 3, driver.version, store=True)
+        expected = lists.call(start, 3, version, store=True)
         assert sorted(driver.chunk(prompt)) == sorted(expected), f"chunk {chunk}"
-        lists.record(start, driver.version)
+        lists.record(start, version)

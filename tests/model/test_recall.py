@@ -10,7 +10,7 @@ import torch
 from memory_driver import DIM, TOKENS, MemoryDriver, prompt_of
 from slow_memory import turned
 
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow.memory.policies import POLICIES, DiversePolicy, Held, OriginalPolicy
 
 CHUNK_SECONDS = 0.75
@@ -159,7 +159,7 @@ def test_policies_see_means_at_place_zero_with_absolute_positions_too(toy):
     for _ in stream:
         pass
     memory, tokens = stream.memory, stream.memory.pool.tokens_per_frame
-    means = memory._held(stream.prompt).frame_mean()
+    means = memory._held(stream.driver._prompt).frame_mean()
     for slot, frame in enumerate(memory.held[1, 0].tolist()):
         key = memory.pool.key[1, :, slot * tokens : (slot + 1) * tokens]
         flat = turned(key.double(), -frame, memory.grid, rows_and_columns=False).mean(1)
@@ -280,9 +280,12 @@ def test_resume_is_bit_identical_with_any_store(toy, config, tmp_path):
         ({"policy": "archive", "aggregate": "softmax"}, "aggregate must be 'mean' with policy='archive'"),
         ({"layers": "all"}, "layers must be one of each, mean, got 'all'"),
         ({"positions": "rope"}, "positions must be one of absolute, relative, got 'rope'"),
-        ({"published": "single", "positions": "relative"}, "positions must be one of absolute"),
-        ({"published": "single", "layers": "mean"}, "layers must be one of each"),
-        ({"published": "single", "held_frames": 9}, "held_frames must be None with published='single', got 9"),
+        ({"published_mode": "single", "positions": "relative"}, "positions must be one of absolute"),
+        ({"published_mode": "single", "layers": "mean"}, "layers must be one of each"),
+        (
+            {"published_mode": "single", "held_frames": 9},
+            "None with published_mode='single', got 9",
+        ),
     ],
 )
 def test_config_refuses_what_has_no_meaning(fields, complaint):

@@ -61,7 +61,7 @@ def told(name: str) -> str:
     preset, changes, seeds = CASES[name]
     pipeline = MemFlowPipeline.from_preset(preset)
     trained = pipeline.memory_config
-    memory = type(trained).reference(top_k=2) if changes == "published" else replace(trained, **changes)
+    memory = type(trained).published(top_k=2) if changes == "published" else replace(trained, **changes)
     prompts = [[text] * len(seeds) for text in STORY]
     stream = pipeline.stream(prompts, seconds_per_prompt=1.5, seed=seeds, memory=memory)
     return digest(part for chunk in stream for part in (chunk.latents, chunk.frames))

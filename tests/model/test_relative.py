@@ -6,8 +6,9 @@ import pytest
 import torch
 from slow_memory import SlowAttention, SlowMemory
 
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow.memory.places import Places, place_keys
+from memflow.models.wan.attention import MemorySelfAttention
 from memflow_kernels import frame_means, qk_norm_rope
 
 STORY = ["a red boat leaves the harbour", "an owl looks down from the lighthouse"]
@@ -72,10 +73,10 @@ def test_a_story_is_the_one_recomputed_from_scratch(toy, config, monkeypatch):
         other = torch.cat([chunk.latents for chunk in absolute], 2)
         assert (other - latents).abs().max() > 0.01, "positions make no difference here, so that nothing is shown"
     slow = toy.stream(STORY, **settings)
-    slow.memory = SlowMemory(config, len(toy.transformer.blocks), slow.memory.grid, slow.memory.pool)
+    slow.driver.memory = SlowMemory(config, len(toy.transformer.blocks), slow.memory.grid, slow.memory.pool)
     monkeypatch.setattr(SlowAttention, "memory", slow.memory, raising=False)
     context = toy.transformer.rope
-    processors = [SlowAttention(p.layer) if hasattr(p, "attend") else p for p in context.processors]
+    processors = [SlowAttention(p.layer) if isinstance(p, MemorySelfAttention) else p for p in context.processors]
     monkeypatch.setattr(context, "processors", processors)
     for block, processor in zip(toy.transformer.blocks, processors[::2], strict=True):
         monkeypatch.setattr(block.attn1, "processor", processor)
@@ -94,9 +95,9 @@ def test_outputs_do_not_change_when_all_frame_numbers_shift(toy):
     for _ in range(6):
         assert torch.equal(next(near).latents, next(far).latents)
     for stream in (near, far):
-        stream.settle()
+        stream.driver.settle()
     shift = 333_333 * near.config.window_frames  # whole turns of the ring
-    far.position += shift // 3
+    far.driver.position += shift // 3
     far.memory.held[far.memory.held >= 0] += shift
     for a, b in zip(near, far, strict=True):
         assert b.start_frame == a.start_frame + shift

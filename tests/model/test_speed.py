@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from memflow import MemFlowError, MemFlowPipeline, MemoryConfig
 from memflow.models.wan import float8, graphs
 from memflow.models.wan.float8 import float8_linears, to_float8
-from memflow.models.wan.passes import denoise, fix
 
 
 def on_a_gpu(test):
@@ -43,10 +42,10 @@ def flops(run) -> int:
 def test_the_clean_pass_leaves_out_what_nobody_reads(toy):
     stream = toy.stream(["a red boat"], **SMALL)
     next(stream)
-    latents, step = stream._unfixed
-    transformer, config = toy.transformer, toy.transformer.config
-    whole = flops(lambda: denoise(transformer, latents, 0.0, step))
-    clean = flops(lambda: fix(transformer, latents, step))
+    latents, step = stream.driver._unwritten
+    model, config = stream.driver.model, toy.transformer.config
+    whole = flops(lambda: model.denoise(latents, 0.0, step))
+    clean = flops(lambda: model.write_clean(latents, step))
     tokens, dim = 3 * 8 * 8 // 4, config.num_attention_heads * config.attention_head_dim
     head = dim * config.out_channels * 4
     rest_of_last_block = 3 * dim * dim + 2 * dim * config.ffn_dim  # attn1.to_out, attn2.to_q, attn2.to_out, ffn
@@ -57,11 +56,11 @@ def test_the_clean_pass_leaves_out_what_nobody_reads(toy):
 def test_the_clean_pass_writes_what_a_whole_pass_writes(toy):
     stream = toy.stream(["a red boat"], **SMALL)
     next(stream)
-    latents, step = stream._unfixed
-    pool = stream.memory.pool
-    fix(toy.transformer, latents, step)
+    latents, step = stream.driver._unwritten
+    pool, model = stream.memory.pool, stream.driver.model
+    model.write_clean(latents, step)
     short = {name: buffer.clone() for name, buffer in pool.state_dict().items()}
-    denoise(toy.transformer, latents, 0.0, step)
+    model.denoise(latents, 0.0, step)
     for name, buffer in pool.state_dict().items():
         torch.testing.assert_close(short[name], buffer, rtol=0, atol=1e-6)
 

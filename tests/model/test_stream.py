@@ -10,7 +10,7 @@ import torch
 
 from memflow.decoders.taehv import TinyVideoDecoder
 from memflow.errors import MemFlowError
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow.models.wan.attention import uninstall
 from memflow.stream.pipeline import MemFlowPipeline
 
@@ -20,8 +20,8 @@ MEMORIES = {
     "softmax": MemoryConfig(aggregate="softmax", window_frames=6, bank_frames=2),
     "fifo": MemoryConfig(policy="fifo", top_k=2),
     "none": MemoryConfig(policy="none"),
-    "published": MemoryConfig.reference(record_interval=1),
-    "published, no global sink": MemoryConfig.reference("single", top_k=3, global_sink=False),
+    "published": MemoryConfig.published(record_interval=1),
+    "published, no global sink": MemoryConfig.published("single", top_k=3, global_sink=False),
 }
 CHUNK_SECONDS = 0.75
 
@@ -152,7 +152,7 @@ def test_far_beyond_1024_latent_frames(toy):
 
 def test_snapshot(toy):
     stream = toy.stream(STORY, seconds_per_prompt=4 * CHUNK_SECONDS)
-    with pytest.raises(MemFlowError, match="no chunk has been made"):
+    with pytest.raises(MemFlowError, match="no chunk has been kept"):
         stream.snapshot()
     for _ in stream:
         pass
@@ -237,7 +237,7 @@ def test_resume_refuses(toy, tmp_path):
         other.resume(tmp_path / "state.safetensors")
     tuned = type(toy).from_preset("noise")
     tuned.transformer.blocks[0].attn1.to_q.weight.data += 1
-    with pytest.raises(MemFlowError, match=r"saved with another model.*weights"):
+    with pytest.raises(MemFlowError, match=r"saved with another model.*transformer"):
         tuned.resume(tmp_path / "state.safetensors")
 
 
@@ -268,7 +268,7 @@ def test_autocast_does_not_reach_the_memory(toy):
 def test_a_transformer_that_is_busy_says_so(toy):
     stream = toy.stream(STORY, seconds_per_prompt=CHUNK_SECONDS)
     next(stream)
-    step = stream.memory.pass_over(3, 3, stream.prompt)
+    step = stream.memory.pass_over(3, 3, stream.driver._prompt)
     with toy.transformer.rope.during(step), pytest.raises(MemFlowError, match="can only take turns"):
         next(toy.stream(STORY, seconds_per_prompt=CHUNK_SECONDS))
 

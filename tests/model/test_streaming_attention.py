@@ -12,7 +12,7 @@ STORY = ["a red boat", "an owl"]
 MEMORY = MemoryConfig(top_k=2, bank_frames=2)
 
 
-@pytest.mark.parametrize("memory", [MEMORY, MemoryConfig.reference(record_interval=1)], ids=["own", "published"])
+@pytest.mark.parametrize("memory", [MEMORY, MemoryConfig.published(record_interval=1)], ids=["own", "published"])
 def test_a_loop_of_ones_own_makes_what_the_pipeline_makes(toy, memory):
     stream = toy.stream(STORY, seconds_per_prompt=4 * 0.75, height=32, width=32, memory=memory)
     expected = torch.cat([chunk.latents for chunk in stream], dim=2)
@@ -22,7 +22,7 @@ def test_a_loop_of_ones_own_makes_what_the_pipeline_makes(toy, memory):
     streaming, made = StreamingAttention(toy.transformer, memory), []
     for number in range(8):
         if number % 4 == 0:
-            embeds, mask = helper.encode((STORY[number // 4],))
+            embeds, mask = toy.encode((STORY[number // 4],))
             streaming.prompt(embeds, mask)
         latents = helper.noise(shape)
         for index, timestep in enumerate(schedule.timesteps):
@@ -41,7 +41,7 @@ def test_the_mask_is_where_the_embeds_are_not_zero(toy):
     embeds = torch.randn(1, 5, toy.transformer.config.text_dim)
     embeds[:, 3:] = 0
     streaming.prompt(embeds)
-    assert streaming.text.mask.tolist() == [[True, True, True, False, False]]
+    assert streaming._next[1].mask.tolist() == [[True, True, True, False, False]]
 
 
 def test_remove_gives_the_transformer_its_attention_back():
@@ -64,14 +64,16 @@ def test_what_is_wrong_is_named(toy):
     with pytest.raises(MemFlowError, match=r"mask must be \[B, T\] = \[1, 4\], got \[1, 5\]"):
         streaming.prompt(torch.zeros(1, 4, dim), torch.ones(1, 5))
     streaming.prompt(torch.zeros(1, 4, dim))
-    for shape in ((1, 192, 2, 8, 8), (2, 192, 3, 8, 8), (1, 16, 3, 8, 8), (1, 192, 3, 7, 8), (192, 3, 8, 8)):
-        with pytest.raises(MemFlowError, match=r"latents must be \[1, 192, 3, h, w\], h and w multiples of 2 and 2"):
+    for shape in ((1, 192, 2, 8, 8), (2, 192, 3, 8, 8), (1, 16, 3, 8, 8), (192, 3, 8, 8)):
+        with pytest.raises(MemFlowError, match=r"latents must be \[1, 192, 3, h, w\], got"):
             streaming.denoise(torch.zeros(shape), 1000)
+    with pytest.raises(MemFlowError, match="h and w must be multiples of 2 and 2, got 7 and 8"):
+        streaming.denoise(torch.zeros(1, 192, 3, 7, 8), 1000)
     with pytest.raises(MemFlowError, match="no chunk has been kept"):
         streaming.snapshot()
     streaming.denoise(latents, 1000)
     with pytest.raises(MemFlowError, match="chunk 0 is under way"):
         streaming.prompt(torch.zeros(1, 4, dim))
     streaming.keep(latents)
-    with pytest.raises(MemFlowError, match=r"a stream keeps its size; it began with \(4, 4\) tokens, not \(4, 8\)"):
+    with pytest.raises(MemFlowError, match=r"it began with \(1, 8, 8\) \(B, h, w\), not \(1, 8, 16\)"):
         streaming.keep(torch.zeros(1, 192, 3, 8, 16))

@@ -32,7 +32,7 @@ def test_trials_depend_on_the_seed_alone():
 
 
 def test_settings_are_memories_and_have_names():
-    from memflow.memory.config import MemoryConfig
+    from memflow.memory import MemoryConfig
 
     trained = MemoryConfig(**model.MEMORY)
     assert {setting.config(trained).policy for setting in SETTINGS} == {

@@ -12,11 +12,11 @@ from examples.storybook.train_codec import codec_run, encode_frames
 from examples.storybook.train_model import Batch, Trainer
 from memflow import MemFlowError, MemFlowPipeline
 from memflow.decoders.storybook import StorybookCodec
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 from memflow.memory.places import Places
-from memflow.models.wan.attention import head_sizes
-from memflow.models.wan.passes import denoise, encode_prompt, fix
+from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.text import encode_prompts
+from memflow.stream.chunks import ChunkDriver
 
 CHUNKS, BANK = 8, 6
 
@@ -32,21 +32,16 @@ def test_a_chunk_sees_in_training_what_it_sees_in_a_stream():
 
     parts = model.build(1)
     config = MemoryConfig(**model.MEMORY | {"policy": "fifo", "held_frames": None})
-    memory = config.create(
-        **head_sizes(parts["transformer"]), batch=1, grid=model.GRID, dtype=torch.float32, device=torch.device("cpu")
-    )
+    driver = ChunkDriver(WanModel(parts["transformer"]), config)
     texts = story.prompts()
     with torch.no_grad():
         for chunk, scene in enumerate(story.scene_of_chunks()):
             embeds, mask = encode_prompts(parts["tokenizer"], parts["text_encoder"], [texts[scene]], model.TEXT_LENGTH)
-            prompt = encode_prompt(parts["transformer"], embeds, mask)
+            driver.prompt(embeds, mask)
             start = chunk * CHUNK
-            memory.update(start, prompt)
-            step = memory.pass_over(start, CHUNK, prompt)
             if start == last:
-                expected = denoise(parts["transformer"], noisy, 700.0, step)
-            fix(parts["transformer"], latents[:, :, start : start + CHUNK], step)
-            memory.end_chunk(start)
+                expected = driver.denoise(noisy, 700.0)
+            driver.keep(latents[:, :, start : start + CHUNK])
 
     trainer = Trainer(model.build(1), seed=0, steps=1)
     places = Places(3, BANK, 9)

@@ -2,19 +2,29 @@
 
 `install(transformer)` replaces the attention processors and the `rope` module. The processors own nothing: pools,
 prompt and position belong to a call, a `Pass` that they are bound to; so streams can share a model.
+
+A call's numbers (where it stands, which slots it sees) come through `rope`: the transformer hands what that module
+returns to every self-attention as it is, in place of the angles that `qk_norm_rope_write` computes from where the call
+stands. Numbers that the processors held themselves would be constants to torch.compile: a new graph for every chunk.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 
+import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from memflow.errors import MemFlowError
-from memflow.memory.frames import Pass
+from memflow.memory import Pass
+from memflow.memory.attention import attend
 from memflow.memory.places import Unplaced
 from memflow_kernels import Pool, memory_attention, qk_norm_rope, qk_norm_rope_write
+
+
+class CleanPassDone(Exception):
+    """The last layer's keys and values are written: a clean pass has done all that it is for."""
 
 
 class MemorySelfAttention:
@@ -24,14 +34,16 @@ class MemorySelfAttention:
         self.layer = layer
         self.pool: Pool | None = None
         self.unplaced: Unplaced | None = None
+        self.ends = False  # this is the last layer of a clean pass
 
-    def bind(self, step: Pass) -> None:
+    def bind(self, step: Pass, clean: bool) -> None:
         """The next calls belong to `step`.
 
         A layer's tensors are picked here and not in the call, so that compiled blocks share one graph.
         """
         self.pool = step.pools[self.layer]
         self.unplaced = step.unplaced[self.layer] if step.unplaced else None
+        self.ends = clean and self.layer == len(step.pools) - 1
 
     def release(self) -> None:
         """Hold nothing of a stream's any more: these are views, and any of them keeps the whole pool in memory."""
@@ -39,7 +51,9 @@ class MemorySelfAttention:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Pass = None):
         query, query_mean = self.write(attn, hidden_states, rotary_emb)
-        hidden_states = self.attend(query, query_mean, rotary_emb)
+        if not torch.compiler.is_compiling() and self.ends:
+            raise CleanPassDone
+        hidden_states = attend(query, query_mean, self.pool, rotary_emb)
         return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2)))
 
     def write(self, attn, hidden_states: Tensor, step: Pass) -> tuple[Tensor, Tensor | None]:
@@ -69,21 +83,6 @@ class MemorySelfAttention:
         )
         return written if step.chooses else (written, None)
 
-    def attend(self, query: Tensor, query_mean: Tensor | None, step: Pass) -> Tensor:
-        """[B, L, H, D]: attention over the slots of the pool that this call sees."""
-        pool, tokens = self.pool, step.grid[0] * step.grid[1]
-        count = step.end_slot - step.first_slot
-        return memory_attention(
-            query,
-            pool.key.narrow(1, step.first_slot * tokens, count * tokens),
-            pool.value.narrow(1, step.first_slot * tokens, count * tokens),
-            tokens_per_frame=tokens,
-            candidate_frames=step.candidates,
-            top_k=step.top_k if step.candidates else None,
-            frame_mean=pool.frame_mean.narrow(1, step.first_slot, step.candidates),
-            query_mean=query_mean,
-        )
-
 
 def _at_place_zero(attn, key: Tensor, step: Pass) -> Tensor:
     """key [B, n*N, H, D], normed and turned by row and column only: [B, n, N, H, D]."""
@@ -101,7 +100,7 @@ class PromptCrossAttention:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
-    def bind(self, step: Pass) -> None:
+    def bind(self, step: Pass, clean: bool) -> None:
         """The next calls belong to `step`."""
         self.key, self.value = step.prompt.key[self.layer], step.prompt.value[self.layer]
 
@@ -132,13 +131,13 @@ class StreamContext(nn.Module):
         return self.step
 
     @contextmanager
-    def during(self, step: Pass):
-        """The calls of the transformer in this block belong to `step`."""
+    def during(self, step: Pass, *, clean: bool = False):
+        """The calls of the transformer in this block belong to `step`; clean: nobody reads what they return."""
         if self.step is not None:
             raise MemFlowError("this transformer is in a call already: streams that share it can only take turns")
         try:
             for processor in self.processors:
-                processor.bind(step)
+                processor.bind(step, clean)
             self.step = step._replace(pools=(), prompt=None, unplaced=())
             yield
         finally:
@@ -189,13 +188,3 @@ def _is_group_offloaded(transformer: WanTransformer3DModel) -> bool:
     # Read from the modules' dictionaries: nn.Module is slow to say that an attribute is missing.
     registries = (vars(module).get("_diffusers_hook") for module in transformer.modules())
     return any(registry is not None and registry.get_hook("group_offloading") is not None for registry in registries)
-
-
-def head_sizes(transformer: WanTransformer3DModel) -> dict[str, int]:
-    """layers, heads, head_dim, as `MemoryConfig.create` takes them."""
-    config = transformer.config
-    return {
-        "layers": config.num_layers,
-        "heads": config.num_attention_heads,
-        "head_dim": config.attention_head_dim,
-    }

@@ -22,12 +22,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from memflow.decoders.codec import WanDecoder, spatial_factor
 from memflow.errors import MemFlowError
-from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import Prompt
-from memflow.models.wan.attention import head_sizes, install
+from memflow.memory import MemoryConfig, Prompt, make_memory
+from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.checkpoints import kept_dtype
 from memflow.models.wan.float8 import float8_linears
-from memflow.models.wan.passes import denoise, fix
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int =
     latents = (batch, transformer.config.in_channels, model.height // factor, model.width // factor)
     grid = latents[2] // patch[1], latents[3] // patch[2]
     shape = {"batch": batch, "grid": grid, "dtype": dtype}
-    memory = model.memory.create(**head_sizes(transformer), **shape, device=torch.device("meta"))
+    memory = make_memory(model.memory, **_heads(transformer), **shape, device=torch.device("meta"))
     pool = sum(tensor.nbytes for tensor in memory.pool.state_dict().values())
     with FakeTensorMode(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -95,16 +93,17 @@ def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int =
         with init_empty_weights():
             shallow = WanTransformer3DModel.from_config({**model.transformer, "num_layers": 2})
         fake, fake_vae = _fake(shallow, _weights(shallow, dtype)), _fake(vae, weights["vae"])
-        install(fake)
-        sizes = head_sizes(fake)
-        memory = model.memory.create(**sizes, **shape, device=torch.device("cpu"))
+        fake = WanModel(fake)
+        sizes = _heads(fake.transformer)
+        memory = make_memory(model.memory, **sizes, **shape, device=torch.device("cpu"))
         key = torch.empty(sizes["layers"], batch, model.text_length, sizes["heads"], sizes["head_dim"], dtype=dtype)
         prompt = Prompt(key, torch.empty_like(key), torch.ones(batch, model.text_length, dtype=torch.bool))
         memory.bank_used = memory.recorded = model.memory.bank_frames
         start = 10 * (model.memory.sink_frames + model.memory.window_frames) * model.memory.frames_per_chunk
-        denoising = _pass(fake, memory, prompt, latents, start, model.memory.frames_per_chunk, dtype, denoise)
+        denoise = lambda noisy, step: fake.denoise(noisy, 1000.0, step)  # noqa: E731
+        denoising = _pass(memory, prompt, latents, start, model.memory.frames_per_chunk, dtype, denoise)
         _, span = memory.recache_span(start)
-        recache = _pass(fake, memory, prompt, latents, start - span, span, dtype, fix) if span else 0
+        recache = _pass(memory, prompt, latents, start - span, span, dtype, fake.write_clean) if span else 0
         decoder = WanDecoder(fake_vae)
         latent = torch.empty(*latents[:2], 1, *latents[2:], dtype=dtype)
         for _ in range(2):  # until the cache is as large as it gets
@@ -126,14 +125,19 @@ def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int =
     )
 
 
-def _pass(transformer, memory, prompt, latents, start: int, frames: int, dtype, run) -> int:
+def _pass(memory, prompt, latents, start: int, frames: int, dtype, run) -> int:
     """Bytes that a call over `frames` frames takes beside weights, pool and prompt."""
     step = memory.pass_over(start, frames, prompt)
     with _Peak() as peak:
         batch, channels, rows, columns = latents
         noisy = torch.empty(batch, channels, frames, rows, columns, dtype=dtype)
-        run(*((transformer, noisy, 1000.0, step) if run is denoise else (transformer, noisy, step)))
+        run(noisy, step)
     return peak.peak
+
+
+def _heads(transformer: WanTransformer3DModel) -> dict[str, int]:
+    config = transformer.config
+    return {"layers": config.num_layers, "heads": config.num_attention_heads, "head_dim": config.attention_head_dim}
 
 
 def _weights(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -16,8 +16,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from memflow.errors import MemFlowError
-from memflow.memory.frames import Pass, Prompt
-from memflow.models.wan.passes import denoise
+from memflow.memory import Pass, Prompt
 
 EAGER_CALLS = 8  # of a size, before it is captured: most sizes of a memory that still grows are gone by then
 
@@ -36,26 +35,27 @@ class Captured:
 
 
 class GraphedDenoiser:
-    """`denoise` for one stream: the same arguments (without the transformer), the same results.
+    """`denoise` for one stream: the same arguments, the same results.
 
-    transformer: on a GPU, its weights staying where they are while the stream runs.
+    Args:
+        transformer: on a GPU, its weights staying where they are while the stream runs.
+        denoise: runs it: flow = denoise(latents, timestep, step).
     """
 
-    def __init__(self, transformer: WanTransformer3DModel):
-        _require_gpu(transformer)
-        self.transformer = transformer
+    def __init__(self, transformer: WanTransformer3DModel, denoise: Callable[[Tensor, float | Tensor, Pass], Tensor]):
+        require_gpu(transformer)
+        self.denoise = denoise
         self.record = Recorder(transformer.device)
         self.calls: Counter[Hashable] = Counter()
         self.captured: dict[Hashable, Captured] = {}
 
     def __call__(self, latents: Tensor, timestep: float, step: Pass) -> Tensor:
         """Flow [B, C, F, h, w]."""
-        step = step._replace(unplaced=())  # of clean passes alone
         size = _size(latents, step)
         if size not in self.captured:
             self.calls[size] += 1
             if self.calls[size] <= EAGER_CALLS:
-                return denoise(self.transformer, latents, timestep, step)
+                return self.denoise(latents, timestep, step)
             self.captured[size] = self._capture(latents, step)
         captured = self.captured[size]
         captured.latents.copy_(latents)
@@ -74,7 +74,7 @@ class GraphedDenoiser:
         timestep = torch.zeros(latents.shape[0], dtype=torch.float32, device=latents.device)
         own = {name: value.clone() for name, value in step._asdict().items() if isinstance(value, Tensor)}
         own_step = step._replace(**own, prompt=Prompt(*(part.clone() for part in step.prompt)))
-        replay, flow = self.record(lambda: denoise(self.transformer, latents, timestep, own_step))
+        replay, flow = self.record(lambda: self.denoise(latents, timestep, own_step))
         return Captured(latents, timestep, own_step, step.prompt, replay, flow)
 
 
@@ -104,7 +104,8 @@ class Recorder:
         return replay, result
 
 
-def _require_gpu(transformer: WanTransformer3DModel) -> None:
+def require_gpu(transformer: WanTransformer3DModel) -> None:
+    """MemFlowError where the transformer is not on a GPU for good."""
     if transformer.device.type != "cuda":
         raise MemFlowError(f"CUDA graphs need a model on a GPU; this one is on {transformer.device}")
     if hasattr(transformer, "_hf_hook"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from memflow.errors import MemFlowError
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "memflow-1.3b": Preset(
-        MemoryConfig.reference("interactive", record_interval=3), paper_top_k=3, weights="generator"
+        MemoryConfig.published("interactive", record_interval=3), paper_top_k=3, weights="generator"
     ),
     "longlive-1.3b": Preset(MemoryConfig(policy="none", sink_frames=3, window_frames=9), weights="generator"),
     "self-forcing-1.3b": Preset(MemoryConfig(policy="none", sink_frames=0, window_frames=21)),

@@ -1,0 +1,110 @@
+"""Attention to a memory, layer by layer, for engines that have queries, keys and values in hand and no module to patch.
+
+What `flash_attn_with_kvcache` is for a KV cache: `attend_with_memory` writes the new keys and values where they belong
+and attends to all that is visible, in place. The memory itself is driven around it:
+
+    memory.update(start, prompt)                    # before a chunk: what is given up, what is shown
+    step = memory.pass_over(start, frames, prompt)  # for every call of the model over these frames
+    out = attend_with_memory(query, key, value, step, layer)
+    memory.end_chunk(start)                         # after the call over the clean frames
+
+examples/own_engine.py is such a loop.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memflow.memory.frames import Pass
+from memflow.memory.places import place_keys
+from memflow_kernels import Pool, frame_means, memory_attention
+
+
+def attend_with_memory(
+    query: Tensor, key: Tensor, value: Tensor, step: Pass, layer: int, *, rotated: bool = True
+) -> Tensor:
+    """Write a call's keys and values into the memory and attend to all frames that the call sees.
+
+    Args:
+        query: [B, F*N, H, D], normed, of the call's F frames of N tokens each.
+        key: as query.
+        value: as query.
+        step: the call, from `FrameMemory.pass_over`.
+        layer: number of the layer, from 0 on.
+        rotated: True: query and key are turned by row, column and time already. False: by row and column only; they are
+            turned by time here, to the place where attention sees the call's frames. Relative positions need False.
+
+    Returns:
+        [B, F*N, H, D] in the dtype of query.
+
+    Raises:
+        ValueError: shapes that do not fit the memory, or rotated keys with relative positions.
+
+    Example:
+        >>> import torch
+        >>> from memflow.memory import MemoryConfig, Prompt, make_memory
+        >>> sizes = {"layers": 1, "batch": 1, "heads": 2, "head_dim": 24, "grid": (2, 3)}
+        >>> memory = make_memory(MemoryConfig(), **sizes, dtype=torch.float32, device="cpu")
+        >>> text = Prompt(torch.randn(1, 1, 4, 2, 24), torch.randn(1, 1, 4, 2, 24), torch.ones(1, 4, dtype=torch.bool))
+        >>> query, key, value = torch.randn(3, 1, 18, 2, 24)  # a chunk of 3 frames of 6 tokens
+        >>> memory.update(0, text)
+        >>> attend_with_memory(query, key, value, memory.pass_over(0, 3, text), 0).shape
+        torch.Size([1, 18, 2, 24])
+    """
+    pool = step.pools[layer]
+    tokens = step.grid[0] * step.grid[1]
+    count = len(step.slots)
+    needed = (pool.key.shape[0], count * tokens, *pool.key.shape[2:])
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if tuple(x.shape) != needed:
+            raise ValueError(f"{name} must be [B, F*N, H, D] = {list(needed)}, got {list(x.shape)}")
+    unplaced = step.unplaced[layer] if step.unplaced else None
+    if rotated and unplaced is not None:
+        raise ValueError("rotated must be False with positions='relative': the memory turns keys by time itself")
+    if not rotated:
+        frames = key.unflatten(1, (count, tokens))
+        if unplaced is not None:
+            unplaced.write(frames, step.slots)
+        places = (step.start_frame + torch.arange(count, device=key.device)).unsqueeze(1)
+        key = place_keys(frames, places).flatten(1, 2)
+        query = place_keys(query.unflatten(1, (count, tokens)), places).flatten(1, 2)
+    write_frames(key, value, pool, step.slots)
+    return attend(query, None, pool, step)
+
+
+def attend(query: Tensor, query_mean: Tensor | None, pool: Pool, step: Pass) -> Tensor:
+    """[B, L, H, D]: attention of queries [B, L, H, D] to the slots of `pool` that the call `step` sees.
+
+    Args:
+        query: normed and rotated.
+        query_mean: [B, H, D], their mean where it is known and heads choose by it; else None.
+        pool: that of the layer.
+        step: the call.
+    """
+    tokens = step.grid[0] * step.grid[1]
+    count = step.end_slot - step.first_slot
+    return memory_attention(
+        query,
+        pool.key.narrow(1, step.first_slot * tokens, count * tokens),
+        pool.value.narrow(1, step.first_slot * tokens, count * tokens),
+        tokens_per_frame=tokens,
+        candidate_frames=step.candidates,
+        top_k=step.top_k if step.candidates else None,
+        frame_mean=pool.frame_mean.narrow(1, step.first_slot, step.candidates),
+        query_mean=query_mean,
+    )
+
+
+def write_frames(key: Tensor, value: Tensor, pool: Pool, slots: Tensor) -> None:
+    """Put keys and values [B, n*N, H, D] of n frames, and the keys' means, into `slots` [n] of `pool`; -1 = nowhere."""
+    tokens = key.shape[1] // len(slots)
+    means = frame_means(key, tokens)
+    for index, slot in enumerate(slots.long().split(1)):  # one by one: a frame without a slot rewrites slot 0 as it is
+        kept, slot = (slot < 0)[:, None, None], slot.clamp(min=0)
+        mean = means[:, index : index + 1]
+        pool.frame_mean[:, slot] = torch.where(kept, pool.frame_mean[:, slot], mean)
+        for buffer, states in ((pool.key, key), (pool.value, value)):
+            slots_of = buffer.unflatten(1, (-1, tokens))
+            frame = states[:, index * tokens : (index + 1) * tokens].unsqueeze(1).to(buffer.dtype)
+            slots_of[:, slot] = torch.where(kept[..., None], slots_of[:, slot], frame)

@@ -1,0 +1,92 @@
+"""What a stream needs of a model: `VideoModel`, and the digest that tells one model's weights from another's."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from memflow.memory import Pass, Prompt
+
+
+class VideoModel(Protocol):
+    """A causal video transformer with a key for every token, as `memflow.stream.chunks.ChunkDriver` calls it.
+
+    The driver knows nothing else of a model: which layers it has, how it takes text, how it turns its keys. In
+    `denoise` and `write_clean` every layer hands its new keys and values to the pool in `step` and attends to what is
+    visible there; `memflow.memory.attention` does both. examples/own_model.py has a model of its own in one file.
+
+    Attributes:
+        layers: layers with a memory.
+        heads: attention heads of a layer.
+        head_dim: channels of a head.
+        channels: channels of the latents.
+        text_dim: channels of a text embedding.
+        dtype: of the keys and values in the memory.
+        device: where the model computes.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    channels: int
+    text_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of tokens in a latent frame of `rows` x `columns`; ValueError where they do not fit."""
+        ...
+
+    def encode_prompt(self, embeds: Tensor, mask: Tensor) -> Prompt:
+        """Keys and values of a prompt, as each layer's text attention has them.
+
+        Args:
+            embeds: [B, T, text_dim] on `device`, rows of padding zero.
+            mask: [B, T] bool, True where a token counts.
+        """
+        ...
+
+    def denoise(self, latents: Tensor, timestep: float, step: Pass) -> Tensor:
+        """The flow that the model predicts; overwrites what an earlier pass over the same frames left in the pool.
+
+        Args:
+            latents: [B, channels, F, h, w] on `device` in `dtype`, noisy.
+            timestep: 0 (clean) to 1000, or a tensor [B].
+            step: where the call stands in the stream.
+        """
+        ...
+
+    def write_clean(self, latents: Tensor, step: Pass) -> None:
+        """Put the keys and values of clean latents [B, channels, F, h, w] into the pool."""
+        ...
+
+    def identity(self) -> str:
+        """A digest of all weights: equal for equal models only."""
+        ...
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = WeakKeyDictionary()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers.
+
+    Computed once per module and again when a tensor has been replaced or written to.
+
+    Args:
+        module: any model; its tensors may lie on any device.
+    """
+    tensors = {name: getattr(tensor, "qdata", tensor) for name, tensor in module.state_dict().items()}  # torchao's
+    seen = tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors.values())
+    known = _KNOWN.get(module)
+    if known is None or known[0] != seen:
+        total = hashlib.sha256()
+        for name, tensor in tensors.items():
+            total.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+            total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        known = _KNOWN[module] = (seen, total.hexdigest())
+    return known[1]

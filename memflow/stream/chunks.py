@@ -1,0 +1,274 @@
+"""The chunk protocol: `ChunkDriver` owns the order in which a model and its memory are called, chunk by chunk.
+
+    prompt -> update -> denoising passes -> keep -> clean pass, and the window encoded again where a prompt switches
+
+It knows no text, no sampler, no video and no model family; streams, `StreamingAttention`, the storybook's evaluation
+and every server drive a story through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from memflow.errors import MemFlowError
+from memflow.memory import FrameMemory, MemoryConfig, MemorySnapshot, Pass, Prompt, make_memory
+from memflow.models.base import VideoModel
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Inside, torch's modes are the library's own and not the caller's: no gradients, no inference mode, no autocast,
+    float32 and the CPU as defaults. What a stream makes is the same whatever the caller has set."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        dtype = torch.get_default_dtype()
+        if dtype != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        yield
+
+
+class ChunkDriver:
+    """A model that makes video chunk by chunk and remembers.
+
+    `prompt`, then for every chunk `denoise` as often as the sampler likes and `keep` once. The clean pass over a chunk,
+    which writes its keys and values for the chunks to come, is made when the next chunk begins: a viewer gets a chunk
+    one pass earlier, and the last chunk needs none. Several drivers on one model can take turns.
+
+    Args:
+        model: what is driven, a `memflow.models.base.VideoModel`.
+        memory: what is held, shown and activated. Its frames_per_chunk is a chunk's length.
+        seeds: one per batch row, for policies that draw; zeros where not given.
+
+    Attributes:
+        position: chunks kept.
+        memory: the `FrameMemory`, made by `open` or with the first chunk.
+        history: the latents [B, C, F, h, w] that a prompt switch may encode again.
+
+    Raises:
+        MemFlowError: `memory` is no MemoryConfig.
+    """
+
+    def __init__(self, model: VideoModel, memory: MemoryConfig, *, seeds: Sequence[int] = ()):
+        if not isinstance(memory, MemoryConfig):
+            raise MemFlowError(f"memory must be a MemoryConfig, got {type(memory).__name__}")
+        self.model, self.config, self.seeds = model, memory, list(seeds)
+        self.memory: FrameMemory | None = None
+        self.history: Tensor | None = None
+        self.position = 0
+        self.size: tuple[int, int, int] | None = None
+        self._text: tuple[Tensor, Tensor] | None = None  # embeddings and mask in force
+        self._prompt: Prompt | None = None
+        self._next: tuple[tuple[Tensor, Tensor], Prompt] | None = None  # from the next chunk on
+        self._begun = self._ready = -1  # chunk whose preparation began, and the last that it ended for
+        self._step: Pass | None = None
+        self._unwritten: tuple[Tensor, Pass] | None = None  # the chunk whose clean pass is due
+
+    @property
+    def start_frame(self) -> int:
+        """Number of the latent frame that the chunk in hand begins with."""
+        return self.position * self.config.frames_per_chunk
+
+    @property
+    def in_hand(self) -> bool:
+        """Whether a chunk has been begun and not been kept."""
+        return self._begun == self.position
+
+    def open(self, batch: int, rows: int, columns: int) -> None:
+        """Make the memory; the first chunk does so where this was not called.
+
+        Args:
+            batch: stories side by side.
+            rows: height of the latents.
+            columns: width of the latents.
+
+        Raises:
+            MemFlowError: a size that does not fit the model, or not the one that the memory was made for.
+        """
+        size = (batch, rows, columns)
+        if self.size == size:
+            return
+        if self.size is not None:
+            raise MemFlowError(f"latents: a stream keeps its size; it began with {self.size} (B, h, w), not {size}")
+        model = self.model
+        try:
+            grid = model.grid(rows, columns)
+        except ValueError as error:
+            raise MemFlowError(f"latents: {error}") from None
+        sizes = {"layers": model.layers, "heads": model.heads, "head_dim": model.head_dim, "batch": batch}
+        with own_modes():
+            self.memory = make_memory(
+                self.config, **sizes, grid=grid, dtype=model.dtype, device=model.device, seeds=self.seeds
+            )
+        self.size = size
+
+    def prompt(self, embeds: Tensor, mask: Tensor | None = None) -> None:
+        """Attend to a prompt from the next chunk on.
+
+        Args:
+            embeds: [B, T, text_dim], text embeddings, rows of padding zero.
+            mask: [B, T], True where a token counts for retrieval; where a row of embeds is not zero if not given.
+
+        Raises:
+            MemFlowError: shapes that do not fit, or a chunk that has been begun and not kept.
+        """
+        dim = self.model.text_dim
+        if embeds.ndim != 3 or embeds.shape[2] != dim:
+            raise MemFlowError(f"embeds must be [B, T, {dim}], got {list(embeds.shape)}")
+        if mask is not None and mask.shape != embeds.shape[:2]:
+            raise MemFlowError(f"mask must be [B, T] = {list(embeds.shape[:2])}, got {list(mask.shape)}")
+        if self.in_hand:
+            raise MemFlowError(f"prompt: chunk {self.position} is under way under another one; keep it first")
+        with own_modes():
+            mask = (embeds != 0).any(-1) if mask is None else mask.bool()
+            text = embeds.to(self.model.device, self.model.dtype, copy=True), mask.to(self.model.device, copy=True)
+            self._next = text, self.model.encode_prompt(*text)
+
+    def denoise(self, latents: Tensor, timestep: float) -> Tensor:
+        """What the model predicts for the noisy chunk in hand.
+
+        Args:
+            latents: [B, C, frames_per_chunk, h, w].
+            timestep: 0 (clean) to 1000.
+
+        Returns:
+            The flow, of the shape, dtype and device of latents.
+
+        Raises:
+            MemFlowError: no prompt yet, latents that do not fit, or a chunk that was interrupted.
+        """
+        self.begin(latents.shape)
+        with own_modes():
+            return self.model.denoise(self._input(latents), timestep, self._step).to(latents)
+
+    def keep(self, latents: Tensor) -> None:
+        """The clean chunk is the result: remember it, and go on to the next.
+
+        Args:
+            latents: [B, C, frames_per_chunk, h, w].
+
+        Raises:
+            MemFlowError: as `denoise`.
+        """
+        self.begin(latents.shape)
+        with own_modes():
+            latents = latents.detach().clone()  # the caller's, who may go on to write into them
+            kept = self.config.sink_frames + self.config.window_frames
+            history = latents if self.history is None else torch.cat([self.history, latents], dim=2)[:, :, -kept:]
+        self.history, self._unwritten, self._step = history, (self._input(latents), self._step), None
+        self.position += 1
+
+    def begin(self, shape: Sequence[int] | None = None) -> None:
+        """Make the memory ready for the chunk in hand, once: `denoise` and `keep` do so. To be called where the time
+        that it takes is to be told apart.
+
+        Args:
+            shape: of the chunk's latents, where it has not been checked.
+        """
+        if shape is not None:
+            self._check(list(shape))
+        if self._ready == self.position:
+            return
+        if self.in_hand:
+            raise MemFlowError(f"chunk {self.position} was interrupted while it began; go on from a saved state")
+        if self._next is None and self._prompt is None:
+            raise MemFlowError("which prompt? Call prompt(embeds) before the first chunk")
+        self.settle()
+        self._begun = self.position
+        start, frames = self.start_frame, self.config.frames_per_chunk
+        with own_modes():
+            if self._next is not None:
+                (self._text, self._prompt), self._next = self._next, None
+                self.memory.switch_prompt(start, self._prompt)
+                self._encode_again(start)
+            self.memory.update(start, self._prompt)
+            self._step = self.memory.pass_over(start, frames, self._prompt)
+        self._ready = self.position
+
+    def settle(self) -> None:
+        """Write the keys and values of the last chunk into the memory, unless that has been done."""
+        if self._unwritten is None:
+            return
+        with own_modes():
+            self.model.write_clean(*self._unwritten)
+            self.memory.end_chunk((self.position - 1) * self.config.frames_per_chunk)
+        self._unwritten = None
+
+    def snapshot(self) -> MemorySnapshot:
+        """What the memory holds for the chunk just kept. Waits for the device."""
+        if self.position == 0:
+            raise MemFlowError("snapshot: no chunk has been kept yet")
+        with own_modes():
+            return self.memory.snapshot(self.start_frame, self._prompt)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """All that `load_state_dict` needs to go on with identical results: tensors, and whole numbers by name.
+
+        Raises:
+            MemFlowError: a chunk has been begun and not kept.
+        """
+        if self.in_hand:
+            raise MemFlowError(f"chunk {self.position} is under way: a state is saved between chunks")
+        self.settle()
+        tensors, counters = self.memory.state_dict()
+        tensors = {f"memory.{name}": tensor for name, tensor in tensors.items()}
+        if self.history is not None:
+            tensors["history"] = self.history
+        for name, text in (("text", self._text), ("next", self._next and self._next[0])):
+            if text is not None:
+                tensors |= {f"{name}.embeds": text[0], f"{name}.mask": text[1]}
+        return tensors, {"position": self.position, **counters}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Args:
+            tensors: as it gave them; on any device. A driver that was opened with the same sizes takes them.
+            counters: as it gave them.
+        """
+        device = self.model.device
+        counters = dict(counters)
+        with own_modes():
+            self.position = counters.pop("position")
+            memory = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("memory.")}
+            self.memory.load_state_dict(memory, counters)
+            self.history = tensors["history"].to(device) if "history" in tensors else None
+            texts = {}
+            for name in ("text", "next"):
+                if f"{name}.embeds" in tensors:
+                    text = tensors[f"{name}.embeds"].to(device), tensors[f"{name}.mask"].to(device)
+                    texts[name] = text, self.model.encode_prompt(*text)
+        self._text, self._prompt = texts.get("text", (None, None))
+        self._next = texts.get("next")
+        self._begun = self._ready = self.position - 1
+        self._unwritten = None
+
+    def _encode_again(self, start: int) -> None:
+        """The frames that stay in the window, under the new prompt."""
+        first, count = self.memory.recache_span(start)
+        if count:
+            step = self.memory.pass_over(first, count, self._prompt)
+            self.model.write_clean(self._input(self.history[:, :, -count:]), step)
+
+    def _check(self, shape: list[int]) -> None:
+        channels, frames = self.model.channels, self.config.frames_per_chunk
+        text = self._next[0] if self._next else self._text
+        if text is None:
+            raise MemFlowError("which prompt? Call prompt(embeds) before the first chunk")
+        batch = text[1].shape[0]
+        if len(shape) != 5 or shape[:3] != [batch, channels, frames]:
+            raise MemFlowError(f"latents must be [{batch}, {channels}, {frames}, h, w], got {shape}")
+        self.open(batch, *shape[3:])
+
+    def _input(self, latents: Tensor) -> Tensor:
+        return latents.to(self.model.device, self.model.dtype)
