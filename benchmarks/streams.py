@@ -156,7 +156,7 @@ def reference_story(pipeline: MemFlowPipeline, config: MemoryConfig) -> Story:
         for number in range(CHUNKS):
             prompt, inside = divmod(number, CHUNKS // len(STORY))
             if inside == 0:
-                stream.switch(*helper.encode((STORY[prompt],)))
+                stream.switch(*pipeline.encode((STORY[prompt],)))
             latents.append(stream.chunk())
             helper.decoder.decode(latents[-1])
         return torch.cat(latents, dim=2)

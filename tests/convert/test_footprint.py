@@ -148,9 +148,9 @@ def test_wrong_requests_are_one_line(model, tmp_path, capsys):
 def test_presets_are_those_of_the_published_system():
     """The recorded semantics: a window of 12 that counts its sink of 3, a bank of 3, recorded every 3 chunks."""
     memflow, longlive, forcing = (PRESETS[name] for name in ("memflow-1.3b", "longlive-1.3b", "self-forcing-1.3b"))
-    memory = memflow.memory.frames
+    memory = memflow.memory
     assert (memory.sink_frames, memory.window_frames, memory.bank_frames, memory.record_interval) == (3, 9, 3, 3)
-    assert (memory.published, memory.top_k, memflow.paper_top_k) == ("interactive", None, 3)
+    assert (memory.published_mode, memory.top_k, memflow.paper_top_k) == ("interactive", None, 3)
     assert (longlive.memory.sink_frames, longlive.memory.window_frames, longlive.memory.bank_frames) == (3, 9, 0)
     assert (forcing.memory.sink_frames, forcing.memory.window_frames, forcing.memory.bank_frames) == (0, 21, 0)
     for preset in PRESETS.values():

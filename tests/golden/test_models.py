@@ -88,10 +88,8 @@ def recorded_stream(pipeline, spec, recorded, batch: int) -> Stream:
     )
     height, width = (side * pipeline.spatial_factor for side in spec["latent_hw"])
     plan = plan_of(spec["chunks"], spec["switch"], spec["frames_per_chunk"])
-    noise = RecordedNoise(recorded, batch, spec["frames_per_chunk"])
-    stream = RecordedStream(
-        pipeline, plan=plan, config=config, seeds=range(batch), height=height, width=width, noise=noise
-    )
+    stream = RecordedStream(pipeline, plan=plan, config=config, seeds=range(batch), height=height, width=width)
+    stream.noise = RecordedNoise(recorded, batch, spec["frames_per_chunk"])
     stream.text = recorded["text"][:, :batch]
     return stream
 
@@ -112,7 +110,7 @@ def plan_of(chunks: int, switches: list[int], frames_per_chunk: int) -> Plan:
 class RecordedStream(Stream):
     """Takes text embeddings from the recording and leaves the latents undecoded."""
 
-    def encode(self, texts):
+    def _encode(self, texts):
         embeds = self.text[int(texts[0])]
         self.decoder.decode = lambda latents: torch.empty(0)
         return embeds, torch.ones(embeds.shape[:2], dtype=torch.bool)

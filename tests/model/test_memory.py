@@ -184,7 +184,7 @@ def test_the_update_is_made_once_per_chunk():
         ({"record_interval": 0}, "record_interval"),
         ({"policy": "best"}, "policy must be one of prompt, .*, none, got 'best'"),
         ({"aggregate": "max"}, "aggregate must be one of mean, softmax"),
-        ({"published": "web"}, "published"),
+        ({"published_mode": "web"}, "published_mode"),
         ({"sink_frames": True}, "sink_frames"),
     ],
 )

@@ -49,7 +49,7 @@ def layer_after(chunks: int, config: MemoryConfig):
     for chunk in range(chunks):
         memory.update(3 * chunk, prompt)
         step = memory.pass_over(3 * chunk, 3, prompt)
-        processor.bind(step)
+        processor.bind(step, clean=False)
         processor(attn, hidden, rotary_emb=step)
         memory.end_chunk(3 * chunk)
     return attn, memory, prompt, processor, hidden
@@ -87,7 +87,7 @@ def test_relative_positions_cost_a_pass_nothing_and_a_chunk_what_turns_with_time
     # frame that moves too, but an index_put counts as all 15. The means of so small frames are another 2 u.
     assert sum(copies(traffic).values()) <= 4 + 8 / 24 * 2 * (15 + 15 + 1) + 3, copies(traffic)
     step = memory.pass_over(36, 3, prompt)
-    processor.bind(step._replace(unplaced=()))  # as a denoising pass does
+    processor.bind(step._replace(unplaced=()), clean=False)  # as a denoising pass does
     with Traffic() as traffic:
         processor(attn, hidden, rotary_emb=step)
     assert sum(copies(traffic).values()) <= 12.5, copies(traffic)

@@ -56,7 +56,7 @@ class FrameLists:
 
     def record(self, start: int, version: int) -> None:
         chunk = start // self.config.frames_per_chunk
-        if self.config.published == "single" or chunk % self.config.record_interval == 0:
+        if self.config.published_mode == "single" or chunk % self.config.record_interval == 0:
             self.pending, self.slots = 1 + start + 1000 * version, chunk // self.config.record_interval + 1
         self.text_known = True
 

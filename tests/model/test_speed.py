@@ -94,7 +94,7 @@ def test_a_captured_pass_takes_everything_that_changes_from_its_inputs(toy, monk
         return lambda: result.copy_(run()), result
 
     monkeypatch.setattr(graphs, "Recorder", lambda device: capture)
-    monkeypatch.setattr(graphs, "_require_gpu", lambda transformer: None)
+    monkeypatch.setattr(graphs, "require_gpu", lambda transformer: None)
     expected = latents_of(toy, [*STORY, "a lighthouse"])
     pipeline = MemFlowPipeline.from_preset("noise")
     pipeline.cuda_graphs = True
