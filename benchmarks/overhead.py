@@ -102,10 +102,10 @@ def measure() -> list[dict]:
                 times = {name: [] for name in runs}
                 for _ in range(ROUNDS):
                     for name, run in runs.items():
-                        begin = time.perf_counter()
+                        begin = time.thread_time()
                         for _ in range(CALLS):
                             run()
-                        times[name].append((time.perf_counter() - begin) / CALLS * 1e6)
+                        times[name].append((time.thread_time() - begin) / CALLS * 1e6)
             for name, taken in times.items():
                 taken = taken[2:]  # the first rounds warm up
                 rows.append({"size": size, "mode": mode, "call": name, "median_us": statistics.median(taken)})
