@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 
 from memflow_kernels.cuda import extension
-from memflow_kernels.cuda.builder import ARCHITECTURES_VARIABLE
-from memflow_kernels.cuda.builder.architectures import DEFAULT, parse
+from memflow_kernels.cuda.builder.toolchain import ARCHITECTURES_VARIABLE, DEFAULT, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]

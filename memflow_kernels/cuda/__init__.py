@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from .. import backends
+from ..operators import OPERATORS
 from .coverage import LIMITS, unserved
 
 
@@ -28,32 +29,4 @@ def _op(name: str) -> Callable:
     return chosen
 
 
-frame_means = _op("frame_means")
-memory_attention = _op("memory_attention")
-memory_attention_backward = _op("memory_attention_backward")
-merge_attention = _op("merge_attention")
-merge_attention_backward = _op("merge_attention_backward")
-prompt_relevance_mean = _op("prompt_relevance_mean")
-prompt_relevance_softmax = _op("prompt_relevance_softmax")
-prompt_relevance_softmax_backward = _op("prompt_relevance_softmax_backward")
-qk_norm_rope = _op("qk_norm_rope")
-qk_norm_rope_backward = _op("qk_norm_rope_backward")
-qk_norm_rope_write = _op("qk_norm_rope_write")
-replace_frame = _op("replace_frame")
-select_frames = _op("select_frames")
-
-__all__ = [
-    "frame_means",
-    "memory_attention",
-    "memory_attention_backward",
-    "merge_attention",
-    "merge_attention_backward",
-    "prompt_relevance_mean",
-    "prompt_relevance_softmax",
-    "prompt_relevance_softmax_backward",
-    "qk_norm_rope",
-    "qk_norm_rope_backward",
-    "qk_norm_rope_write",
-    "replace_frame",
-    "select_frames",
-]
+globals().update({name: _op(name) for name in OPERATORS})

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from .builder import ARCHITECTURES_VARIABLE, BuildError, Recipe, find_toolchain
-from .builder.architectures import parse
+from .builder import BuildError, Recipe, cache_folder, cached_library, find_toolchain, library_of
+from .builder.toolchain import ARCHITECTURES_VARIABLE, parse
 
 AHEAD_OF_TIME = Path(__file__).with_name("memflow_cuda.abi3.so")  # where setup.py puts it
 
@@ -39,8 +39,6 @@ def described() -> str:
     recipe = _recipe()
     if isinstance(recipe, str):
         return f"not built and cannot be: {recipe}"
-    from .builder.cache import cache_folder, library_of  # Unix alone has its file locks
-
     if library_of(recipe).is_file():
         return f"built at an earlier use, {library_of(recipe)}"
     where = f"into {cache_folder()}, for {recipe.target_names} ({ARCHITECTURES_VARIABLE} changes that)"
@@ -54,8 +52,6 @@ def _library() -> Path:
     recipe = _recipe()
     if isinstance(recipe, str):
         raise BuildError(recipe)
-    from .builder.cache import cached_library
-
     return cached_library(recipe)
 
 

@@ -6,12 +6,14 @@ checked by the backend, and only on the CPU: on a GPU the host would have to wai
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..dtypes import SUPPORTED
+from ..dtypes import SUPPORTED, statistics_dtype
 from ..pool import Pool
 
 MAX_HEAD_DIM = 256
@@ -122,7 +124,7 @@ def pool_parts(value: Pool) -> None:
 
 def statistics(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """float32 (float64 where `other` is float64), on the device of `other`."""
-    needed = torch.float64 if other.dtype == torch.float64 else torch.float32
+    needed = statistics_dtype(other.dtype)
     if x.dtype != needed:
         raise TypeError(f"{name} must be {needed} for {other_name} in {other.dtype}, got {x.dtype}")
     same_device(name, x, other_name, other)
@@ -135,3 +137,42 @@ def no_gradients(op_name: str, *tensors: Tensor) -> None:
             f"{op_name} writes into the pool and has no gradient, but an argument requires one: "
             "call it under torch.no_grad(), or use qk_norm_rope, which is differentiable"
         )
+
+
+_MOST_KINDS = 512  # that a check remembers
+
+
+def once_per_kind(check: Callable[..., None]) -> Callable[..., None]:
+    """Run `check(*arguments)` only for arguments unlike all that it let through before.
+
+    Alike are tensors of one type, shape, dtype, device, layout and strides, and equal values of one type. The check may
+    read nothing else, neither a tensor's numbers nor the state of the process. A stream calls an op with arguments of
+    the same kind over and over, and recognising a kind costs a fraction of checking it.
+    """
+    passed: set[tuple] = set()
+
+    @functools.wraps(check)
+    def checked(*arguments) -> None:
+        if torch.compiler.is_compiling():  # checked while it is traced, and not at all when the graph runs
+            return check(*arguments)
+        try:
+            kinds = tuple([_kind(x) for x in arguments])
+            if kinds in passed:
+                return None
+        except (TypeError, RuntimeError):  # a list, a symbolic size, a tensor without strides
+            return check(*arguments)
+        check(*arguments)
+        if len(passed) >= _MOST_KINDS:
+            passed.clear()
+        passed.add(kinds)
+        return None
+
+    return checked
+
+
+def _kind(x: object) -> tuple:
+    if isinstance(x, Tensor):
+        return type(x), x.shape, x.dtype, x.device, x.layout, x.stride()
+    if isinstance(x, tuple):
+        return type(x), *[_kind(part) for part in x]
+    return type(x), x

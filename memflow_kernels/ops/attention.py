@@ -3,98 +3,28 @@
 import torch
 from torch import Tensor
 
-from ..backends import dispatch
 from ..dtypes import statistics_dtype
 from . import _checks
-from ._call import call
-from ._kinds import once_per_kind
 from .means import frame_means
+from .registration import Registered
 from .selection import select_frames
 
 
-@torch.library.custom_op("memflow::memory_attention", mutates_args=())
-def _memory_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    frame_table: Tensor | None,
-    tokens_per_frame: int,
-    candidate_frames: int,
-    scale: float,
-    query_block: int | None,
-) -> tuple[Tensor, Tensor]:
-    run = dispatch("memory_attention", query.device)
-    return run(query, key, value, frame_table, tokens_per_frame, candidate_frames, scale, query_block)
-
-
-@_memory_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    frame_table: Tensor | None,
-    tokens_per_frame: int,
-    candidate_frames: int,
-    scale: float,
-    query_block: int | None,
-) -> tuple[Tensor, Tensor]:
+def _fake(query, *arguments):
     batch, queries, heads, _ = query.shape
     lse = query.new_empty((batch, heads, queries), dtype=statistics_dtype(query.dtype))
     return query.new_empty(query.shape), lse
 
 
-@torch.library.custom_op("memflow::memory_attention_backward", mutates_args=())
-def _memory_attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    frame_table: Tensor | None,
-    tokens_per_frame: int,
-    candidate_frames: int,
-    scale: float,
-    query_block: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    run = dispatch("memory_attention_backward", query.device)
-    states = (grad_out, grad_lse, query, key, value, out, lse)
-    return run(*states, frame_table, tokens_per_frame, candidate_frames, scale, query_block)
+def _fake_backward(grad_out, grad_lse, query, key, value, *rest):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
-@_memory_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    frame_table: Tensor | None,
-    tokens_per_frame: int,
-    candidate_frames: int,
-    scale: float,
-    query_block: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+_memory_attention = Registered("memory_attention", _fake)
+Registered("memory_attention_backward", _fake_backward)
 
 
-def _setup_context(ctx, inputs, output):
-    query, key, value, frame_table, *ctx.sizes = inputs
-    ctx.save_for_backward(query, key, value, *output, frame_table)
-
-
-def _backward(ctx, grad_out, grad_lse):
-    grads = _memory_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.sizes)
-    return *grads, None, None, None, None, None
-
-
-_memory_attention.register_autograd(_backward, setup_context=_setup_context)
-
-
-@once_per_kind
+@_checks.once_per_kind
 def _check(
     query: Tensor,
     key: Tensor,
@@ -192,5 +122,5 @@ def memory_attention(
         choosing = query if query_mean is None else query_mean.unsqueeze(1)
         frame_table = select_frames(choosing, frame_mean, top_k, query_block=query_block)
     sizes = (tokens_per_frame, candidate_frames, scale, query_block)
-    out, lse = call(_memory_attention, "memory_attention", query, key, value, frame_table, *sizes)
+    out, lse = _memory_attention(query, key, value, frame_table, *sizes)
     return (out, lse) if return_lse else out

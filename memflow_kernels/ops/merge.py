@@ -1,48 +1,21 @@
 """merge_attention: attention over the union of two sets of keys, from the attention over each."""
 
-import torch
 from torch import Tensor
 
-from ..backends import dispatch
 from . import _checks
-from ._call import call
+from .registration import Registered
 
 
-@torch.library.custom_op("memflow::merge_attention", mutates_args=())
-def _merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    return dispatch("merge_attention", out_a.device)(out_a, lse_a, out_b, lse_b)
-
-
-@_merge_attention.register_fake
-def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(out_a, lse_a, out_b, lse_b):
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
-@torch.library.custom_op("memflow::merge_attention_backward", mutates_args=())
-def _merge_attention_backward(
-    grad_out: Tensor, grad_lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = dispatch("merge_attention_backward", out_a.device)
-    return run(grad_out, grad_lse, out_a, lse_a, out_b, lse_b)
+def _fake_backward(grad_out, grad_lse, *parts):
+    return tuple(x.new_empty(x.shape) for x in parts)
 
 
-@_merge_attention_backward.register_fake
-def _(
-    grad_out: Tensor, grad_lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [x.new_empty(x.shape) for x in (out_a, lse_a, out_b, lse_b)]
-    return grads[0], grads[1], grads[2], grads[3]
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_out, grad_lse):
-    return _merge_attention_backward(grad_out, grad_lse, *ctx.saved_tensors)
-
-
-_merge_attention.register_autograd(_backward, setup_context=_setup_context)
+_merge_attention = Registered("merge_attention", _fake)
+Registered("merge_attention_backward", _fake_backward)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,4 +34,4 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         _checks.shape(name, lse, (batch, heads, queries), "[B, H, Lq]")
         _checks.statistics(name, lse, "out_a", out_a)
-    return call(_merge_attention, "merge_attention", out_a, lse_a, out_b, lse_b)
+    return _merge_attention(out_a, lse_a, out_b, lse_b)

@@ -3,118 +3,31 @@
 import torch
 from torch import Tensor
 
-from ..backends import dispatch
 from ..dtypes import SUPPORTED, statistics_dtype
 from ..pool import Pool
 from . import _checks
-from ._call import call
-from ._kinds import once_per_kind
+from .registration import Registered
 
 
-@torch.library.custom_op("memflow::qk_norm_rope", mutates_args=())
-def _qk_norm_rope(
-    query: Tensor,
-    key: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    eps: float,
-    rows: int,
-    cols: int,
-    start_frame: int,
-    start: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    run = dispatch("qk_norm_rope", query.device)
-    return run(query, key, weight_q, weight_k, eps, rows, cols, start_frame, start)
-
-
-@_qk_norm_rope.register_fake
-def _(query, key, weight_q, weight_k, eps, rows, cols, start_frame, start):
+def _fake(query, key, *rest):
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-@torch.library.custom_op("memflow::qk_norm_rope_backward", mutates_args=())
-def _qk_norm_rope_backward(
-    grad_query: Tensor,
-    grad_key: Tensor,
-    query: Tensor,
-    key: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    eps: float,
-    rows: int,
-    cols: int,
-    start_frame: int,
-    start: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = dispatch("qk_norm_rope_backward", query.device)
-    return run(grad_query, grad_key, query, key, weight_q, weight_k, eps, rows, cols, start_frame, start)
-
-
-@_qk_norm_rope_backward.register_fake
-def _(grad_query, grad_key, query, key, weight_q, weight_k, eps, rows, cols, start_frame, start):
+def _fake_backward(grad_query, grad_key, query, key, weight_q, weight_k, *place):
     return tuple(x.new_empty(x.shape) for x in (query, key, weight_q, weight_k))
 
 
-def _setup_context(ctx, inputs, output):
-    query, key, weight_q, weight_k, ctx.eps, ctx.rows, ctx.cols, ctx.start_frame, start = inputs
-    ctx.save_for_backward(query, key, weight_q, weight_k, start)
-
-
-def _backward(ctx, grad_query, grad_key):
-    *states, start = ctx.saved_tensors
-    place = (ctx.eps, ctx.rows, ctx.cols, ctx.start_frame, start)
-    return *_qk_norm_rope_backward(grad_query, grad_key, *states, *place), None, None, None, None, None
-
-
-_qk_norm_rope.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("memflow::qk_norm_rope_write", mutates_args=("pool_key", "pool_value", "pool_frame_mean"))
-def _qk_norm_rope_write(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    eps: float,
-    rows: int,
-    cols: int,
-    start_frame: int,
-    start: Tensor | None,
-    pool_key: Tensor,
-    pool_value: Tensor,
-    pool_frame_mean: Tensor,
-    slots: Tensor,
-    query_mean: bool,
-) -> tuple[Tensor, Tensor]:
-    run = dispatch("qk_norm_rope_write", query.device)
-    place = (eps, rows, cols, start_frame, start)
-    return run(query, key, value, weight_q, weight_k, *place, pool_key, pool_value, pool_frame_mean, slots, query_mean)
-
-
-@_qk_norm_rope_write.register_fake
-def _(
-    query,
-    key,
-    value,
-    weight_q,
-    weight_k,
-    eps,
-    rows,
-    cols,
-    start_frame,
-    start,
-    pool_key,
-    pool_value,
-    pool_frame_mean,
-    slots,
-    query_mean,
-):
-    mean_shape = (query.shape[0], *query.shape[2:]) if query_mean else (0,)
+def _fake_write(query, *rest):
+    mean_shape = (query.shape[0], *query.shape[2:]) if rest[-1] else (0,)
     return query.new_empty(query.shape), query.new_empty(mean_shape, dtype=statistics_dtype(query.dtype))
 
 
-@once_per_kind
+_qk_norm_rope = Registered("qk_norm_rope", _fake)
+Registered("qk_norm_rope_backward", _fake_backward)
+_qk_norm_rope_write = Registered("qk_norm_rope_write", _fake_write)
+
+
+@_checks.once_per_kind
 def _check(query: Tensor, key: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float, grid: tuple[int, int]) -> None:
     _checks.states("query", query, "[B, L, H, D]")
     _checks.states("key", key, "[B, L, H, D]")
@@ -140,7 +53,7 @@ def _check(query: Tensor, key: Tensor, weight_q: Tensor, weight_k: Tensor, eps: 
         raise ValueError(f"query has {tokens} tokens, not a multiple of rows * cols = {rows} * {cols}")
 
 
-@once_per_kind
+@_checks.once_per_kind
 def _check_written(query: Tensor, value: Tensor, grid: tuple[int, int], pool: Pool, slots: Tensor, query_mean: bool):
     _checks.states("value", value, "[B, L, H, D]")
     _checks.shape("value", value, tuple(query.shape), "[B, L, H, D] like query")
@@ -190,7 +103,7 @@ def qk_norm_rope(
     """
     _check(query, key, weight_q, weight_k, eps, grid)
     first, start = _start(start_frame, query)
-    return call(_qk_norm_rope, "qk_norm_rope", query, key, weight_q, weight_k, float(eps), *grid, first, start)
+    return _qk_norm_rope(query, key, weight_q, weight_k, float(eps), *grid, first, start)
 
 
 def qk_norm_rope_write(
@@ -223,5 +136,5 @@ def qk_norm_rope_write(
     _checks.no_gradients("qk_norm_rope_write", query, key, value, weight_q, weight_k, *pool)
     place = (float(eps), *grid, first, start)
     arguments = (query, key, value, weight_q, weight_k, *place, *pool, slots, query_mean)
-    new_query, mean = call(_qk_norm_rope_write, "qk_norm_rope_write", *arguments, written=pool)
+    new_query, mean = _qk_norm_rope_write(*arguments)
     return (new_query, mean) if query_mean else new_query

@@ -3,50 +3,15 @@
 import torch
 from torch import Tensor
 
-from ..backends import dispatch
 from ..dtypes import statistics_dtype
 from ..reference.relevance import prompt_relevance_mean_backward
 from . import _checks
-from ._call import call
 from .means import frame_means
+from .registration import Registered
 
 
-@torch.library.custom_op("memflow::prompt_relevance_mean", mutates_args=())
-def _relevance_mean(text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float) -> Tensor:
-    return dispatch("prompt_relevance_mean", text_key.device)(text_key, frame_mean, text_mask, scale)
-
-
-@_relevance_mean.register_fake
-def _(text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float) -> Tensor:
+def _fake_mean(text_key, frame_mean, text_mask, scale):
     return frame_mean.new_empty(frame_mean.shape[:2], dtype=statistics_dtype(text_key.dtype))
-
-
-@torch.library.custom_op("memflow::prompt_relevance_softmax", mutates_args=())
-def _relevance_softmax(
-    text_key: Tensor, key: Tensor, text_mask: Tensor | None, tokens_per_frame: int, scale: float
-) -> Tensor:
-    run = dispatch("prompt_relevance_softmax", text_key.device)
-    return run(text_key, key, text_mask, tokens_per_frame, scale)
-
-
-@_relevance_softmax.register_fake
-def _(text_key: Tensor, key: Tensor, text_mask: Tensor | None, tokens_per_frame: int, scale: float) -> Tensor:
-    return key.new_empty((key.shape[0], key.shape[1] // tokens_per_frame), dtype=statistics_dtype(key.dtype))
-
-
-@torch.library.custom_op("memflow::prompt_relevance_softmax_backward", mutates_args=())
-def _relevance_softmax_backward(
-    grad: Tensor, text_key: Tensor, key: Tensor, text_mask: Tensor | None, tokens_per_frame: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    run = dispatch("prompt_relevance_softmax_backward", text_key.device)
-    return run(grad, text_key, key, text_mask, tokens_per_frame, scale)
-
-
-@_relevance_softmax_backward.register_fake
-def _(
-    grad: Tensor, text_key: Tensor, key: Tensor, text_mask: Tensor | None, tokens_per_frame: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return text_key.new_empty(text_key.shape), key.new_empty(key.shape)
 
 
 def _setup_mean(ctx, inputs, output):
@@ -58,19 +23,17 @@ def _backward_mean(ctx, grad):
     return *prompt_relevance_mean_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
 
 
-def _setup_softmax(ctx, inputs, output):
-    text_key, key, text_mask, ctx.tokens_per_frame, ctx.scale = inputs
-    ctx.save_for_backward(text_key, key, text_mask)
+def _fake_softmax(text_key, key, text_mask, tokens_per_frame, scale):
+    return key.new_empty((key.shape[0], key.shape[1] // tokens_per_frame), dtype=statistics_dtype(key.dtype))
 
 
-def _backward_softmax(ctx, grad):
-    text_key, key, text_mask = ctx.saved_tensors
-    grads = _relevance_softmax_backward(grad, text_key, key, text_mask, ctx.tokens_per_frame, ctx.scale)
-    return *grads, None, None, None
+def _fake_softmax_backward(grad, text_key, key, *options):
+    return text_key.new_empty(text_key.shape), key.new_empty(key.shape)
 
 
-_relevance_mean.register_autograd(_backward_mean, setup_context=_setup_mean)
-_relevance_softmax.register_autograd(_backward_softmax, setup_context=_setup_softmax)
+_relevance_mean = Registered("prompt_relevance_mean", _fake_mean, (_setup_mean, _backward_mean))
+_relevance_softmax = Registered("prompt_relevance_softmax", _fake_softmax)
+Registered("prompt_relevance_softmax_backward", _fake_softmax_backward)
 
 
 def prompt_relevance(
@@ -118,7 +81,7 @@ def prompt_relevance(
     if aggregate == "softmax":
         if key is None:
             raise ValueError('key is needed for aggregate="softmax", got None')
-        return call(_relevance_softmax, "prompt_relevance_softmax", text_key, key, text_mask, tokens_per_frame, scale)
+        return _relevance_softmax(text_key, key, text_mask, tokens_per_frame, scale)
     if frame_mean is None:
         if key is None:
             raise ValueError('frame_mean, or key and tokens_per_frame, is needed for aggregate="mean", got neither')
@@ -126,4 +89,4 @@ def prompt_relevance(
     _checks.states("frame_mean", frame_mean, "[B, F, H, D]", empty_tokens=True)
     _checks.shape("frame_mean", frame_mean, (batch, frame_mean.shape[1], heads, head_dim), "[B, F, H, D]")
     _checks.statistics("frame_mean", frame_mean, "text_key", text_key)
-    return call(_relevance_mean, "prompt_relevance_mean", text_key, frame_mean, text_mask, scale)
+    return _relevance_mean(text_key, frame_mean, text_mask, scale)

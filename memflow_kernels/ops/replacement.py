@@ -3,22 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..backends import dispatch
 from ..pool import Pool
 from . import _checks
-from ._call import call
+from .registration import Registered
 
-
-@torch.library.custom_op("memflow::replace_frame", mutates_args=("pool_key", "pool_value", "pool_frame_mean"))
-def _replace_frame(
-    pool_key: Tensor, pool_value: Tensor, pool_frame_mean: Tensor, slot: Tensor, source_slot: Tensor
-) -> None:
-    dispatch("replace_frame", pool_key.device)(pool_key, pool_value, pool_frame_mean, slot, source_slot)
-
-
-@_replace_frame.register_fake
-def _(pool_key, pool_value, pool_frame_mean, slot, source_slot):
-    return None
+_replace_frame = Registered("replace_frame", lambda *arguments: None)
 
 
 def replace_frame(pool: Pool, slot: Tensor, source_slot: Tensor) -> None:
@@ -38,4 +27,4 @@ def replace_frame(pool: Pool, slot: Tensor, source_slot: Tensor) -> None:
         _checks.shape(name, index, (pool.key.shape[0],), "[B]")
         _checks.same_device(name, index, "pool.key", pool.key)
     _checks.no_gradients("replace_frame", *pool)
-    call(_replace_frame, "replace_frame", *pool, slot, source_slot, written=pool)
+    _replace_frame(*pool, slot, source_slot)

@@ -3,27 +3,20 @@
 import torch
 from torch import Tensor
 
-from ..backends import dispatch
 from . import _checks
-from ._call import call
-from ._kinds import once_per_kind
+from .registration import Registered
 
 
-@torch.library.custom_op("memflow::select_frames", mutates_args=())
-def _select_frames(
-    query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None, query_block: int | None
-) -> Tensor:
-    return dispatch("select_frames", query.device)(query, frame_mean, top_k, valid, query_block)
-
-
-@_select_frames.register_fake
-def _(query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None, query_block: int | None) -> Tensor:
+def _fake(query, frame_mean, top_k, valid, query_block):
     batch, queries, heads, _ = query.shape
     blocks = () if query_block is None else (_checks.block_count(queries, query_block),)
     return query.new_empty((batch, heads, *blocks, min(top_k, frame_mean.shape[1])), dtype=torch.int32)
 
 
-@once_per_kind
+_select_frames = Registered("select_frames", _fake)
+
+
+@_checks.once_per_kind
 def _check(query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None, query_block: int | None) -> None:
     _checks.states("query", query, "[B, Lq, H, D]")
     _checks.states("frame_mean", frame_mean, "[B, F, H, D]", empty_tokens=True)
@@ -56,4 +49,4 @@ def select_frames(
     Raises TypeError or ValueError for wrong dtypes, devices, shapes, top_k < 1 or query_block < 1.
     """
     _check(query, frame_mean, top_k, valid, query_block)
-    return call(_select_frames, "select_frames", query.detach(), frame_mean.detach(), top_k, valid, query_block)
+    return _select_frames(query.detach(), frame_mean.detach(), top_k, valid, query_block)

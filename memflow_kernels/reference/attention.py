@@ -147,7 +147,7 @@ def memory_attention(
 
 def memory_attention_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -167,7 +167,8 @@ def memory_attention_backward(
     wide = statistics_dtype(query.dtype)
     heads_first = (query, grad_out, out)
     queries, grads, outs = (states.transpose(1, 2).to(wide) for states in heads_first)  # [B, H, Lq, D]
-    offset = ((grads * outs).sum(-1) - grad_lse).unsqueeze(-1)  # [B, H, Lq, 1]
+    offset = (grads * outs).sum(-1) - (0 if grad_lse is None else grad_lse)
+    offset = offset.unsqueeze(-1)  # [B, H, Lq, 1]
     lse = lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1)  # no key: every share is 0
     uses = None
     if frame_table is not None:

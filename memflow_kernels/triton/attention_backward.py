@@ -164,7 +164,7 @@ def key_kernel(
 
 def memory_attention_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -181,6 +181,7 @@ def memory_attention_backward(
     tokens = key.shape[1]
     if frame_table is None:
         frame_table, candidate_frames = torch.empty((batch, heads, 0), dtype=torch.int32, device=query.device), 0
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     frame_table, grad_out, grad_lse, out, lse = (x.contiguous() for x in (frame_table, grad_out, grad_lse, out, lse))
     query_block = min(query_block or queries, queries)
     blocks = triton.cdiv(queries, query_block)

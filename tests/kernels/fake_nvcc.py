@@ -22,7 +22,7 @@ BUILD_CODE = f"""
 import pathlib, sys
 sys.path.insert(0, {str(Path(memflow_kernels.__file__).parent / "cuda")!r})
 from builder import Recipe, cached_library, find_toolchain
-from builder.architectures import parse
+from builder.toolchain import parse
 print(cached_library(Recipe(pathlib.Path(sys.argv[1]), find_toolchain(), parse("8.0"), pathlib.Path("/torch"))))
 """
 

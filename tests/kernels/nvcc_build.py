@@ -12,9 +12,15 @@ from typing import NamedTuple
 
 import pytest
 
-from memflow_kernels.cuda.builder import BuildError, Recipe, compile_library, find_toolchain
-from memflow_kernels.cuda.builder.architectures import parse
-from memflow_kernels.cuda.builder.recipe import source_folder, torch_folder
+from memflow_kernels.cuda.builder import (
+    BuildError,
+    Recipe,
+    compile_library,
+    find_toolchain,
+    source_folder,
+    torch_folder,
+)
+from memflow_kernels.cuda.builder.toolchain import parse
 
 NAME = "memflow_cuda.abi3.so"
 

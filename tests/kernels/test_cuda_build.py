@@ -9,12 +9,26 @@ import pytest
 from fake_nvcc import BUILD_CODE, fake_nvcc, sources
 
 from memflow_kernels.cuda import builder
-from memflow_kernels.cuda.builder import BuildError, Recipe, cached_library, compile_library, find_toolchain
-from memflow_kernels.cuda.builder.architectures import DEFAULT, Architecture, architectures, parse
-from memflow_kernels.cuda.builder.cache import cache_folder, library_of
-from memflow_kernels.cuda.builder.compiler import first_error
-from memflow_kernels.cuda.builder.recipe import source_folder
-from memflow_kernels.cuda.builder.toolchain import find_ninja, find_nvcc, nvcc_version
+from memflow_kernels.cuda.builder import (
+    BuildError,
+    Recipe,
+    cache_folder,
+    cached_library,
+    compile_library,
+    find_toolchain,
+    first_error,
+    library_of,
+    source_folder,
+)
+from memflow_kernels.cuda.builder.toolchain import (
+    DEFAULT,
+    Architecture,
+    architectures,
+    find_ninja,
+    find_nvcc,
+    nvcc_version,
+    parse,
+)
 
 KNOWN = frozenset({"80", "86", "89", "90", "100", "120"})
 VARIABLES = ("CUDA_HOME", "MEMFLOW_CUDA_ARCHS", "MEMFLOW_CUDA_CACHE", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
@@ -153,7 +167,7 @@ def test_the_key_changes_with_what_decides_about_the_result(recipe, monkeypatch)
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
     keys.add(recipe().key)
     monkeypatch.delenv("NVCC_APPEND_FLAGS")
-    monkeypatch.setattr(builder.recipe, "COMPILE_FLAGS", (*builder.recipe.COMPILE_FLAGS, "-O1"))
+    monkeypatch.setattr(builder, "COMPILE_FLAGS", (*builder.COMPILE_FLAGS, "-O1"))
     keys.add(recipe().key)
     monkeypatch.undo()
     (first.sources / "launch.h").write_text("// another header\n")

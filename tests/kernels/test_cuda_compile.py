@@ -4,7 +4,7 @@ import nvcc_build
 import pytest
 from nvcc_build import Resources, machine_code, resources, table
 
-from memflow_kernels.cuda.builder.recipe import source_folder
+from memflow_kernels.cuda.builder import source_folder
 
 # Ampere, Ada, Hopper. On Blackwell the largest attention kernel spills a few registers: the table shows how many.
 WITHOUT_SPILLS = ("8.0", "8.6", "8.9", "9.0a")

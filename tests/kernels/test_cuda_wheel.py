@@ -72,9 +72,7 @@ def test_what_is_installed_from_it_finds_its_sources(tree, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from builder.recipe import source_folder; print(source_folder())"
-    )
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from builder import source_folder; print(source_folder())"
     command = [sys.executable, "-c", code, str(tmp_path / "site" / "memflow_kernels" / "cuda")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert Path(said.strip()) == tmp_path / "site" / "memflow_kernels" / "csrc"
@@ -87,7 +85,7 @@ def test_the_source_distribution_has_all_that_a_build_needs(tree, tmp_path):
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
-    assert {"setup.py", "pyproject.toml", "memflow_kernels/cuda/builder/recipe.py"} <= names
+    assert {"setup.py", "pyproject.toml", "memflow_kernels/cuda/builder/toolchain.py"} <= names
 
 
 def test_with_the_switch_the_wheel_holds_the_library(tree, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memflow_kernels import Pool, memory_attention, qk_norm_rope_write
-from memflow_kernels.ops._kinds import once_per_kind
+from memflow_kernels.ops._checks import once_per_kind
 
 
 def counting():

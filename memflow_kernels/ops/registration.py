@@ -1,0 +1,117 @@
+"""The operators of torch.ops.memflow, registered with torch.library: schema, fake, kernel, derivative.
+
+Public parts of torch alone. Plain calls, torch.compile, torch.export, vmap, modes and tensor subclasses go through the
+registered operator. Where a gradient is wanted, a call goes through a torch.autograd.Function, which the transforms of
+torch.func know as well; a compiler, and whoever calls torch.ops.memflow directly, is given the same formula.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.graph import increment_version
+
+from ..backends import dispatch
+from ..operators import OPERATORS
+
+_LIBRARY = torch.library.Library("memflow", "DEF")
+REGISTERED: dict[str, Registered] = {}
+
+
+class Registered:
+    """One operator, called with its arguments in the order of its schema; the first, a tensor, names the device."""
+
+    def __init__(self, name: str, fake: Callable, backward: tuple[Callable, Callable] | None = None) -> None:
+        """fake: gives results of the right shapes and dtypes. backward: setup_context and formula as torch.library
+        takes them; by default those of the operator `<name>_backward`, or a refusal where there is none."""
+        self.name, operator = name, OPERATORS[name]
+        _LIBRARY.define(name + operator.schema, tags=torch.Tag.pt2_compliant_tag)
+        self.operator = getattr(torch.ops.memflow, name).default
+        written = [place for place, kind in enumerate(operator.arguments.values()) if "!" in kind]
+        _LIBRARY.impl(name, _kernel(name, written), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"memflow::{name}", fake, lib=_LIBRARY)
+        if not written:
+            setup, formula = backward or (_derived if f"{name}_backward" in OPERATORS else _refused)(name)
+            torch.library.register_autograd(f"memflow::{name}", formula, setup_context=setup, lib=_LIBRARY)
+            self._function = _function(self.operator, setup, formula)
+        REGISTERED[name] = self
+
+    def __call__(self, *arguments):
+        if torch.compiler.is_compiling():
+            return self.operator(*arguments)
+        graded = False
+        for x in arguments:
+            if isinstance(x, Tensor):
+                graded = graded or x.requires_grad
+                if unpack_dual(x).tangent is not None:
+                    raise NotImplementedError(
+                        f"{self.name} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad), but "
+                        "an argument has a tangent: use reverse mode (backward, torch.func.grad, torch.func.vjp)"
+                    )
+        if graded and torch.is_grad_enabled():
+            return self._function.apply(*arguments)
+        return self.operator(*arguments)
+
+
+def _kernel(name: str, written: list[int]) -> Callable:
+    """What torch calls: the backend's function. Autograd is told of the arguments that are written to: a backward that
+    needs what stood there before then raises, where it would compute from what stands there now."""
+
+    def run(*arguments):
+        result = dispatch(name, arguments[0].device)(*arguments)
+        for place in written:
+            if not arguments[place].is_inference():
+                increment_version(arguments[place])
+        return result
+
+    return run
+
+
+def _function(operator: Callable, setup: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    def forward(*arguments):
+        return operator(*arguments)
+
+    forward.__signature__ = inspect.signature(forward)  # torch asks for it in every call
+    parts = {"forward": forward, "setup_context": setup, "backward": backward}
+    members = {name: staticmethod(part) for name, part in parts.items()}
+    return type(operator.name(), (torch.autograd.Function,), {**members, "generate_vmap_rule": True})
+
+
+def _refused(name: str) -> tuple[Callable, Callable]:
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{name} has no derivative: memflow_kernels has first derivatives only")
+
+    return (lambda ctx, inputs, output: None), backward
+
+
+def _derived(name: str) -> tuple[Callable, Callable]:
+    """setup_context and backward by the operator `<name>_backward`, which names what it needs. A gradient that nobody
+    asks for is handed to it as None where its schema allows that, and as zeros elsewhere."""
+    forward, gradient = OPERATORS[name], OPERATORS[f"{name}_backward"]
+    known = [*forward.arguments, *forward.results]
+    needed = [x for x in gradient.arguments if x in known]
+    tensors = [x for x in needed if "Tensor" in gradient.arguments[x]]
+    others = [x for x in needed if x not in tensors]
+    upstream = [f"grad_{x}" for x in forward.results]
+    optional = any("?" in gradient.arguments[x] for x in upstream)
+
+    def setup(ctx, inputs, output):
+        values = dict(zip(known, (*inputs, *(output if isinstance(output, tuple) else (output,))), strict=True))
+        ctx.save_for_backward(*[values[x] for x in tensors])
+        ctx.others = [values[x] for x in others]
+        ctx.set_materialize_grads(not optional)
+
+    def backward(ctx, *grads):
+        values = dict(zip((*upstream, *tensors, *others), (*grads, *ctx.saved_tensors, *ctx.others), strict=True))
+        for x, result in zip(upstream, forward.results, strict=True):
+            if values[x] is None and "?" not in gradient.arguments[x]:
+                values[x] = torch.zeros_like(values[result])
+        found = REGISTERED[f"{name}_backward"](*[values[x] for x in gradient.arguments])
+        by_name = dict(zip(gradient.results, found, strict=True))
+        return tuple([by_name.get(f"grad_{x}") for x in forward.arguments])
+
+    return setup, backward
