@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from examples.storybook.model import GRID, encode_frames
+from examples.storybook.model import encode_frames
 from examples.storybook.recall import MEASURES, Setting, Share, evaluate, total
 from examples.storybook.stories import CHUNK, LENGTHS, Script, training_script
-from memflow.memory.frames import Prompt
-from memflow.models.wan.attention import head_sizes
-from memflow.models.wan.passes import encode_prompt, fix
+from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.text import encode_prompts
+from memflow.stream.chunks import ChunkDriver
 
 CHUNKS = 24
 HITS = ("character", "place", "both")
@@ -36,41 +36,29 @@ class Rehearsal:
         texts = [_texts(story) for story in told]
         numbers = torch.from_numpy(np.stack([story.frames() for story in told]))
         with torch.no_grad():
-            self.prompts = [self._prompt([row[chunk] for row in texts]) for chunk in range(CHUNKS)]
-            self.latents = encode_frames(pipeline.vae, numbers).transpose(1, 2).to(pipeline.transformer.dtype)
+            self.texts = [self._encode([row[chunk] for row in texts]) for chunk in range(CHUNKS)]
+            self.latents = encode_frames(pipeline.vae, numbers).transpose(1, 2)
 
-    def _prompt(self, texts: list[str]) -> Prompt:
+    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         pipe = self.pipeline
-        embeds, mask = encode_prompts(pipe.tokenizer, pipe.text_encoder, texts, pipe.config.text_length)
-        return encode_prompt(pipe.transformer, embeds.to(pipe.transformer.dtype), mask)
+        return encode_prompts(pipe.tokenizer, pipe.text_encoder, texts, pipe.config.text_length)
 
-    @torch.no_grad()
     def read(self, setting: Setting) -> dict[str, list[Share]]:
         """Hits over chunks 0 to CHUNKS - 1, for each of HITS ("both" where both were away).
 
         A chunk counts where the character (the place) was seen before, and neither sink nor window shows it.
         """
         config = setting.config(self.pipeline.memory_config)
-        transformer = self.pipeline.transformer
-        memory = config.create(
-            **head_sizes(transformer),
-            batch=len(self.seeds),
-            grid=GRID,
-            dtype=transformer.dtype,
-            device=transformer.device,
-            seeds=self.seeds,
-        )
+        driver = ChunkDriver(WanModel(self.pipeline.transformer), config, seeds=self.seeds)
         shares = {name: [Share(0, 0)] * CHUNKS for name in HITS}
-        for chunk, prompt in enumerate(self.prompts):
+        for chunk, (embeds, mask) in enumerate(self.texts):
             start = chunk * CHUNK
-            memory.update(start, prompt)
-            shown = memory.snapshot(start, prompt).recalled[-1]  # [B, bank]
+            driver.prompt(embeds, mask)
+            driver.keep(self.latents[:, :, start : start + CHUNK])
+            shown = driver.snapshot().recalled[-1]  # [B, bank]
             for row, frames in zip(self.scenes, shown, strict=True):
                 for name, hit in _hits(row, chunk, config, frames).items():
                     shares[name][chunk] += (hit, 1)
-            step = memory.pass_over(start, CHUNK, prompt)
-            fix(transformer, self.latents[:, :, start : start + CHUNK], step)
-            memory.end_chunk(start)
         return shares
 
 

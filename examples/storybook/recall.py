@@ -14,7 +14,7 @@ from torch import Tensor
 from examples.storybook.measure import landmark_colour, measure, same_colour
 from examples.storybook.stories import CHUNK, LENGTHS, Trial, recall_trial
 from examples.storybook.world import ACTIONS, Frame, act, entrance
-from memflow.memory.config import MemoryConfig
+from memflow.memory import MemoryConfig
 
 _Z = 1.959964  # 95 %
 BATCH = 34  # stories told together
