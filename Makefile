@@ -28,6 +28,7 @@ bench-quick: $(VENV)/installed-model
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .

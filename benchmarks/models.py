@@ -16,7 +16,7 @@ from memflow.stream.stream import Stream
 from memflow_kernels import frame_means
 
 from .cases import Case
-from .reference_path.stream import ReferenceStream
+from .published_path.stream import PublishedStream
 
 TEXT_DIM = 4096
 
@@ -93,8 +93,8 @@ class Middle:
         )
         return stream
 
-    def reference(self, pipeline: MemFlowPipeline, config: MemoryConfig) -> ReferenceStream:
-        stream = ReferenceStream(pipeline, config=config, seeds=range(self.case.batch), **self.size)
+    def published(self, pipeline: MemFlowPipeline, config: MemoryConfig) -> PublishedStream:
+        stream = PublishedStream(pipeline, config=config, seeds=range(self.case.batch), **self.size)
         leaving = self.bank + self.case.sink  # the oldest frame of the window is what ours moves into the bank
         for layer, key, value in zip(stream.layers, self.key, self.value, strict=True):
             for name, held in (("key", key.to(layer.key)), ("value", value.to(layer.key))):

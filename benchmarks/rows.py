@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 FORMAT = "memflow-benchmarks-1"
+OLD_NAME, NAME = "reference path", "published path"  # of a provider: files written before say the old one
 
 
 @dataclass
@@ -59,4 +60,5 @@ def read(path: Path) -> tuple[dict, dict, list[Row]]:
         raise ValueError(f"{path} cannot be read as a benchmark result: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"{path} is not a benchmark result of the format {FORMAT}")
-    return data["environment"], data["ceilings"], [Row(**row) for row in data["rows"]]
+    rows = [Row(**row | {"provider": row["provider"].replace(OLD_NAME, NAME)}) for row in data["rows"]]
+    return data["environment"], data["ceilings"], rows

@@ -11,7 +11,7 @@ from memflow.memory import FrameMemory, MemoryConfig, Pass, Prompt, make_memory
 from memflow_kernels import frame_means
 
 from .cases import Case
-from .reference_path import ReferenceLayer
+from .published_path import PublishedLayer
 
 EPS = 1e-6
 
@@ -119,10 +119,10 @@ def our_memory(state: LayerState, layers: int = 1) -> tuple[FrameMemory, Pass]:
     return memory, memory.pass_over(state.start_frame, case.chunk, prompt)
 
 
-def reference_layer(state: LayerState) -> ReferenceLayer:
-    """The reference's layer with the frames of `state`; the frame about to enter the bank is the one ours moves."""
+def published_layer(state: LayerState) -> PublishedLayer:
+    """The published layer with the frames of `state`; the frame about to enter the bank is the one ours moves."""
     case, key = state.case, state.held_key
-    layer = ReferenceLayer(
+    layer = PublishedLayer(
         batch=case.batch,
         heads=case.heads,
         head_dim=case.head_dim,

@@ -1,4 +1,4 @@
-"""Streams, timed chunk by chunk in turns: ours and the reference path, with and without memory, dense and activated."""
+"""Streams, timed chunk by chunk in turns: ours and the published path, with and without memory, dense and activated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memflow_kernels.testing import relative_error
 from .cases import Case
 from .floor import AttentionOnly, ProjectionsOnly, reduced
 from .models import Middle, config_of, in_float64, pipeline_of
-from .reference_path.stream import ReferenceStream
+from .published_path.stream import PublishedStream
 from .rows import Row
 from .splits import Split
 from .targets import FLOORS
@@ -106,7 +106,7 @@ def middle_entries(experiment: StreamExperiment, device: torch.device) -> list[E
                 entries.append(Entry(row, chunk, backend, stream))
                 judge(row, entries[-1](), expected)
             stream = middle.published(pipeline, config)
-            row = new_row(experiment, f"reference path{suffix}", activated, device)
+            row = new_row(experiment, f"published path{suffix}", activated, device)
             entries.append(Entry(row, stream.chunk, None, stream))
             judge(row, stream.chunk(), expected)
     del exact
@@ -122,12 +122,12 @@ def toy_entries(experiment: StreamExperiment, device: torch.device) -> list[Entr
     entries: list[Entry] = []
     for activated in experiment.modes:
         config = replace(MemoryConfig.published(), top_k=experiment.case.top_k if activated else None)
-        expected = reference_story(exact, config)()
+        expected = published_story(exact, config)()
         for backend in experiment.backends:
             told = lambda config=config: our_story(pipeline, config, seconds)  # noqa: E731
             entries.append(Entry(new_row(experiment, f"ours ({backend})", activated, device), told, backend))
-        told = reference_story(pipeline, config)
-        entries.append(Entry(new_row(experiment, "reference path", activated, device), told))
+        told = published_story(pipeline, config)
+        entries.append(Entry(new_row(experiment, "published path", activated, device), told))
         for entry in entries[-len(experiment.backends) - 1 :]:
             entry.row.frames = CHUNKS * pipeline.frames_per_chunk
             judge(entry.row, entry(), expected)
@@ -145,13 +145,13 @@ def our_story(pipeline: MemFlowPipeline, config: MemoryConfig, seconds: float) -
     return torch.cat([chunk.latents for chunk in stream], dim=2)
 
 
-def reference_story(pipeline: MemFlowPipeline, config: MemoryConfig) -> Story:
+def published_story(pipeline: MemFlowPipeline, config: MemoryConfig) -> Story:
     size = {"height": pipeline.config.height, "width": pipeline.config.width}
 
     def told() -> Tensor:
         # Text and decoding are not what is compared: ours of both.
         helper = pipeline.stream(list(STORY), memory=config)
-        stream = ReferenceStream(pipeline, config=config, seeds=[0], **size)
+        stream = PublishedStream(pipeline, config=config, seeds=[0], **size)
         latents = []
         for number in range(CHUNKS):
             prompt, inside = divmod(number, CHUNKS // len(STORY))

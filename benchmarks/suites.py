@@ -8,7 +8,7 @@ from .runner import Experiment
 from .streams import StreamExperiment
 
 SUITES = ("quick", "kernels", "stream", "realtime")
-REFERENCE = "reference path"
+PUBLISHED = "published path"
 
 
 AnyExperiment = Experiment | StreamExperiment | RealtimeExperiment
@@ -36,7 +36,7 @@ def quick(gpu: bool, backends: tuple[str, ...]) -> list[Experiment | StreamExper
     full, small, toy = case("wan-1.3b-480p"), case("quarter"), case("toy")
     ours = tuple(f"ours ({backend})" for backend in backends)
     layers = [
-        Experiment("layer", full, dtype, budget=30, least=2, dense_only=(REFERENCE,))
+        Experiment("layer", full, dtype, budget=30, least=2, dense_only=(PUBLISHED,))
         for dtype in ("float32", "bfloat16")
     ]
     ops = [
@@ -44,9 +44,9 @@ def quick(gpu: bool, backends: tuple[str, ...]) -> list[Experiment | StreamExper
         *(Experiment(op, full, dtype, budget=2) for op in ("write", "means") for dtype in ("float32", "bfloat16")),
         Experiment("attention", small, "float32", budget=10),
         # Without FlexAttention, which would be compiled twice more.
-        Experiment("attention", small, "bfloat16", budget=10, only=(*ours, "SDPA flash", "SDPA math", REFERENCE)),
+        Experiment("attention", small, "bfloat16", budget=10, only=(*ours, "SDPA flash", "SDPA math", PUBLISHED)),
         *(
-            Experiment("attention", case(name), "float32", budget=4, only=(*ours, "SDPA flash", REFERENCE))
+            Experiment("attention", case(name), "float32", budget=4, only=(*ours, "SDPA flash", PUBLISHED))
             for name in of("memory", "quarter")
         ),
         Experiment("chunk", small, "float32", budget=8),

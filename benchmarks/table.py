@@ -9,10 +9,10 @@ from .rows import Row
 from .targets import targets
 from .timing import ratio, spread
 
-REFERENCE = "reference path"
+PUBLISHED = "published path"
 COLUMNS = (
     "provider", "mode", "median", "p20", "p80", "graph", "TFLOP/s", "of ceiling", "GB/s", "of copy", "frames/s",
-    "peak MiB", "error", "vs reference",
+    "peak MiB", "error", "vs published",
 )  # fmt: skip
 
 
@@ -78,17 +78,17 @@ def cells(row: Row, group: list[Row], ceilings: dict) -> dict[str, str]:
         found["peak MiB"] = f"{row.peak_bytes / 2**20:.0f}"
     if row.error is not None:
         found["error"] = f"{row.error:.1g}"
-    against = reference_of(row, group)
+    against = published_of(row, group)
     if against is not None:
-        found["vs reference"] = f"{ratio(row.seconds, against.seconds):.2f}x"
+        found["vs published"] = f"{ratio(row.seconds, against.seconds):.2f}x"
     return found
 
 
-def reference_of(row: Row, group: list[Row]) -> Row | None:
-    """The dense reference path of the same rounds; the reference without bank for a row without one."""
+def published_of(row: Row, group: list[Row]) -> Row | None:
+    """The dense published path of the same rounds; the one without bank for a row without one."""
     bank = row.provider.endswith("no bank")
     for other in group:
-        same = other.provider.startswith(REFERENCE) and other.provider.endswith("no bank") == bank
+        same = other.provider.startswith(PUBLISHED) and other.provider.endswith("no bank") == bank
         if same and not other.activated and len(other.seconds) == len(row.seconds) > 0:
             return other
     return None
@@ -115,7 +115,7 @@ def write_csv(path: Path, rows: list[Row], ceilings: dict) -> None:
     numbers = ("median", "p20", "p80", "graph_median", "flops_per_s", "bytes_per_s", "frames_per_s", "peak_bytes")
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow((*names, *numbers, "vs_reference"))
+        writer.writerow((*names, *numbers, "vs_published"))
         for row in rows:
             facts = (row.group, row.workload, row.case, mode(row), row.dtype, row.device, row.provider, row.status)
             line = [*facts, row.reason, row.error, len(row.seconds)]
@@ -124,7 +124,7 @@ def write_csv(path: Path, rows: list[Row], ceilings: dict) -> None:
                 graph = spread(row.graph_seconds)["median"] if row.graph_seconds else None
                 best = graph or times["median"]
                 rates = [amount / best if amount else None for amount in (row.flops, row.nbytes, row.frames)]
-                against = reference_of(row, [other for other in rows if other.group == row.group])
+                against = published_of(row, [other for other in rows if other.group == row.group])
                 compared = ratio(row.seconds, against.seconds) if against else None
                 line += [*times.values(), graph, *rates, row.peak_bytes, compared]
             writer.writerow(line)

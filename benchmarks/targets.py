@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .rows import Row
 from .timing import ratio, spread
 
-REFERENCE = "reference path"
+PUBLISHED = "published path"
 BASE = "wan-1.3b-480p"
 # Rows that bound a stream from below, and what each supposes.
 FLOORS = {
@@ -44,38 +44,37 @@ def best_of_ours(rows: list[Row]) -> Row | None:
 
 
 def pairs(rows: list[Row], workload: str, cases: tuple[str, ...]) -> Iterator[tuple[Row, Row]]:
-    """(ours, dense reference path) per group and mode."""
+    """(ours, dense published path) per group and mode."""
     groups = dict.fromkeys(row.group for row in rows if row.workload == workload and row.case in cases)
     for group in groups:
         members = [row for row in rows if row.group == group]
-        reference = next((r for r in members if r.provider == REFERENCE and not r.activated), None)
+        published = next((r for r in members if r.provider == PUBLISHED and not r.activated), None)
         for activated in (False, True):
             ours = best_of_ours([row for row in members if row.activated == activated])
-            if ours is not None and reference is not None:
-                yield ours, reference
+            if ours is not None and published is not None:
+                yield ours, published
 
 
 def layer_targets(rows: list[Row]) -> Iterator[Target]:
-    for ours, reference in pairs([row for row in rows if row.device == "cpu"], "layer", (BASE,)):
-        what = (
-            f"attention layer, {'activated' if ours.activated else 'dense'}, {ours.dtype}, against the dense reference"
-        )
-        yield at_least(what, ratio(ours.seconds, reference.seconds), 1.3 if ours.activated else 1.1)
+    for ours, published in pairs([row for row in rows if row.device == "cpu"], "layer", (BASE,)):
+        mode = "activated" if ours.activated else "dense"
+        what = f"attention layer, {mode}, {ours.dtype}, against the dense published path"
+        yield at_least(what, ratio(ours.seconds, published.seconds), 1.3 if ours.activated else 1.1)
 
 
 def update_targets(rows: list[Row]) -> Iterator[Target]:
-    for ours, reference in pairs([row for row in rows if row.device == "cpu"], "update", (BASE,)):
+    for ours, published in pairs([row for row in rows if row.device == "cpu"], "update", (BASE,)):
         yield at_least(
-            f"memory update, {ours.dtype}, against the reference", ratio(ours.seconds, reference.seconds), 20
+            f"memory update, {ours.dtype}, against the published path", ratio(ours.seconds, published.seconds), 20
         )
 
 
 def toy_targets(rows: list[Row]) -> Iterator[Target]:
-    for ours, reference in pairs([row for row in rows if row.device == "cpu"], "stream", ("toy",)):
+    for ours, published in pairs([row for row in rows if row.device == "cpu"], "stream", ("toy",)):
         if not ours.activated:
-            yield at_least("toy stream, against the reference path", ratio(ours.seconds, reference.seconds), 1.5)
+            yield at_least("toy stream, against the published path", ratio(ours.seconds, published.seconds), 1.5)
             for floor in (row for row in rows if row.provider in FLOORS and row.group == ours.group):
-                most = f"{ratio(floor.seconds, reference.seconds):.2f}x"
+                most = f"{ratio(floor.seconds, published.seconds):.2f}x"
                 what = f"the same if {FLOORS[floor.provider]} took no time"
                 yield Target(what, most, "", "the most that can be reached")
 
@@ -83,7 +82,7 @@ def toy_targets(rows: list[Row]) -> Iterator[Target]:
 def attention_targets(rows: list[Row]) -> Iterator[Target]:
     members = [r for r in rows if r.workload == "attention" and r.case == BASE and r.dtype == "bfloat16"]
     ours = best_of_ours([row for row in members if row.activated])
-    peers = [r for r in members if not r.activated and not r.provider.startswith(("ours", REFERENCE))]
+    peers = [r for r in members if not r.activated and not r.provider.startswith(("ours", PUBLISHED))]
     if ours is None or not peers:
         return
     best = min(peers, key=lambda row: spread(row.seconds)["median"])
@@ -104,13 +103,13 @@ def bandwidth_targets(rows: list[Row], ceilings: dict) -> Iterator[Target]:
 
 def chunk_targets(rows: list[Row]) -> Iterator[Target]:
     members = [row for row in rows if row.workload == "stream" and row.case == BASE]
-    for ours, reference in pairs(members, "stream", (BASE,)):
+    for ours, published in pairs(members, "stream", (BASE,)):
         mode = "activated" if ours.activated else "dense"
-        yield at_least(f"1.3B chunk, {mode}, against the reference path", ratio(ours.seconds, reference.seconds), 2)
-        bare = next((row for row in members if row.provider == f"{REFERENCE}, no bank"), None)
+        yield at_least(f"1.3B chunk, {mode}, against the published path", ratio(ours.seconds, published.seconds), 2)
+        bare = next((row for row in members if row.provider == f"{PUBLISHED}, no bank"), None)
         if bare is not None:
             yield at_least(
-                f"the same against the reference without a bank, {mode}", ratio(ours.seconds, bare.seconds), 1
+                f"the same against the published path without a bank, {mode}", ratio(ours.seconds, bare.seconds), 1
             )
         share = ours.parts.get("memory", 0.0) / max(sum(ours.parts.values()), 1e-12)
         verdict = "reached" if share <= 0.01 else "NOT reached"

@@ -6,7 +6,7 @@ from .base import Provider
 from .flex import Flex
 from .ours import Ours
 from .peers import FLASH_ATTENTION, SDPA, FlashAttention, FlashInfer, Sdpa
-from .reference import ReferencePath
+from .published import PublishedPath
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
@@ -16,7 +16,7 @@ PROVIDERS: dict[str, Provider] = {
         Flex(),
         *(FlashAttention(version) for version in FLASH_ATTENTION),
         FlashInfer(),
-        ReferencePath(),
+        PublishedPath(),
     )
 }
 

@@ -29,11 +29,11 @@ def train(
     ] = None,
 ) -> None:
     """Train the storybook model from a seed."""
-    from examples.storybook import train as stages
+    from examples.storybook.train import train as train_stages
     from memflow.cli.loading import choose_device
 
     given = {"steps": steps, "codec_steps": codec_steps}
-    folder = stages.train(
+    folder = train_stages(
         out,
         seed=seed,
         minutes=minutes,
@@ -60,20 +60,23 @@ def evaluate(
     ] = None,
 ) -> None:
     """Tell stories under every policy and measure who and what comes back after an absence."""
-    from examples.storybook import results
+    from examples.storybook import recall, report
+    from examples.storybook.evaluate import run
     from memflow.cli.loading import choose_device, choose_dtype, load_pipeline
     from memflow.errors import MemFlowError
 
+    if out.suffix != ".json":
+        raise MemFlowError(f"-o must name a .json file, which a table and plots are written beside; got {out}")
     try:
-        settings = results.settings_named(memory)
+        settings = recall.settings_named(memory)
     except ValueError as error:
         raise MemFlowError(f"--memory: {error}") from None
     chosen = choose_device(device)
     pipeline = load_pipeline(model, chosen, choose_dtype("float32", chosen))
-    found = results.run(pipeline, out, stories=stories, seeds=seeds, settings=settings, say=typer.echo)
-    out.with_suffix(".md").write_text(results.table(found))
-    results.plot(found, out.with_suffix(".png"))
-    results.plot_forgetting(found, out.with_name(out.stem + "-forgetting.png"))
+    found = run(pipeline, out, stories=stories, seeds=seeds, settings=settings, say=typer.echo)
+    out.with_suffix(".md").write_text(report.table(found))
+    report.plot(found, out.with_suffix(".png"))
+    report.plot_forgetting(found, out.with_name(out.stem + "-forgetting.png"))
 
 
 @app.command()
@@ -91,7 +94,7 @@ def sheet(
     ] = "storybook",
 ) -> None:
     """Tell a story and draw it as a contact sheet: three frames of every prompt."""
-    from examples.storybook.sheet import contact_sheet
+    from examples.storybook.report import contact_sheet
     from memflow.cli.loading import choose_device, choose_dtype, choose_memory, load_pipeline
     from memflow.cli.story import read_stories
 

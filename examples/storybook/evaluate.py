@@ -1,188 +1,138 @@
-"""Does the memory bring back who and what was away? Stories told by the model itself, under one policy at a time."""
+"""`python -m examples.storybook evaluate`: settings, lengths, seeds; JSON that grows as it goes, a table, plots."""
 
 from __future__ import annotations
 
+import json
+import platform
 import time
-from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from examples.storybook.measure import landmark_colour, measure, same_colour
-from examples.storybook.statistics import Share, chance_of_a_hit
-from examples.storybook.stories import CHUNK
-from examples.storybook.trials import LENGTHS, Trial, recall_trial
-from examples.storybook.world import ACTIONS, Frame, act, entrance
-from memflow.memory import MemoryConfig
+from examples.storybook.model import encode_frames
+from examples.storybook.recall import MEASURES, Setting, Share, evaluate, total
+from examples.storybook.stories import CHUNK, LENGTHS, Script, training_script
+from memflow.models.wan.adapter import WanModel
+from memflow.models.wan.text import encode_prompts
+from memflow.stream.chunks import ChunkDriver
 
-BATCH = 34  # stories told together
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A memory to be tested: changes to the model's own `MemoryConfig`."""
-
-    label: str
-    changes: dict = field(default_factory=dict)
-
-    def config(self, trained: MemoryConfig) -> MemoryConfig:
-        return replace(trained, **{"held_frames": None, "top_k": None, **self.changes})
+CHUNKS = 24
+HITS = ("character", "place", "both")
+COMPARED = ("colour", "shape", "landmark")
+_RETRIEVAL = ("none", "fifo", "random", "published", "published, bank of 6", "diverse", "original", "archive")
 
 
-SETTINGS = [
-    Setting("none", {"policy": "none", "sink_frames": 0}),
-    Setting("sink", {"policy": "none"}),
-    Setting("fifo", {"policy": "fifo"}),
-    Setting("random", {"policy": "random"}),
-    Setting("published", {"policy": "prompt", "bank_frames": 3}),
-    Setting("published, bank of 6", {"policy": "prompt"}),
-    Setting("diverse", {"policy": "diverse"}),
-    Setting("diverse, top 3", {"policy": "diverse", "top_k": 3}),
-    Setting("diverse, 12 held", {"policy": "diverse", "held_frames": 12}),
-    Setting("diverse, 24 held", {"policy": "diverse", "held_frames": 24}),
-    Setting("original", {"policy": "original"}),
-    Setting("original, 12 held", {"policy": "original", "held_frames": 12}),
-    Setting("original, 24 held", {"policy": "original", "held_frames": 24}),
-    Setting("original, 24 held, top 3", {"policy": "original", "held_frames": 24, "top_k": 3}),
-    Setting("archive", {"policy": "archive"}),
-    Setting("archive, top 3", {"policy": "archive", "top_k": 3}),
-    Setting("oracle", {"policy": "oracle"}),
-    Setting("oracle, top 3", {"policy": "oracle", "top_k": 3}),
-]
-MEASURES = {
-    "colour": "a returning character's colour",
-    "shape": "a returning character's shape",
-    "landmark": "the landmark's colour in a place seen again, as the model itself drew it first",
-    "hit character": "attention sees a frame of the returning character",
-    "hit place": "attention sees a frame of the place",
-    "scene": "the place that the prompt names",
-    "action": "the action that the prompt names",
-    "look": "colour and shape where the prompt states them",
-}
+class Rehearsal:
+    """Random stories of CHUNKS chunks, their prompts and their latents, to be read under one setting after another."""
+
+    def __init__(self, pipeline, stories: int, seed: int):
+        self.pipeline = pipeline
+        random = np.random.default_rng([seed, CHUNKS])
+        told = [training_script(random, CHUNKS) for _ in range(stories)]
+        self.seeds = [seed * 1_000_000 + row for row in range(stories)]
+        self.scenes = [[story.scenes[i] for i in story.scene_of_chunks()] for story in told]
+        texts = [_texts(story) for story in told]
+        numbers = torch.from_numpy(np.stack([story.frames() for story in told]))
+        with torch.no_grad():
+            self.texts = [self._encode([row[chunk] for row in texts]) for chunk in range(CHUNKS)]
+            self.latents = encode_frames(pipeline.vae, numbers).transpose(1, 2)
+
+    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        pipe = self.pipeline
+        return encode_prompts(pipe.tokenizer, pipe.text_encoder, texts, pipe.config.text_length)
+
+    def read(self, setting: Setting) -> dict[str, list[Share]]:
+        """Hits over chunks 0 to CHUNKS - 1, for each of HITS ("both" where both were away).
+
+        A chunk counts where the character (the place) was seen before, and neither sink nor window shows it.
+        """
+        config = setting.config(self.pipeline.memory_config)
+        driver = ChunkDriver(WanModel(self.pipeline.transformer), config, seeds=self.seeds)
+        shares = {name: [Share(0, 0)] * CHUNKS for name in HITS}
+        for chunk, (embeds, mask) in enumerate(self.texts):
+            start = chunk * CHUNK
+            driver.prompt(embeds, mask)
+            driver.keep(self.latents[:, :, start : start + CHUNK])
+            shown = driver.snapshot().recalled[-1]  # [B, bank]
+            for row, frames in zip(self.scenes, shown, strict=True):
+                for name, hit in _hits(row, chunk, config, frames).items():
+                    shares[name][chunk] += (hit, 1)
+        return shares
 
 
-def trials(length: str, count: int, seed: int) -> list[Trial]:
-    """`count` stories of a length of `examples.storybook.trials.LENGTHS`; the same for equal seeds."""
-    random = np.random.default_rng([seed, LENGTHS[length]])
-    return [recall_trial(random, LENGTHS[length]) for _ in range(count)]
+def _hits(scenes: list, chunk: int, config, frames: np.ndarray) -> dict[str, bool]:
+    """Whether `frames` show what `chunk` needs, by measure; a measure is left out where nothing was away."""
+    window = range(max(0, chunk + 1 - config.window_frames // CHUNK), chunk)
+    in_view = {*window, *range(min(chunk, config.sink_frames // CHUNK))}
+    shown = {int(frame) // CHUNK for frame in frames if frame >= 0}
+    found = {}
+    for name, key in (("character", "name"), ("place", "place")):
+        right = {i for i in range(chunk) if getattr(scenes[i], key) == getattr(scenes[chunk], key)}
+        if right and not right & in_view:
+            found[name] = bool(right & shown)
+    if len(found) == 2:
+        found["both"] = all(found.values())
+    return found
 
 
-def evaluate(pipeline, setting: Setting, length: str, stories: int, seed: int) -> dict:
-    """Tell `stories` stories under `setting` and measure them.
+def _texts(script: Script) -> list[str]:
+    """The prompt in force, for each chunk."""
+    prompts = script.prompts()
+    return [prompts[i] for i in script.scene_of_chunks()]
 
-    Returns {"shares": a `Share` for each of MEASURES, "seconds": per story without decoding, "chance": of a hit at
-    random for "hit character" and "hit place"}.
+
+def run(pipeline, path: Path, *, stories: int, seeds: int, settings: list[Setting], say=print) -> dict:
+    """Evaluate and write `path` after every setting; what it holds already is kept. Returns what it then holds.
+
+    stories: of each length, over all seeds.
     """
-    shares = dict.fromkeys(MEASURES, Share(0, 0))
-    seconds, chances = 0.0, []
-    all_trials = trials(length, stories, seed)
-    for first in range(0, stories, BATCH):
-        told = _Telling(pipeline, setting, all_trials[first : first + BATCH], seed * 1_000_000 + first)
-        seconds += told.seconds
-        chances += told.chances
-        for name, values in told.outcomes().items():
-            shares[name] += (sum(values), len(values))
-    return {"shares": shares, "seconds": seconds / stories, "chance": float(np.mean(chances)) if chances else 0.0}
-
-
-class _Telling:
-    """One batch of trials, told.
-
-    seen: what the frames of the scenes that count show, fields [stories, CHUNK]; landmarks: the mean colours of their
-    landmarks [stories, 3].
-    """
-
-    def __init__(self, pipeline, setting: Setting, part: list[Trial], seed: int):
-        self.trials = part
-        prompts = [list(texts) for texts in zip(*(trial.story.prompts() for trial in part), strict=True)]
-        config = setting.config(pipeline.memory_config)
-        stream = pipeline.stream(
-            prompts,
-            seconds_per_prompt=CHUNK / pipeline.fps,
-            seed=[seed + row for row in range(len(part))],
-            memory=config,
-        )
-        stream.decoder = _Latents()
-        self.seen: dict[int, Frame] = {}
-        self.landmarks: dict[int, Tensor] = {}
-        self.hits: dict[str, list[bool]] = {"hit character": [], "hit place": []}
-        self.chances: list[float] = []
-        self.seconds = 0.0
-        first = part[0]
-        for scene in range(len(prompts)):
-            if config.policy == "oracle":
-                stream.memory.policy.wanted = [trial.useful_frames(scene) for trial in part]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {"recall": {}, "retrieval": {}}
+    results["about"] = {
+        "stories": dict.fromkeys(LENGTHS, stories),
+        "seeds": seeds,
+        "scenes between": LENGTHS,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "command": f"python -m examples.storybook evaluate --stories {stories} --seeds {seeds}",
+    }
+    each = -(-stories // seeds)
+    rehearsals: list[Rehearsal] = []
+    for setting in settings:
+        for length in LENGTHS:
+            if setting.label in results["recall"].get(length, {}):
+                continue
             begin = time.perf_counter()
-            chunk = next(stream)
-            self.seconds += time.perf_counter() - begin
-            if scene in first.meetings or scene in first.returns:
-                self.seen[scene], self.landmarks[scene] = _measure(pipeline.vae, chunk.latents)
-            if scene in first.returns:
-                self._note_hits(stream.snapshot(), scene)
-
-    def _note_hits(self, snapshot, scene: int) -> None:
-        """Whether sink, window and what is recalled, in the last layer, show the character, and the place."""
-        shown = snapshot.recalled[-1]  # [B, bank]
-        always = [frame // CHUNK for frame in (*snapshot.sink, *snapshot.window)]
-        past = scene - 3  # prototypes that have left the window, the sink not counted
-        for trial, frames in zip(self.trials, shown, strict=True):
-            scenes = trial.story.scenes
-            held = {int(frame) // CHUNK for frame in frames if frame >= 0} | {i for i in always if i < scene}
-            for name, key in (("hit character", "name"), ("hit place", "place")):
-                self.hits[name].append(any(getattr(scenes[i], key) == getattr(scenes[scene], key) for i in held))
-            self.chances.append(chance_of_a_hit(past, 1, shown.shape[1]))
-
-    def outcomes(self) -> dict[str, list[bool]]:
-        """What was right and what was not, by the names of MEASURES."""
-        found: dict[str, list[bool]] = {name: [] for name in MEASURES} | self.hits
-        for row, trial in enumerate(self.trials):
-            for scene in (*trial.meetings, *trial.returns):
-                told = trial.story.scenes[scene]
-                look = trial.story.looks[told.name]
-                shown = Frame(*(values[row] for values in self.seen[scene]))
-                hue, shape, place = (_most(x) for x in (shown.hue, shown.shape, shown.place))
-                found["scene"].append(place == told.place)
-                found["action"].append(_acted(shown) == told.action)
-                if scene in trial.meetings:
-                    found["look"].append((hue, shape) == look)
-                    continue
-                _, place_met = trial.met_at(scene)
-                found["colour"].append(hue == look.hue)
-                found["shape"].append(shape == look.shape)
-                # Nobody says the landmark's colour: what the model itself drew there first is what it must repeat.
-                before, now = self.landmarks[place_met][row], self.landmarks[scene][row]
-                found["landmark"].append(bool(same_colour(before, now)))
-        return found
+            parts = [evaluate(pipeline, setting, length, each, seed) for seed in range(seeds)]
+            results["recall"].setdefault(length, {})[setting.label] = _merge(parts)
+            _write(results, path)
+            say(
+                f"{setting.label}, {length}: {_summary(results['recall'][length][setting.label])}, "
+                f"{time.perf_counter() - begin:.0f} s"
+            )
+        if setting.label in _RETRIEVAL and setting.label not in results["retrieval"]:
+            rehearsals = rehearsals or [Rehearsal(pipeline, each, seed) for seed in range(seeds)]
+            parts = [rehearsal.read(setting) for rehearsal in rehearsals]
+            results["retrieval"][setting.label] = {
+                name: [total([part[name][chunk] for part in parts]).to_dict() for chunk in range(CHUNKS)]
+                for name in parts[0]
+            }
+            _write(results, path)
+    return results
 
 
-class _Latents:
-    """Stands in for a stream's decoder: only few of the chunks are looked at."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents.new_empty(latents.shape[0], 0, 0, 0, 3)
-
-
-@torch.no_grad()
-def _measure(codec, latents: Tensor) -> tuple[Frame, Tensor]:
-    """What clean latents [B, C, F, h, w] show: fields [B, F]; and the mean colour of the landmark [B, 3]."""
-    stories = latents.shape[0]
-    pictures = codec.decode_frames(latents.transpose(1, 2).flatten(0, 1)).clamp(0, 1).float().cpu()
-    frame = measure(pictures)
-    landmark = landmark_colour(pictures, frame.place).unflatten(0, (stories, -1)).mean(1)
-    return Frame(*(values.unflatten(0, (stories, -1)) for values in frame)), landmark
+def _merge(parts: list[dict]) -> dict:
+    shares = {name: total([part["shares"][name] for part in parts]).to_dict() for name in MEASURES}
+    mean = {name: sum(part[name] for part in parts) / len(parts) for name in ("seconds", "chance")}
+    return {"shares": shares, **mean}
 
 
-def _most(values: Tensor) -> int:
-    """The value that most frames of a scene have; of equals the smallest."""
-    return int(values.bincount().argmax())
+def _summary(row: dict) -> str:
+    return ", ".join(f"{name} {row['shares'][name]['value']:.2f}" for name in COMPARED)
 
 
-def _acted(shown: Frame) -> int:
-    """The action whose frames, from its entrance on, are most like those shown."""
-    states = list(zip(shown.mood.tolist(), shown.step.tolist(), strict=True))
-    likeness = []
-    for name in ACTIONS:
-        expected, _ = act(name, CHUNK, entrance(name))
-        likeness.append(sum((mood == m) + (step == s) for (mood, step), (m, s) in zip(states, expected, strict=True)))
-    return int(np.argmax(likeness))
+def _write(results: dict, path: Path) -> None:
+    path.write_text(json.dumps(results, indent=1))

@@ -1,13 +1,14 @@
-"""The parts of the storybook model before training: the real architecture, as small as it goes."""
+"""The parts of the storybook model before training, and its settings: the real architecture, as small as possible."""
 
 from __future__ import annotations
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from examples.storybook.world import FPS, words
+from examples.storybook.world import FPS, Frame, render, words
 from memflow.decoders.storybook import StorybookCodec
 
 TEXT_LENGTH = 16  # tokens that a prompt is padded to; the longest of the world has 13
@@ -90,3 +91,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=_PAD, eos_token=_END, unk_token=_UNKNOWN, padding_side="right"
     )
+
+
+@torch.no_grad()
+def encode_frames(codec: StorybookCodec, numbers: Tensor) -> Tensor:
+    """Latents of frames given by `Frame.number`: numbers [...] on the CPU -> [..., channels, 8, 8] on its device."""
+    different, where = numbers.unique(return_inverse=True)
+    return codec.encode(render(Frame.of(different)).to(codec.device))[where.to(codec.device)]

@@ -1,4 +1,4 @@
-"""Stories of the storybook world: who is where and does what, prompt by prompt, and what every frame then shows."""
+"""Stories of the storybook world: who is where and does what. Random ones to train on, and trials of a memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from examples.storybook.drawing import PLACES, SHAPES
 from examples.storybook.world import ACTIONS, HUES, NAMES, Frame, Look, act, entrance, prompt
 
 CHUNK = 3  # frames denoised together
+_MET = 4  # characters and places that are met and come back
+LENGTHS = {"short": 2, "long": 8}  # scenes between the meetings and the returns
 
 
 class Scene(NamedTuple):
@@ -23,7 +25,7 @@ class Scene(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Story:
+class Script:
     """Scenes, and what the prompts do not repeat or never say: the look of every name, the landmark's hue per place."""
 
     scenes: list[Scene]
@@ -74,8 +76,8 @@ def random_cast(random: np.random.Generator) -> tuple[list[Look], list[int]]:
     )
 
 
-def training_story(random: np.random.Generator, chunks: int) -> Story:
-    """A random story of so many chunks, in which characters and places come back, often after an absence.
+def training_script(random: np.random.Generator, chunks: int) -> Script:
+    """The script of a random story of so many chunks, in which characters and places come back, often after an absence.
 
     Every fifth story takes its time: scenes of up to a dozen chunks.
     """
@@ -96,4 +98,56 @@ def training_story(random: np.random.Generator, chunks: int) -> Story:
             name, place = scenes[-1].name, scenes[-1].place
         scenes.append(Scene(name, place, int(random.integers(len(ACTIONS))), length))
         left -= length
-    return Story(scenes, looks, landmarks)
+    return Script(scenes, looks, landmarks)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The script of a story of one chunk per scene, and what is asked of it.
+
+    A first scene that the sink holds; four meetings, of a character in a place each; `between` scenes of others; four
+    returns, of every one of these characters to another one's place. first_return: the scene where they begin.
+    """
+
+    script: Script
+    between: int
+
+    @property
+    def meetings(self) -> range:
+        return range(1, 1 + _MET)
+
+    @property
+    def returns(self) -> range:
+        first = 1 + _MET + self.between
+        return range(first, first + _MET)
+
+    def met_at(self, scene: int) -> tuple[int, int]:
+        """The scenes where the character and where the place of the return at `scene` were met."""
+        wanted = self.script.scenes[scene]
+        names = [i for i in self.meetings if self.script.scenes[i].name == wanted.name]
+        places = [i for i in self.meetings if self.script.scenes[i].place == wanted.place]
+        return names[0], places[0]
+
+    def useful_frames(self, scene: int) -> list[int]:
+        """Numbers of the past frames, first ones of a chunk, that show the scene's character or place."""
+        wanted = self.script.scenes[scene]
+        past = self.script.scenes[:scene]
+        return [i * CHUNK for i, s in enumerate(past) if s.name == wanted.name or s.place == wanted.place]
+
+
+def recall_trial(random: np.random.Generator, between: int) -> Trial:
+    """A random trial; `between` is at least 2, so that nothing that returns is in the window."""
+    if between < 2:
+        raise ValueError(f"between must be at least 2, or the window may still show what returns, got {between}")
+    looks, landmarks = random_cast(random)
+    names, places = random.permutation(len(NAMES)).tolist(), random.permutation(len(PLACES)).tolist()
+
+    def scene(name: int, place: int) -> Scene:
+        return Scene(name, place, int(random.integers(len(ACTIONS))), 1)
+
+    others, elsewhere = (names[0], names[-1]), (places[0], places[-1])
+    scenes = [scene(names[0], places[0])]
+    scenes += [scene(names[i], places[i]) for i in range(1, 1 + _MET)]
+    scenes += [scene(int(random.choice(others)), int(random.choice(elsewhere))) for _ in range(between)]
+    scenes += [scene(names[i], places[i % _MET + 1]) for i in range(1, 1 + _MET)]
+    return Trial(Script(scenes, looks, landmarks), between)

@@ -28,7 +28,7 @@ def test_a_suite_names_an_experiment_once(name, device):
 def test_run_measures_checks_and_writes(tmp_path, monkeypatch, capsys):
     experiments = [
         Experiment("means", TOY, "float32", budget=0.0),
-        Experiment("attention", TOY, "float32", budget=0.0, only=("ours (torch)", "SDPA cudnn", "reference path")),
+        Experiment("attention", TOY, "float32", budget=0.0, only=("ours (torch)", "SDPA cudnn", "published path")),
         StreamExperiment(TOY, modes=(False,), budget=0.0, least=1),
     ]
     monkeypatch.setattr(command, "suite", lambda *arguments: experiments)
@@ -41,10 +41,10 @@ def test_run_measures_checks_and_writes(tmp_path, monkeypatch, capsys):
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == threads
     timed = {(row.workload, row.provider) for row in rows if row.seconds}
-    told = {("stream", name) for name in ("ours (torch)", "reference path", "no memory attention at all")}
-    assert told | {("attention", "reference path")} <= timed
+    told = {("stream", name) for name in ("ours (torch)", "published path", "no memory attention at all")}
+    assert told | {("attention", "published path")} <= timed
     out = capsys.readouterr().out
-    assert "toy stream, against the reference path" in out
+    assert "toy stream, against the published path" in out
     assert "SDPA cudnn - missing: runs on a GPU only" in out
 
 

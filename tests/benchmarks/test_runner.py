@@ -43,23 +43,23 @@ class Broken(Provider):
 
 def run(case, provider, workload="attention", dtype="float32", modes=(False,)):
     experiment = Experiment(workload, case, dtype, modes=modes, budget=0.0, least=2)
-    providers = [provider, PROVIDERS["reference path"]]
+    providers = [provider, PROVIDERS["published path"]]
     return run_experiment(experiment, providers, CPU, say=lambda line: None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fault", ["a frame is missing", "heads swapped"])
 def test_a_wrong_provider_has_no_time(tiny, fault, dtype):
-    broken, reference = run(tiny, Broken(fault), dtype=dtype)
+    broken, published = run(tiny, Broken(fault), dtype=dtype)
     assert broken.status == "wrong"
     assert broken.error > broken.allowed
     assert broken.seconds == []
-    assert reference.status == "ok"
-    assert len(reference.seconds) == 2
-    report = markdown(FACTS, {}, [broken, reference])
+    assert published.status == "ok"
+    assert len(published.seconds) == 2
+    report = markdown(FACTS, {}, [broken, published])
     assert "broken - wrong: relative error" in report
     assert "| broken |" not in report
-    assert "| reference path | dense |" in report
+    assert "| published path | dense |" in report
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_a_wrong_provider_has_no_time(tiny, fault, dtype):
     ],
 )
 def test_a_failing_provider_has_a_reason(tiny, fault, reason):
-    broken, reference = run(tiny, Broken(fault))
+    broken, published = run(tiny, Broken(fault))
     assert broken.status == "failed"
     assert reason in broken.reason
     assert broken.seconds == []
-    assert reference.status == "ok"
+    assert published.status == "ok"
 
 
 def test_a_provider_that_cannot_run_says_why(tiny):
@@ -85,7 +85,7 @@ def test_a_provider_that_cannot_run_says_why(tiny):
 
 @pytest.mark.parametrize("workload", ["attention", "means", "write", "update", "layer", "chunk"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ours_and_the_reference_are_right(tiny, workload, dtype):
+def test_ours_and_the_published_path_are_right(tiny, workload, dtype):
     rows = run(tiny, PROVIDERS["ours (torch)"], workload, dtype, modes=(False, True))
     assert {(row.status, row.reason) for row in rows} == {("ok", "")}
     assert {len(row.seconds) for row in rows} == {2}

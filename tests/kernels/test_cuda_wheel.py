@@ -12,7 +12,17 @@ import pytest
 from fake_nvcc import fake_nvcc
 
 ROOT = Path(__file__).parents[2]
-PACKED = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "csrc", "memflow", "memflow_kernels")
+PACKED = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "csrc",
+    "memflow",
+    "memflow_kernels",
+    "examples",
+)
 # A hidden package can neither be imported nor found.
 HOOK = """
 import importlib.util, sys
@@ -63,6 +73,7 @@ def test_a_wheel_of_python_files_needs_no_torch(tree, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     assert sources() <= names_in(wheel)
     assert not [name for name in names_in(wheel) if name.endswith((".so", ".o"))]
+    assert {name.split("/")[0].split("-")[0] for name in names_in(wheel)} == {"memflow", "memflow_kernels"}
 
 
 def test_what_is_installed_from_it_finds_its_sources(tree, tmp_path):

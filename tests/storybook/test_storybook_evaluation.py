@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from examples.storybook import model, results
-from examples.storybook.evaluate import MEASURES, SETTINGS, trials
-from examples.storybook.results import settings_named
-from examples.storybook.statistics import Share, chance_of_a_hit
+from examples.storybook import evaluate, model, report
+from examples.storybook.evaluate import run
+from examples.storybook.recall import MEASURES, SETTINGS, Share, chance_of_a_hit, settings_named, trials
+from examples.storybook.stories import LENGTHS
 from memflow import MemFlowPipeline
 
 
@@ -53,25 +53,28 @@ def made_up() -> dict:
 
 
 def test_a_table_and_plots_are_made(tmp_path):
-    text = results.table(made_up())
+    text = report.table(made_up())
     assert text.count("| a | 0.75 (0.47 to 0.91) |") == 2 and "| 0.50 |" in text
     assert "| a | 0.75 (0.70 to 0.80) |" in text  # 24 chunks of 12
-    results.plot(made_up(), tmp_path / "a.png")
-    results.plot_forgetting(made_up(), tmp_path / "b.png")
+    report.plot(made_up(), tmp_path / "a.png")
+    report.plot_forgetting(made_up(), tmp_path / "b.png")
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("a.png", "b.png"))
 
 
-def test_an_evaluation_runs_and_goes_on_where_it_stopped(tmp_path):
-    """With an untrained model: nothing is recalled, but all of it is counted."""
+def test_an_evaluation_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """With an untrained model and stories shorter than usual: nothing is recalled, but all of it is counted."""
+    monkeypatch.setitem(LENGTHS, "long", 3)
+    monkeypatch.setattr(evaluate, "CHUNKS", 8)
+    path = tmp_path / "new" / "r.json"
     parts = model.build(0)
     for name in ("vae", "transformer", "text_encoder"):
         parts[name].eval()
-    pipe = MemFlowPipeline(**parts, **model.settings())
+    pipe = MemFlowPipeline(**parts, **model.settings() | {"denoising_steps": (1000, 500)})
     said: list[str] = []
     settings = {"stories": 1, "seeds": 1, "say": said.append}
-    results.run(pipe, tmp_path / "r.json", settings=settings_named(["none"]), **settings)
-    found = results.run(pipe, tmp_path / "r.json", settings=settings_named(["none", "oracle"]), **settings)
-    assert found == json.loads((tmp_path / "r.json").read_text())
+    run(pipe, path, settings=settings_named(["none"]), **settings)
+    found = run(pipe, path, settings=settings_named(["none", "oracle"]), **settings)
+    assert found == json.loads(path.read_text())
     assert [line.split(":")[0] for line in said] == ["none, short", "none, long", "oracle, short", "oracle, long"]
     for length in ("short", "long"):
         oracle, none = (found["recall"][length][name]["shares"] for name in ("oracle", "none"))

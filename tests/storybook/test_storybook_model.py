@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from examples.storybook import evaluate, train_model
-from examples.storybook.evaluate import Setting
+from examples.storybook import recall, train_stories
 from examples.storybook.model import settings
-from examples.storybook.results import settings_named
-from examples.storybook.stories import CHUNK, Scene, Story, random_cast
+from examples.storybook.recall import Setting, settings_named
+from examples.storybook.stories import CHUNK, Scene, Script, random_cast
 from examples.storybook.world import ACTIONS, NAMES, PLACES
 from memflow import MemFlowPipeline
 from memflow.cli.story import read_stories
@@ -45,7 +44,7 @@ def test_it_is_small_and_has_a_card():
     card = (ASSETS / "README.md").read_text()
     for fact in ("license: apache-2.0", "python -m examples.storybook train", "Seed ", "torch 2."):
         assert fact in card
-    assert f"{train_model.STORIES} stories of {train_model.CHUNKS} chunks" in card
+    assert f"{train_stories.STORIES} stories of {train_stories.CHUNKS} chunks" in card
 
 
 def test_its_stories_are_made_of_its_words(shipped):
@@ -54,7 +53,7 @@ def test_its_stories_are_made_of_its_words(shipped):
 
 
 def recalled(pipeline, setting: Setting) -> dict[str, float]:
-    shares = evaluate.evaluate(pipeline, setting, "short", stories=8, seed=77)["shares"]
+    shares = recall.evaluate(pipeline, setting, "short", stories=8, seed=77)["shares"]
     return {name: share.value for name, share in shares.items()}
 
 
@@ -73,19 +72,19 @@ def tell_long(pipeline, policy: str, scenes: int) -> list[tuple[bool, bool]]:
     looks, landmarks = random_cast(random)
     cast = [Scene(name, name, 0, 1) for name in range(len(NAMES))]
     draw = [random.integers(size, size=1000 - len(cast)) for size in (len(NAMES), len(PLACES), len(ACTIONS))]
-    story = Story(cast + [Scene(*map(int, scene), 1) for scene in zip(*draw, strict=True)], looks, landmarks)
+    script = Script(cast + [Scene(*map(int, scene), 1) for scene in zip(*draw, strict=True)], looks, landmarks)
     memory = replace(pipeline.memory_config, policy=policy)
-    prompts, seconds = story.prompts()[:scenes], 5 * CHUNK / pipeline.fps
+    prompts, seconds = script.prompts()[:scenes], 5 * CHUNK / pipeline.fps
     stream = pipeline.stream(prompts, seconds_per_prompt=seconds, seed=1, memory=memory)
-    stream.decoder = evaluate._Latents()
+    stream.decoder = recall._Latents()
     right: list[tuple[bool, bool]] = []
     for chunk in stream:
         assert torch.isfinite(chunk.latents).all()
         if (chunk.index + 1) % 5 == 0:  # the last chunk of a scene
-            scene = story.scenes[chunk.index // 5]
-            shown, _ = evaluate._measure(pipeline.vae, chunk.latents)
-            place, hue = evaluate._most(shown.place[0]), evaluate._most(shown.hue[0])
-            right.append((place == scene.place, hue == story.looks[scene.name].hue))
+            scene = script.scenes[chunk.index // 5]
+            shown, _ = recall._measure(pipeline.vae, chunk.latents)
+            place, hue = recall._most(shown.place[0]), recall._most(shown.hue[0])
+            right.append((place == scene.place, hue == script.looks[scene.name].hue))
     assert stream.position == 5 * scenes
     return right
 

@@ -1,15 +1,17 @@
 """Training sees what a stream sees, reduces its loss, and goes on after a pause as if there had been none."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from examples.storybook import model
-from examples.storybook.muon import Muon, orthogonal
-from examples.storybook.stories import CHUNK, training_story
-from examples.storybook.train import train
-from examples.storybook.train_codec import codec_run, encode_frames
-from examples.storybook.train_model import Batch, Trainer
+from examples.storybook.model import encode_frames
+from examples.storybook.stories import CHUNK, training_script
+from examples.storybook.train import codec_run, train
+from examples.storybook.train_stories import Batch, Trainer
+from examples.storybook.training_run import Muon, orthogonal
 from memflow import MemFlowError, MemFlowPipeline
 from memflow.decoders.storybook import StorybookCodec
 from memflow.memory import MemoryConfig
@@ -23,7 +25,7 @@ CHUNKS, BANK = 8, 6
 
 def test_a_chunk_sees_in_training_what_it_sees_in_a_stream():
     """The flow of the last chunk, with all past prototypes in the bank, is that of the streaming memory."""
-    story = training_story(np.random.default_rng(3), CHUNKS)
+    story = training_script(np.random.default_rng(3), CHUNKS)
     scenes = [story.scenes[i] for i in story.scene_of_chunks()]
     torch.manual_seed(0)
     latents = torch.randn(1, 16, CHUNKS * CHUNK, 8, 8)
@@ -83,35 +85,37 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def test_the_story_model_learns_and_a_pause_leaves_no_trace(tmp_path):
     trainer = small_trainer()
     whole = trainer.run(tmp_path / "whole")
+    whole.go(stop_step=15, quiet=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     whole.go(stop_step=20, quiet=True)
     first, last = (sum(row["flow"] for row in rows) for rows in (whole.rows[:5], whole.rows[-5:]))
     assert last < 0.9 * first
 
-    small_trainer().run(tmp_path / "parts").go(stop_step=8, quiet=True)
     resumed = small_trainer()
     rest = resumed.run(tmp_path / "parts")
-    assert rest.resume() and rest.step == 8
+    assert rest.resume() and rest.step == 15
     rest.go(stop_step=20, quiet=True)
     assert rest.rows == whole.rows
     expected, found = weights(trainer), weights(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def codec_training(folder, stop_step: int):
+def codec_training(folder):
     torch.manual_seed(3)
     codec = StorybookCodec(width=16)
-    run = codec_run(codec, folder, seed=0, steps=40, batch=4)
-    run.resume()
-    run.go(stop_step=stop_step, quiet=True)
-    return codec, run
+    return codec, codec_run(codec, folder, seed=0, steps=40, batch=4)
 
 
 def test_the_codec_learns_keeps_its_latents_and_a_pause_leaves_no_trace(tmp_path):
-    codec, whole = codec_training(tmp_path / "whole", 30)
+    codec, whole = codec_training(tmp_path / "whole")
+    whole.go(stop_step=24, quiet=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    whole.go(stop_step=30, quiet=True)
     first, last = (sum(row["psnr"] for row in rows) / 5 for rows in (whole.rows[:5], whole.rows[-5:]))
     assert last > first + 0.5
-    codec_training(tmp_path / "parts", 10)
-    resumed, rest = codec_training(tmp_path / "parts", 30)
+    resumed, rest = codec_training(tmp_path / "parts")
+    assert rest.resume() and rest.step == 24
+    rest.go(stop_step=30, quiet=True)
     assert rest.rows == whole.rows
     assert all(torch.equal(a, b) for a, b in zip(codec.parameters(), resumed.parameters(), strict=True))
 

@@ -6,8 +6,7 @@ import torch
 
 from examples.storybook.measure import from_video, landmark_colour, measure, same_colour
 from examples.storybook.model import TEXT_LENGTH, build_tokenizer
-from examples.storybook.stories import CHUNK, Scene, Story, training_story
-from examples.storybook.trials import LENGTHS, recall_trial
+from examples.storybook.stories import CHUNK, LENGTHS, Scene, Script, recall_trial, training_script
 from examples.storybook.world import ACTIONS, NAMES, PLACES, STEPS, Frame, Look, act, frame_count, prompt, render
 
 
@@ -60,7 +59,7 @@ def test_actions_can_be_told_apart_from_three_frames():
 
 def test_every_word_is_known_and_fits():
     tokenizer = build_tokenizer()
-    story = training_story(np.random.default_rng(0), 60)
+    story = training_script(np.random.default_rng(0), 60)
     longest = prompt("bo", "beach", "walks left", Look(1, 0))
     assert longest == "bo, an orange ball, walks left on the beach."
     for text in (*story.prompts(), longest):
@@ -72,7 +71,7 @@ def test_every_word_is_known_and_fits():
 
 def test_a_story_says_a_look_once_and_moves_on():
     scenes = [Scene(0, 1, 1, 2), Scene(0, 1, 2, 1), Scene(3, 1, 0, 1), Scene(0, 1, 3, 1)]
-    story = Story(scenes, [Look(i, i % 4) for i in range(len(NAMES))], [5] * len(PLACES))
+    story = Script(scenes, [Look(i, i % 4) for i in range(len(NAMES))], [5] * len(PLACES))
     assert story.prompts() == [
         "bo, a red ball, walks right in the meadow.",
         "bo jumps in the meadow.",
@@ -87,7 +86,7 @@ def test_a_story_says_a_look_once_and_moves_on():
 @pytest.mark.parametrize("length", LENGTHS)
 def test_what_returns_in_a_trial_was_away_for_longer_than_the_window(length):
     trial = recall_trial(np.random.default_rng(1), LENGTHS[length])
-    scenes = trial.story.scenes
+    scenes = trial.script.scenes
     assert len(scenes) == trial.returns.stop and {scene.chunks for scene in scenes} == {1}
     for now in trial.returns:
         name_met, place_met = trial.met_at(now)

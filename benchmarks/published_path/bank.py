@@ -1,4 +1,4 @@
-"""The reference's bank of remembered frames: a full score matrix, a gather, a concatenation, a write back."""
+"""The published bank of remembered frames: a full score matrix, a gather, a concatenation, a write back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class ReferenceBank:
+class PublishedBank:
     """N frames of K and V of one layer and the pending frame.
 
     key, value: [B, N*F, H, D] with F tokens per frame; slots: how many frames were ever recorded.
@@ -25,7 +25,7 @@ class ReferenceBank:
         self.slots = slots
 
     def visible(self) -> tuple[Tensor, Tensor]:
-        """K and V of the frames that attention sees, copied out as the reference does in every pass."""
+        """K and V of the frames that attention sees, copied out as the published system does in every pass."""
         stop = min(self.slots, self.frames) * self.tokens
         return self.key.clone()[:, :stop], self.value.clone()[:, :stop]
 

@@ -1,4 +1,4 @@
-"""One self-attention layer of the reference: cache, bank, pass by pass."""
+"""One self-attention layer of the published system: cache, bank, pass by pass."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bank import ReferenceBank
+from .bank import PublishedBank
 from .rotary import rms_norm, rotate_complex
 
 
-class ReferenceLayer:
+class PublishedLayer:
     """Cache [sink | local] of `window` frames (the sink counted), filled from left to right, and the bank.
 
     grid: (rows, cols) of tokens in a frame. sink, window, bank: frames.
@@ -24,7 +24,7 @@ class ReferenceLayer:
             return torch.zeros((batch, frames * self.tokens, heads, head_dim), dtype=dtype, device=device)
 
         self.key, self.value = empty(window), empty(window)
-        self.bank = ReferenceBank(empty(bank), empty(bank), self.tokens)
+        self.bank = PublishedBank(empty(bank), empty(bank), self.tokens)
         self.held = 0  # tokens in the cache
 
     def norm_rotate(self, query: Tensor, key: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float, start_frame: int):

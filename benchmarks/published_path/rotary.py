@@ -1,4 +1,4 @@
-"""Norm and rotation as the reference computes them: one step after the other, each through memory."""
+"""Norm and rotation as the published system computes them: one step after the other, each through memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-POSITIONS = 1024  # the reference's tables end here
+POSITIONS = 1024  # the published tables end here
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -51,6 +51,6 @@ def rotate_complex(x: Tensor, grid: tuple[int, int], start_frame: int) -> Tensor
         pairs = torch.view_as_complex(row.to(torch.float64).reshape(tokens, x.shape[2], -1, 2))
         table = complex_table(x.shape[3], frames, grid, start_frame, x.device)
         rotated = torch.view_as_real(pairs * table).flatten(2)
-        padding = row[tokens:]  # the reference appends the (empty) padded tail
+        padding = row[tokens:]  # the published code appends the (empty) padded tail
         turned.append(torch.cat([rotated, padding]))
     return torch.stack(turned).to(x.dtype)

@@ -1,4 +1,11 @@
-"""Training of the storybook's transformer and text encoder: teacher forcing with the memory in the loop."""
+"""Training of the storybook's transformer and text encoder: teacher forcing with the memory in the loop.
+
+The losses are the flow's, and ones that keep names apart. Without help the text path lets names collapse (they matter
+in few frames), and then no relevance can find a character. So a linear read-out must tell the name from the mean text
+key, the mean frame key and the mean query, and the mean text key of a prompt must point to the frames of its character
+and its place: the score that a stream's memory retrieves by. Half of the heads are trained to look at the character in
+past frames, which they would learn by themselves, but later.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +15,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from examples.storybook.context import IN_VIEW, visible_frames
+from examples.storybook.attention import IN_VIEW, TrainingPass, set_training_attention, visible_frames
 from examples.storybook.drawing import MOODS, SHAPES
-from examples.storybook.losses import WEIGHTS, NameReadout, flow_loss, retrieval_loss
-from examples.storybook.model import GRID, SHIFT, TEXT_LENGTH
-from examples.storybook.muon import Muon
-from examples.storybook.processors import TrainingPass, install
-from examples.storybook.progress import Run, average_gradients, learning_rate, step_generator, worker
-from examples.storybook.stories import CHUNK, training_story
-from examples.storybook.train_codec import encode_frames
+from examples.storybook.model import GRID, SHIFT, TEXT_LENGTH, encode_frames
+from examples.storybook.stories import CHUNK, training_script
+from examples.storybook.training_run import Muon, Run, average_gradients, learning_rate, step_generator, worker
+from examples.storybook.world import NAMES, Frame, character_mask, landmark_mask
 from examples.storybook.world import STEPS as PLACES_IN_A_ROW
-from examples.storybook.world import Frame, character_mask, landmark_mask
 from memflow.models.wan.text import encode_prompts
 
 STEPS = 2000
@@ -28,6 +32,8 @@ _MUON_RATE, _ADAM_RATE = 2.5e-3, 2.5e-3
 CONTEXT_NOISE = 0.25  # at most this much noise on the clean frames: a stream remembers what it made itself
 _FOREGROUND = 4.0  # weight of latent pixels that show the character or the landmark
 _RECALLED, _UNKNOWABLE = 3.0, 0.3  # weights of chunks whose character the bank alone, or nothing at all, tells
+_SHARPNESS = 4.0  # of the retrieval loss: scores of normed keys differ by less than one
+WEIGHTS = {"flow": 1.0, "text": 0.2, "frame": 0.1, "query": 0.1, "retrieve": 0.1, "attention": 0.1}
 
 
 class Batch(NamedTuple):
@@ -45,7 +51,7 @@ class Batch(NamedTuple):
 def draw_batch(generator: torch.Generator, stories: int, chunks: int) -> Batch:
     """Random stories and what their chunks remember."""
     random = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    told = [training_story(random, chunks) for _ in range(stories)]
+    told = [training_script(random, chunks) for _ in range(stories)]
     seen = [visible_frames(story, random) for story in told]
     prompts: list[str] = []
     prompt_of = []
@@ -67,7 +73,7 @@ class Trainer:
     """The model, its optimisers and one step of training.
 
     components: as `model.build` makes them; transformer and text encoder are trained, on their device, and the
-    transformer is left with the attention of `processors`. Its codec is trained already.
+    transformer is left with the attention of training. Its codec is trained already.
     stories: in a step, over all workers. chunks: of a story.
     """
 
@@ -82,7 +88,7 @@ class Trainer:
             torch.manual_seed(seed)
             self.readout = NameReadout(config.num_layers, config.num_attention_heads * config.attention_head_dim)
         self.readout.to(self.device)
-        self.context = install(self.transformer)
+        self.context = set_training_attention(self.transformer)
         self.weights, self.tokens = (x.to(self.device) for x in _foreground())
         self.modules = nn.ModuleList([self.transformer, self.text_encoder, self.readout])
         matrices, rest = _split(self.modules)
@@ -208,3 +214,54 @@ def _split(modules: nn.Module) -> tuple[list, list]:
         )
         (matrices if inner and parameter.shape[0] > 8 else rest).append(parameter)
     return matrices, rest
+
+
+class NameReadout(nn.Module):
+    """Linear classifiers of the name, one for each layer and kind of vector; used in training only."""
+
+    def __init__(self, layers: int, dim: int):
+        super().__init__()
+        self.text = nn.ModuleList(nn.Linear(dim, len(NAMES)) for _ in range(layers))
+        self.frame = nn.ModuleList(nn.Linear(dim, len(NAMES)) for _ in range(layers))
+        self.query = nn.ModuleList(nn.Linear(dim, len(NAMES)) for _ in range(layers))
+
+    def forward(self, step: TrainingPass, names: Tensor) -> dict[str, Tensor]:
+        """Mean cross-entropies. names: [B * n] int64, the character of each chunk.
+
+        The text in every layer; frames and queries not in the first, whose keys come before the text.
+        """
+        losses: dict[str, list[Tensor]] = {"text": [], "frame": [], "query": []}
+        for layer, text in enumerate(step.text_means):
+            losses["text"].append(cross_entropy(self.text[layer](text[step.prompt_of].flatten(1)), names))
+            if layer:
+                frame = step.frame_means[layer].flatten(0, 1).flatten(2)  # [B n, F, H D]
+                logits = self.frame[layer](frame)
+                losses["frame"].append(cross_entropy(logits.flatten(0, 1), names.repeat_interleave(frame.shape[1])))
+                losses["query"].append(cross_entropy(self.query[layer](step.query_means[layer].flatten(1)), names))
+        return {kind: torch.stack(values).mean() for kind, values in losses.items()}
+
+
+def retrieval_loss(step: TrainingPass, names: Tensor, places: Tensor) -> Tensor:
+    """Cross-entropy between a prompt's scores of the story's other chunks and who shares its character or place.
+
+    names, places: [B, n] int64. Scores as in `memflow_kernels.prompt_relevance`, aggregate "mean", of the first frame
+    of each chunk; every layer but the first by itself.
+    """
+    same = (names[:, :, None] == names[:, None]).float() + (places[:, :, None] == places[:, None]).float()
+    itself = torch.eye(names.shape[1], dtype=torch.bool, device=names.device)
+    same = same.masked_fill(itself, 0.0)
+    asked = same.sum(-1) > 0
+    target = same / same.sum(-1, keepdim=True).clamp(min=1.0)
+    losses = []
+    for text, frame in list(zip(step.text_means, step.frame_means, strict=True))[1:]:
+        heads, size = text.shape[-2:]
+        text = text[step.prompt_of].unflatten(0, names.shape)
+        scores = torch.einsum("bnhd,bmhd->bnm", text, frame[:, :, 0]) / (heads * size**0.5)
+        logs = (_SHARPNESS * scores).masked_fill(itself, -1e4).log_softmax(-1)
+        losses.append(-(target * logs).sum(-1)[asked].mean())
+    return torch.stack(losses).mean()
+
+
+def flow_loss(flow: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean square error. flow, target: [rows, C, F, h, w]; weight: [rows, F, h, w]."""
+    return ((flow - target).square().mean(1) * weight).sum() / weight.sum()

@@ -4,8 +4,8 @@ Written from the description of its semantics, in plain torch, nothing fused and
 a roll, an insertion, concatenations, float64 complex rotation, norms of their own, a full score matrix for retrieval.
 """
 
-from .bank import ReferenceBank
-from .layer import ReferenceLayer
+from .bank import PublishedBank
+from .layer import PublishedLayer
 from .rotary import complex_table, rms_norm, rotate_complex
 
-__all__ = ["ReferenceBank", "ReferenceLayer", "complex_table", "rms_norm", "rotate_complex"]
+__all__ = ["PublishedBank", "PublishedLayer", "complex_table", "rms_norm", "rotate_complex"]

@@ -1,4 +1,4 @@
-"""A stream driven through the reference path: the same transformer, prompts and noise, the published cache and bank."""
+"""A stream driven through the published path: the same transformer, prompts and noise, the published cache and bank."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from memflow.memory import MemoryConfig, Prompt
 from memflow.models.wan.adapter import WanModel
 from memflow.stream.noise import Noise
 
-from .layer import ReferenceLayer
+from .layer import PublishedLayer
 
 
-class ReferencePass(NamedTuple):
+class PublishedPass(NamedTuple):
     """One call of the transformer. store: the clean pass keeps its keys and values."""
 
-    layers: list[ReferenceLayer]
+    layers: list[PublishedLayer]
     prompt: Prompt
     start_frame: int
     store: bool
@@ -31,9 +31,9 @@ class Context(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.step: ReferencePass | None = None
+        self.step: PublishedPass | None = None
 
-    def forward(self, hidden_states: Tensor) -> ReferencePass:
+    def forward(self, hidden_states: Tensor) -> PublishedPass:
         return self.step
 
 
@@ -69,7 +69,7 @@ class CrossAttention:
         return attn.to_out[0](F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
-class ReferenceStream:
+class PublishedStream:
     """Chunk after chunk as the published interactive pipeline makes them.
 
     pipeline: a MemFlowPipeline, whose weights are shared. config: a MemoryConfig, read as the published system's
@@ -92,7 +92,7 @@ class ReferenceStream:
         model = weights.config
         self.window = config.sink_frames + config.window_frames
         self.layers = [
-            ReferenceLayer(
+            PublishedLayer(
                 batch=len(seeds),
                 heads=model.num_attention_heads,
                 head_dim=model.attention_head_dim,
@@ -148,7 +148,7 @@ class ReferenceStream:
 
     def call(self, latents: Tensor, timestep: float, start: int, store: bool) -> Tensor:
         """A whole forward over the frames from `start` on: flow, of the shape of `latents`."""
-        self.transformer.rope.step = ReferencePass(self.layers, self.prompt, start, store, self.config.top_k)
+        self.transformer.rope.step = PublishedPass(self.layers, self.prompt, start, store, self.config.top_k)
         times = torch.full((latents.shape[0],), timestep, dtype=torch.float32, device=latents.device)
         # The prompt's keys and values are computed once, as ours are.
         text = latents.new_empty((latents.shape[0], 0, self.transformer.config.text_dim), dtype=self.dtype)

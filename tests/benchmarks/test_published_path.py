@@ -1,4 +1,4 @@
-"""The reference path computes what ours computes, and moves what the published system moves."""
+"""The published path computes what ours computes, and moves what the published system moves."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 
 from benchmarks.models import in_float64
-from benchmarks.reference_path import ReferenceLayer, rms_norm, rotate_complex
-from benchmarks.reference_path.stream import ReferencePass, ReferenceStream, SelfAttention
-from benchmarks.states import layer_state, reference_layer
+from benchmarks.published_path import PublishedLayer, rms_norm, rotate_complex
+from benchmarks.published_path.stream import PublishedPass, PublishedStream, SelfAttention
+from benchmarks.states import layer_state, published_layer
 from memflow.memory import MemoryConfig, Prompt, make_memory
 from memflow.models.wan.attention import MemorySelfAttention
 from memflow.stream.pipeline import MemFlowPipeline
@@ -33,14 +33,14 @@ def test_norm_and_rotation_are_those_of_the_kernels(dtype):
 
 
 class Pair:
-    """One layer with its linears, driven as a stream is: ours with the published memory, and the reference path."""
+    """One layer with its linears, driven as a stream is: ours with the published memory, and the published path."""
 
     def __init__(self, dtype: torch.dtype, batch: int = 2):
         torch.manual_seed(0)
         self.attn = WanAttention(HEADS * DIM, HEADS, DIM, 1e-6).to(dtype)
         sizes = {"batch": batch, "heads": HEADS, "head_dim": DIM, "grid": GRID, "dtype": dtype, "device": "cpu"}
         self.memory = make_memory(PUBLISHED, layers=1, **sizes)
-        self.layer = ReferenceLayer(sink=3, window=12, bank=3, **sizes)
+        self.layer = PublishedLayer(sink=3, window=12, bank=3, **sizes)
         self.processors = MemorySelfAttention(0), SelfAttention(0)
         self.text = torch.randn(batch, 6, HEADS, DIM, dtype=dtype)
         self.prompt = Prompt(self.text[None], self.text[None], torch.ones(batch, 6, dtype=torch.bool))
@@ -55,7 +55,7 @@ class Pair:
         step = self.memory.pass_over(start, hidden.shape[1] // TOKENS, self.prompt)._replace(top_k=top_k)
         self.processors[0].bind(step, clean=False)
         yield self.processors[0](self.attn, hidden, rotary_emb=step)
-        step = ReferencePass([self.layer], self.prompt, start, store, top_k)
+        step = PublishedPass([self.layer], self.prompt, start, store, top_k)
         yield self.processors[1](self.attn, hidden, rotary_emb=step)
 
     def chunk(self, index: int, top_k: int | None) -> None:
@@ -88,7 +88,7 @@ def test_a_stream_equals_ours(top_k):
     config = replace(MemoryConfig.published(), top_k=top_k)
     size = {"height": 32, "width": 32}
     ours = pipeline.stream(["a", "b", "c"], seconds_per_prompt=3 * 12 / 16, memory=config, **size)
-    theirs = ReferenceStream(pipeline, config=config, seeds=[0], **size)
+    theirs = PublishedStream(pipeline, config=config, seeds=[0], **size)
     for chunk in ours:
         if chunk.switched:
             theirs.switch(*ours.pipeline.encode(chunk.prompts))
@@ -101,7 +101,7 @@ def test_it_copies_what_the_published_path_copies(tiny, top_k, units):
     """In units of one frame of K or V, read or written: clones 60, roll 48, insertion 12, concatenation 60; activated
     candidates 24, gathered 12, concatenation 48."""
     state = layer_state(replace(tiny, batch=1, top_k=3), top_k is not None, torch.float32, torch.device("cpu"))
-    layer = reference_layer(state)
+    layer = published_layer(state)
     query, key = layer.norm_rotate(state.query, state.key, state.weight_q, state.weight_k, 1e-6, state.start_frame)
     value = state.value.unflatten(2, (tiny.heads, -1))
     unit = tiny.tokens * tiny.dim * 4

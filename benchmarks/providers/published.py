@@ -1,18 +1,18 @@
-"""The reference path as a provider."""
+"""The published path as a provider."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from ..reference_path.layer import activate
-from ..states import EPS, AttentionState, LayerState, reference_layer
+from ..published_path.layer import activate
+from ..states import EPS, AttentionState, LayerState, published_layer
 from ..workloads.whole_layer import PASSES, ChunkState
 from .base import Provider
 
 
-class ReferencePath(Provider):
-    name = "reference path"
+class PublishedPath(Provider):
+    name = "published path"
 
     def attention(self, state: AttentionState):
         """Cat, and with activation means, choice and gather, before dense attention."""
@@ -31,7 +31,7 @@ class ReferencePath(Provider):
 
     def write(self, state: LayerState):
         """Norm, rotation, and the insertion into a copy of the cache."""
-        layer, value = reference_layer(state), state.value.unflatten(2, (state.case.heads, -1))
+        layer, value = published_layer(state), state.value.unflatten(2, (state.case.heads, -1))
 
         def run():
             query, key = _norm_rotate(layer, state.query, state.key, state)
@@ -41,7 +41,7 @@ class ReferencePath(Provider):
         return run
 
     def update(self, state: LayerState):
-        layers = [reference_layer(state) for _ in range(state.case.layers if state.key.is_cuda else 1)]
+        layers = [published_layer(state) for _ in range(state.case.layers if state.key.is_cuda else 1)]
 
         def run():
             for layer in layers:
@@ -51,12 +51,12 @@ class ReferencePath(Provider):
         return run
 
     def layer(self, state: LayerState):
-        layer = reference_layer(state)
+        layer = published_layer(state)
         return lambda: _attend(layer, state, state.query, state.key, state.value, store=False)
 
     def chunk(self, state: ChunkState):
         attn, layer_state = state.attn, state.layer
-        layer = reference_layer(layer_state)
+        layer = published_layer(layer_state)
 
         @torch.no_grad()
         def run():
