@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memflow.memory import MemoryConfig, Prompt
 from memflow.models.wan.adapter import WanModel
-from memflow.stream.noise import Noise
+from memflow.stream.sampler import Noise
 
 from .layer import PublishedLayer
 

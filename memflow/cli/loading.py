@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from memflow.convert.lora import WEIGHTS_NAME as LORA_WEIGHTS
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
+from memflow.memory.config import MemoryConfig
 from memflow.models.wan.prompt_cache import PromptBook, cache_folder
 from memflow.models.wan.published import find_preset
 from memflow_kernels.backends import available_backends, refused, use_backend

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
+from memflow.memory.config import MemoryConfig
 from memflow.models.wan.footprint import Footprint, Model, footprint
 from memflow.models.wan.published import PRESETS, find_preset
 

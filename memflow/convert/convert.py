@@ -21,7 +21,7 @@ from memflow.convert.lora import Lora, check_fits, write_lora
 from memflow.convert.shards import DTYPES, Shard, Weight, plan_shards, write_shards
 from memflow.convert.sources import Sources, find_sources
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
+from memflow.memory.config import MemoryConfig
 from memflow.models.wan.checkpoints import kept_dtype
 from memflow.models.wan.layouts import LAYOUTS, Layout
 from memflow.models.wan.originals import listed

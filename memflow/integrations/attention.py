@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memflow.integrations.bank import FrameBank
 from memflow.integrations.cache import FrameCache
-from memflow.memory import MemoryConfig
+from memflow.memory.config import MemoryConfig
 from memflow_kernels import memory_attention, merge_attention, qk_norm_rope_write, select_frames
 
 

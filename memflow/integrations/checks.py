@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memflow.integrations.mirror import version
-from memflow.memory import MemoryConfig
+from memflow.memory.config import MemoryConfig
 from memflow_kernels.ops._checks import MAX_HEAD_DIM
 from memflow_kernels.reference.rotary import rotation_table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffusers import WanTransformer3DModel
 
-from memflow.memory import MemoryConfig
+from memflow.memory.config import MemoryConfig
 from memflow.models.wan.adapter import WanModel
 from memflow.stream.chunks import ChunkDriver
 

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from memflow.integrations.attention import CallerAttention
 from memflow.integrations.cache import put_in_order
 from memflow.integrations.checks import GridSizes, Inputs, check_module
-from memflow.memory import MemoryConfig
+from memflow.memory.config import MemoryConfig
 
 ATTRIBUTES = ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads")
 PARAMETERS = ("x", "grid_sizes", "kv_cache", "current_start")

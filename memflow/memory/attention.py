@@ -13,12 +13,16 @@ examples/own_engine.py is such a loop.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from memflow.memory.frames import Pass
 from memflow.memory.places import place_keys
 from memflow_kernels import Pool, frame_means, memory_attention
+
+if TYPE_CHECKING:
+    from memflow.memory.frames import Pass
 
 
 def attend_with_memory(

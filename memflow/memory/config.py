@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 
 from memflow.errors import MemFlowError
-from memflow.memory.places import Places
 from memflow.memory.policies import POLICIES
 
 PUBLISHED_MODES = ("interactive", "single")  # the published pipelines
@@ -112,13 +111,6 @@ class MemoryConfig:
     def keeps_all(self) -> bool:
         """Whether the policy forgets nothing, so that all past frames are held, in host memory."""
         return POLICIES[self.policy].keeps_all
-
-    @property
-    def places(self) -> Places | None:
-        """Relative places; None with absolute positions."""
-        if self.positions == "absolute":
-            return None
-        return Places(self.sink_frames, self.bank_frames, self.window_frames)
 
     @classmethod
     def published(

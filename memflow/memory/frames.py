@@ -7,17 +7,19 @@ the published code exactly. Both speak in absolute latent-frame numbers and neve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memflow.memory.config import MemoryConfig
-from memflow.memory.places import Unplaced, place_keys
+from memflow.memory.places import Places, Unplaced, place_keys
 from memflow.memory.policies import POLICIES, Held
 from memflow.memory.slots import FramePool, RelativeFramePool
 from memflow_kernels import Pool, prompt_relevance
+
+if TYPE_CHECKING:
+    from memflow.memory.config import MemoryConfig
 
 
 class Prompt(NamedTuple):
@@ -86,14 +88,24 @@ class FrameMemory:
     """
 
     extra_slots = 0
+    kinds: ClassVar[list[type[FrameMemory]]] = []  # the memories that serve some settings in this one's place
+
+    def __init_subclass__(cls) -> None:
+        FrameMemory.kinds.append(cls)
+
+    @classmethod
+    def serves(cls, config: MemoryConfig) -> bool:
+        """Whether settings `config` ask for this kind of memory."""
+        return True
 
     def __init__(
         self, config: MemoryConfig, *, layers, batch, heads, head_dim, grid, dtype, device, seeds: Sequence[int] = ()
     ):
         self.config = config
         self.grid = tuple(grid)
-        self.places = config.places
-        self.pool = (FramePool if self.places is None else RelativeFramePool)(
+        relative = config.positions == "relative"
+        self.places = Places(config.sink_frames, config.bank_frames, config.window_frames) if relative else None
+        self.pool = (RelativeFramePool if relative else FramePool)(
             bank=config.bank_frames,
             sink=config.sink_frames,
             window=config.window_frames,
@@ -299,3 +311,21 @@ def note_frame(frames: Tensor, index: Tensor, prototype: int) -> None:
     index = index.long().unsqueeze(-1)
     here = index.clamp(min=0)
     frames.scatter_(2, here, torch.where(index < 0, frames.gather(2, here), prototype))
+
+
+def make_memory(config: MemoryConfig, **sizes) -> FrameMemory:
+    """The memory of one stream.
+
+    Args:
+        config: what is held, shown and activated.
+        sizes: layers, batch, heads, head_dim, grid, dtype, device and seeds, as `FrameMemory` takes them.
+
+    Example:
+        >>> from memflow.memory import MemoryConfig
+        >>> sizes = {"layers": 2, "batch": 1, "heads": 2, "head_dim": 24, "grid": (2, 3)}
+        >>> memory = make_memory(MemoryConfig(bank_frames=6), **sizes, dtype=torch.float32, device="cpu")
+        >>> memory.pool.key.shape  # layers, batch, tokens of all slots, heads, head_dim
+        torch.Size([2, 1, 108, 2, 24])
+    """
+    kind = next((kind for kind in FrameMemory.kinds if kind.serves(config)), FrameMemory)
+    return kind(config, **sizes)

@@ -18,6 +18,10 @@ class PublishedMemory(FrameMemory):
 
     extra_slots = 1
 
+    @classmethod
+    def serves(cls, config: MemoryConfig) -> bool:
+        return config.published_mode is not None
+
     def __init__(self, config: MemoryConfig, **shape):
         super().__init__(config, **shape)
         bank = config.bank_frames

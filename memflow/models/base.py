@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from memflow.memory import Pass, Prompt
+if TYPE_CHECKING:
+    from memflow.memory.frames import Pass, Prompt
 
 
 class VideoModel(Protocol):

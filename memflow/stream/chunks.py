@@ -8,34 +8,19 @@ and every server drive a story through it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from memflow.errors import MemFlowError
-from memflow.memory import FrameMemory, MemoryConfig, MemorySnapshot, Pass, Prompt, make_memory
-from memflow.models.base import VideoModel
+from memflow.memory.config import MemoryConfig
+from memflow.memory.frames import FrameMemory, MemorySnapshot, Pass, Prompt, make_memory
+from memflow.modes import own_modes
 
-
-@contextmanager
-def own_modes() -> Iterator[None]:
-    """Inside, torch's modes are the library's own and not the caller's: no gradients, no inference mode, no autocast,
-    float32 and the CPU as defaults. What a stream makes is the same whatever the caller has set."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        dtype = torch.get_default_dtype()
-        if dtype != torch.float32:
-            stack.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
-        yield
+if TYPE_CHECKING:
+    from memflow.models.base import VideoModel
 
 
 class ChunkDriver:

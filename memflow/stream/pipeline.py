@@ -14,17 +14,20 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from memflow.decoders import storybook as _storybook  # noqa: F401 (diffusers loads only what has been imported)
-from memflow.decoders.codec import spatial_factor, temporal_factor
+from memflow.decoders.codec import spatial_factor, stream_decoder, temporal_factor
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
+from memflow.memory.config import MemoryConfig
+from memflow.models.base import weights_digest
+from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.float8 import to_float8
 from memflow.models.wan.graphs import require_gpu
 from memflow.models.wan.prompt_cache import PromptBook
 from memflow.models.wan.published import PRESETS, find_preset
 from memflow.models.wan.text import encode_prompts
+from memflow.stream.chunks import ChunkDriver
 from memflow.stream.plan import Plan
+from memflow.stream.sampler import DistilledSchedule
 from memflow.stream.saved import load_stream
-from memflow.stream.schedule import DistilledSchedule
 from memflow.stream.stream import Stream
 
 _LONGEST = 1e7  # seconds of one prompt
@@ -198,9 +201,36 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             width=self._check_size("width", self.config.width if width is None else width, 2),
         )
 
+    def driver(self, memory: MemoryConfig, seeds: Sequence[int], height: int, width: int) -> ChunkDriver:
+        """The model and its memory for stories of one size, without text, sampler and video.
+
+        Args:
+            memory: what is remembered.
+            seeds: one per story of the batch.
+            height: of the video, pixels.
+            width: of the video, pixels.
+        """
+        driver = ChunkDriver(WanModel(self.transformer, cuda_graphs=self.cuda_graphs), memory, seeds=seeds)
+        driver.open(len(seeds), height // self.spatial_factor, width // self.spatial_factor)
+        return driver
+
+    def decoder(self):
+        """A decoder at the start of a video: latents to frames, chunk by chunk."""
+        return stream_decoder(self.vae)
+
+    def identity(self) -> dict:
+        """What a saved stream must find again: digests of the weights, and the settings that decide what comes out."""
+        return {
+            "transformer": WanModel(self.transformer).identity(),
+            "vae": f"{type(self.vae).__name__} {weights_digest(self.vae)}",
+            "denoising_steps": list(self.config.denoising_steps),
+            "sigmas": self.schedule.sigmas,
+            "dtype": str(self.transformer.dtype),
+        }
+
     def resume(self, path) -> Stream:
         """The stream that `Stream.save` wrote to `path`; its next chunks are those of the uninterrupted one."""
-        return load_stream(self, path)
+        return load_stream(self, path, Stream)
 
     def __call__(self, prompts, **settings) -> MemFlowOutput:
         """The whole video at once. Arguments as in `stream`."""

@@ -10,9 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
-from memflow.models.base import weights_digest
-from memflow.models.wan.adapter import WanModel
+from memflow.memory.config import MemoryConfig
 from memflow.stream.plan import Plan
 
 FORMAT = "memflow-stream-2"
@@ -31,7 +29,7 @@ def save_stream(stream, path, extra: dict[str, str]) -> None:
         "width": stream.width,
         "counters": counters,
         "timings": stream.timings,
-        "model": _model_identity(stream.pipeline),
+        "model": stream.pipeline.identity(),
         "extra": extra,
     }
     path = Path(path)
@@ -61,17 +59,16 @@ def read_header(path) -> dict:
     return json.loads(metadata["stream"])
 
 
-def load_stream(pipeline, path):
-    """The stream that was saved to `path`, on `pipeline`, which must hold the model that it was saved with."""
-    from memflow.stream.stream import Stream
-
+def load_stream(pipeline, path, make):
+    """The stream that was saved to `path`, on `pipeline`, which must hold the model that it was saved with; `make` is
+    `Stream`."""
     header = read_header(path)
-    identity = _model_identity(pipeline)
+    identity = pipeline.identity()
     # A state that was saved by an earlier version may say less.
     differing = [f"{k}: saved {v}, here {identity.get(k)}" for k, v in header["model"].items() if identity.get(k) != v]
     if differing:
         raise MemFlowError(f"{path} was saved with another model ({'; '.join(differing)})")
-    stream = Stream(
+    stream = make(
         pipeline,
         plan=Plan.from_dict(header["plan"]),
         config=MemoryConfig.from_dict(header["config"]),
@@ -90,16 +87,6 @@ def load_stream(pipeline, path):
         raise MemFlowError(f"{path}: the decoder's state does not fit this model's VAE: {error}") from error
     stream.noise.set_state(tensors["noise"])
     return stream
-
-
-def _model_identity(pipeline) -> dict:
-    return {
-        "transformer": WanModel(pipeline.transformer).identity(),
-        "vae": f"{type(pipeline.vae).__name__} {weights_digest(pipeline.vae)}",
-        "denoising_steps": list(pipeline.config.denoising_steps),
-        "sigmas": pipeline.schedule.sigmas,
-        "dtype": str(pipeline.transformer.dtype),
-    }
 
 
 def _under(prefix: str, tensors: dict) -> dict:

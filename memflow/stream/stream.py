@@ -7,17 +7,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from memflow.decoders.codec import stream_decoder
 from memflow.errors import MemFlowError
-from memflow.memory import FrameMemory, MemoryConfig, MemorySnapshot
-from memflow.models.wan.adapter import WanModel
-from memflow.stream.chunks import ChunkDriver, own_modes
-from memflow.stream.noise import Noise, to_device
-from memflow.stream.plan import Plan
+from memflow.modes import own_modes
+from memflow.stream.sampler import Noise, to_device
+
+if TYPE_CHECKING:
+    from memflow.memory.config import MemoryConfig
+    from memflow.memory.frames import FrameMemory, MemorySnapshot
+    from memflow.stream.chunks import ChunkDriver
+    from memflow.stream.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,9 @@ class Stream(Iterator[Chunk]):
         self.noise = Noise(seeds)
         self.extra: dict[str, str] = {}
         self.timings = {"text": 0.0, "loop": 0.0, "decode": 0.0}
-        model = WanModel(pipeline.transformer, cuda_graphs=pipeline.cuda_graphs)
-        rows, columns = height // pipeline.spatial_factor, width // pipeline.spatial_factor
-        self.latent_shape = (model.channels, config.frames_per_chunk, rows, columns)
-        self.driver = ChunkDriver(model, config, seeds=self.seeds)
-        self.driver.open(len(self.seeds), rows, columns)
-        self.decoder = stream_decoder(pipeline.vae)
+        self.driver: ChunkDriver = pipeline.driver(config, self.seeds, height, width)
+        self.latent_shape = (self.driver.model.channels, config.frames_per_chunk, *self.driver.size[1:])
+        self.decoder = pipeline.decoder()
         self._lock = threading.RLock()
 
     def __iter__(self) -> Stream:

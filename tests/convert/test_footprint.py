@@ -154,7 +154,7 @@ def test_presets_are_those_of_the_published_system():
     assert (longlive.memory.sink_frames, longlive.memory.window_frames, longlive.memory.bank_frames) == (3, 9, 0)
     assert (forcing.memory.sink_frames, forcing.memory.window_frames, forcing.memory.bank_frames) == (0, 21, 0)
     for preset in PRESETS.values():
-        from memflow.stream.schedule import DistilledSchedule
+        from memflow.stream.sampler import DistilledSchedule
 
         schedule = DistilledSchedule(preset.scheduler(), preset.denoising_steps)
         assert schedule.sigmas == pytest.approx([1.0, 0.9375, 0.8333333, 0.625], abs=1e-6)

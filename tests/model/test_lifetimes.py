@@ -8,8 +8,8 @@ import torch
 from memflow.integrations import StreamingAttention
 from memflow.memory import MemoryConfig
 from memflow.models.wan.prompt_cache import PromptBook
-from memflow.stream.noise import to_device
 from memflow.stream.pipeline import MemFlowPipeline
+from memflow.stream.sampler import to_device
 
 STORY = ["a red boat", "an owl"]
 SMALL = {"height": 32, "width": 32, "seconds_per_prompt": 2 * 0.75}

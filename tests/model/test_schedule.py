@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from memflow.errors import MemFlowError
-from memflow.stream.schedule import DistilledSchedule
+from memflow.stream.sampler import DistilledSchedule
 
 SCHEDULER = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0)
 

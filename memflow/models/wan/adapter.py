@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from memflow.memory import Pass, Prompt
+from memflow.memory.frames import Pass, Prompt
 from memflow.models.base import weights_digest
 from memflow.models.wan.attention import CleanPassDone, install, uninstall
 from memflow.models.wan.graphs import GraphedDenoiser

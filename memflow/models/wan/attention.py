@@ -11,16 +11,19 @@ stands. Numbers that the processors held themselves would be constants to torch.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from memflow.errors import MemFlowError
-from memflow.memory import Pass
 from memflow.memory.attention import attend
 from memflow.memory.places import Unplaced
 from memflow_kernels import Pool, memory_attention, qk_norm_rope, qk_norm_rope_write
+
+if TYPE_CHECKING:
+    from memflow.memory.frames import Pass
 
 
 class CleanPassDone(Exception):

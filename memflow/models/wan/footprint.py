@@ -22,7 +22,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from memflow.decoders.codec import WanDecoder, spatial_factor
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig, Prompt, make_memory
+from memflow.memory.config import MemoryConfig
+from memflow.memory.frames import Prompt, make_memory
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.checkpoints import kept_dtype
 from memflow.models.wan.float8 import float8_linears

@@ -16,7 +16,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from memflow.errors import MemFlowError
-from memflow.memory import Pass, Prompt
+from memflow.memory.frames import Pass, Prompt
 
 EAGER_CALLS = 8  # of a size, before it is captured: most sizes of a memory that still grows are gone by then
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from memflow.errors import MemFlowError
-from memflow.memory import MemoryConfig
+from memflow.memory.config import MemoryConfig
 
 
 @dataclass(frozen=True)
