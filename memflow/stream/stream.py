@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memflow.decoders.codec import stream_decoder
+from memflow.decoders import stream_decoder
 from memflow.errors import MemFlowError
 from memflow.memory import FrameMemory, MemoryConfig, MemorySnapshot
 from memflow.models.wan.adapter import WanModel

@@ -7,6 +7,7 @@ import pytest
 import torch
 from written import HEADS, LISTS
 
+from benchmarks.untrained import noise_pipeline
 from memflow.cli import model_doctor
 from memflow.cli.loading import load_pipeline
 from memflow.cli.main import main
@@ -127,9 +128,8 @@ def test_options_differ_by_what_they_are_about(found):
 
 
 def test_wrong_requests_are_one_line(model, tmp_path, capsys):
-    from memflow import MemFlowPipeline
 
-    MemFlowPipeline.from_preset("noise").save_pretrained(tmp_path / "toy")
+    noise_pipeline().save_pretrained(tmp_path / "toy")
     (tmp_path / "broken" / "vae").mkdir(parents=True)
     (tmp_path / "broken" / "model_index.json").write_text("{")
     cases = {

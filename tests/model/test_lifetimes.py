@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.untrained import noise_pipeline
 from memflow.integrations import StreamingAttention
 from memflow.memory import MemoryConfig
 from memflow.models.wan.prompt_cache import PromptBook
 from memflow.stream.noise import to_device
-from memflow.stream.pipeline import MemFlowPipeline
 
 STORY = ["a red boat", "an owl"]
 SMALL = {"height": 32, "width": 32, "seconds_per_prompt": 2 * 0.75}
@@ -68,7 +68,7 @@ def test_noise_does_not_make_a_gpu_wait(monkeypatch):
 
 
 def test_an_encoder_that_a_sent_prompt_loaded_goes_again():
-    pipeline, loaded = MemFlowPipeline.from_preset("noise"), []
+    pipeline, loaded = noise_pipeline(), []
     encoder = pipeline.text_encoder
     pipeline.prompts = PromptBook(
         pipeline.tokenizer, lambda: loaded.append(1) or encoder, pipeline.config.text_length, dtype=torch.float32
