@@ -18,9 +18,8 @@ from memflow.errors import MemFlowError
 from memflow.memory import MemoryConfig
 from memflow.models.wan.float8 import to_float8
 from memflow.models.wan.graphs import require_gpu
-from memflow.models.wan.prompt_cache import PromptBook
 from memflow.models.wan.published import PRESETS, find_preset
-from memflow.models.wan.text import encode_prompts
+from memflow.models.wan.text import PromptCache, encode_prompts
 from memflow.stream.plan import Plan
 from memflow.stream.saved import load_stream
 from memflow.stream.schedule import DistilledSchedule
@@ -50,10 +49,10 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     per second. text_length: tokens that a prompt is padded to. height, width: default size of the video in pixels.
     memory: fields of the `MemoryConfig` that this model was trained for; the defaults of that class where not given.
 
-    prompts: None, or a `PromptBook` that is asked for embeddings in the encoder's place.
+    prompts: None, or a `PromptCache` that is asked for embeddings in the encoder's place.
     """
 
-    prompts: PromptBook | None = None
+    prompts: PromptCache | None = None
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
     def __init__(
