@@ -8,7 +8,6 @@ from torch._dynamo.utils import counters
 
 from benchmarks.untrained import noise_pipeline
 from memflow.memory import MemoryConfig
-from memflow.stream.pipeline import MemFlowPipeline
 
 STORY = ["a red boat", "an owl", "a lighthouse", "the sea"]
 
