@@ -30,31 +30,19 @@ _RECORD = "conversion.json"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `memflow convert` was asked for.
+    """What `memflow convert` was asked for."""
 
-    Attributes:
-        sources: Files, and folders of files.
-        output: The folder to write.
-        preset: Name of the published model that the folder is to be run as.
-        weights: Which of `checkpoints.GENERATORS` is taken; None = of a file that holds both, that of the preset.
-        dtype: Name of a number format; None = that of the files.
-        lora_alpha: Of the LoRA's scale, alpha / rank; None = what its file says, else its rank.
-        keep_lora: Write the LoRA beside the weights in place of merging it.
-        partial: Convert what is there and fits.
-        heads: Attention heads of the transformer; None = of 128 channels each.
-        shard_bytes: Most that one weight file holds.
-    """
-
-    sources: list[Path]
-    output: Path
-    preset: str | None = None
+    sources: list[Path]  # files, and folders of files
+    output: Path  # the folder to write
+    preset: str | None = None  # name of the published model that the folder is to be run as
+    # Which of `checkpoints.GENERATORS` is taken; None = of a file that holds both, that of the preset.
     weights: str | None = None
-    dtype: str | None = None
-    lora_alpha: float | None = None
-    keep_lora: bool = False
-    partial: bool = False
-    heads: int | None = None
-    shard_bytes: int = 4 * 10**9
+    dtype: str | None = None  # name of a number format; None = that of the files
+    lora_alpha: float | None = None  # of the LoRA's scale, alpha / rank; None = what its file says, else its rank
+    keep_lora: bool = False  # write the LoRA beside the weights in place of merging it
+    partial: bool = False  # convert what is there and fits
+    heads: int | None = None  # attention heads of the transformer; None = of 128 channels each
+    shard_bytes: int = 4 * 10**9  # most that one weight file holds
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,12 @@ from memflow.models.wan.published import MODELS, Repository
 
 @dataclass(frozen=True)
 class Found:
-    """What the hub holds of a repository now.
-
-    Attributes:
-        repository: The row's.
-        revision: The commit.
-        files: Name to bytes.
-        licence: Of the model card, if it states one.
-    """
+    """What the hub holds of a repository now."""
 
     repository: Repository
     revision: str
-    files: dict[str, int]
-    licence: str | None
+    files: dict[str, int]  # name to bytes
+    licence: str | None  # of the model card, if it states one
 
 
 def download(name: str, output: Path, *, yes: bool = False) -> None:

@@ -22,17 +22,11 @@ _DOWN = {"A": "A", "down": "A", "B": "B", "up": "B"}
 
 
 class Update(NamedTuple):
-    """W + scale * B @ A, for a weight W [out, in].
+    """W + scale * B @ A, for a weight W [out, in]."""
 
-    Attributes:
-        a: [rank, in].
-        b: [out, rank].
-        scale: alpha / rank.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
+    a: Tensor  # [rank, in]
+    b: Tensor  # [out, rank]
+    scale: float  # alpha / rank
 
     def added_to(self, rows: Tensor, start: int) -> Tensor:
         """Rows `start`... of a weight with their part of the update, [n, in] float32."""
@@ -41,17 +35,11 @@ class Update(NamedTuple):
 
 
 class Lora(NamedTuple):
-    """A low-rank adapter.
-
-    Attributes:
-        path: Its file.
-        updates: By the original name of the weight that each belongs to.
-        assumed_alpha: Nobody said alpha.
-    """
+    """A low-rank adapter."""
 
     path: Path
-    updates: dict[str, Update]
-    assumed_alpha: bool
+    updates: dict[str, Update]  # by the original name of the weight that each belongs to
+    assumed_alpha: bool  # nobody said alpha
 
 
 def read_lora(checkpoint: Checkpoint, alpha: float | None = None) -> Lora:

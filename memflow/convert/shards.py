@@ -27,19 +27,12 @@ _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4; Python's mmap has no name for it
 
 
 class Weight(NamedTuple):
-    """One tensor to write.
-
-    Attributes:
-        name: Its name in the file.
-        source: Mapped from an original file.
-        dtype: To write.
-        updates: Added to it (2-d weights).
-    """
+    """One tensor to write."""
 
     name: str
-    source: Tensor
+    source: Tensor  # mapped from an original file
     dtype: torch.dtype
-    updates: tuple[Update, ...] = ()
+    updates: tuple[Update, ...] = ()  # added to it (2-d weights)
 
     @property
     def nbytes(self) -> int:

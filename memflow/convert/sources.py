@@ -19,23 +19,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 @dataclass
 class Sources:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        models: Tensors by kind and original name.
-        titles: How messages call a model, by its kind.
-        generators: Which of `checkpoints.GENERATORS` a model is, by its kind.
-        loras: All of them.
-        tokenizer: None where there is none.
-        files: All that were read.
-    """
-
-    models: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    titles: dict[str, str] = field(default_factory=dict)
+    models: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # tensors by kind and original name
+    titles: dict[str, str] = field(default_factory=dict)  # how messages call a model, by its kind
+    # Which of `checkpoints.GENERATORS` a model is, by its kind.
     generators: dict[str, str | None] = field(default_factory=dict)
     loras: list[Lora] = field(default_factory=list)
     tokenizer: PreTrainedTokenizerBase | None = None
-    files: list[Path] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # all that were read
 
 
 def find_sources(paths: list[Path], lora_alpha: float | None = None, weights: str = GENERATORS[0]) -> Sources:

@@ -55,34 +55,22 @@ _SHOWN = 12  # names listed in a message
 
 
 class Checkpoint(NamedTuple):
-    """The tensors of one original file.
+    """The tensors of one original file."""
 
-    Attributes:
-        kind: "transformer", "vae", "text_encoder" or "lora".
-        path: The file.
-        tensors: By their original names, mapped from the file: nothing is in memory until it is looked at, except of
-            .pth files from before torch 1.6, which cannot be mapped. Not to be written to.
-        generators: Which of `GENERATORS` the file holds, the one that `tensors` are of first.
-    """
-
-    kind: str
+    kind: str  # "transformer", "vae", "text_encoder" or "lora"
     path: Path
+    # By their original names. They are mapped from the file, but for .pth files from before torch 1.6: not to be
+    # written to.
     tensors: dict[str, Tensor]
-    generators: tuple[str, ...] = ()
+    generators: tuple[str, ...] = ()  # which of `GENERATORS` the file holds, the one that `tensors` are of first
 
 
 class Layout(NamedTuple):
-    """What original tensors make up.
+    """What original tensors make up."""
 
-    Attributes:
-        model: On the meta device.
-        original: The model's names to the original ones, for the tensors that are there.
-        notes: What does not fit, one line each; empty unless `partial` was asked for.
-    """
-
-    model: torch.nn.Module
-    original: dict[str, str]
-    notes: list[str]
+    model: torch.nn.Module  # on the meta device
+    original: dict[str, str]  # the model's names to the original ones, for the tensors that are there
+    notes: list[str]  # what does not fit, one line each; empty unless `partial` was asked for
 
 
 def load_transformer(

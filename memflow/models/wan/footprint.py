@@ -68,7 +68,16 @@ class Footprint:
 
 
 def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int = 1) -> Footprint:
-    """For `batch` stories at once at the model's size. MemFlowError for sizes that do not fit the model."""
+    """What a model takes.
+
+    Args:
+        model: Its configurations and settings.
+        dtype: Of the weights.
+        batch: Stories at once.
+
+    Raises:
+        MemFlowError: Sizes that do not fit the model.
+    """
     with init_empty_weights():
         transformer = WanTransformer3DModel.from_config(model.transformer)
         vae = AutoencoderKLWan.from_config(model.vae)

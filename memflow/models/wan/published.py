@@ -24,41 +24,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Repository:
-    """Files of one repository on the Hugging Face hub.
+    """Files of one repository on the Hugging Face hub."""
 
-    Attributes:
-        name: Owner and repository.
-        files: Patterns of file names.
-        licence: As far as it is known here; the model card is what counts.
-    """
-
-    name: str
-    files: tuple[str, ...]
-    licence: str
+    name: str  # owner and repository
+    files: tuple[str, ...]  # patterns of file names
+    licence: str  # as far as it is known here; the model card is what counts
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that a pipeline records beside its models.
+    """Everything that a pipeline records beside its models."""
 
-    Attributes:
-        memory: Fields of `MemoryConfig`.
-        weights: Which of the two sets in a checkpoint the published pipeline runs, the trained ones ("generator":
-            `use_ema: false` in its configuration) or their moving average ("generator_ema").
-        denoising_steps: Unshifted timesteps.
-        shift: Of the flow-matching schedule.
-        fps: Video frames per second.
-        text_length: Tokens that a prompt is padded to.
-        size: Height and width of the video in pixels.
-    """
-
-    memory: Mapping[str, object] = field(default_factory=dict)
+    memory: Mapping[str, object] = field(default_factory=dict)  # fields of `MemoryConfig`
+    # Which of the two sets in a checkpoint the published pipeline runs, the trained ones ("generator": `use_ema: false`
+    # in its configuration) or their moving average ("generator_ema").
     weights: str = "generator_ema"
-    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
-    shift: float = 5.0
-    fps: float = 16.0
-    text_length: int = 512
-    size: tuple[int, int] = (480, 832)
+    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)  # unshifted timesteps
+    shift: float = 5.0  # of the flow-matching schedule
+    fps: float = 16.0  # video frames per second
+    text_length: int = 512  # tokens that a prompt is padded to
+    size: tuple[int, int] = (480, 832)  # height and width of the video in pixels
 
     @property
     def memory_config(self) -> MemoryConfig:
@@ -85,7 +70,6 @@ class Preset:
         }
 
 
-# Configurations as in config.json, where they differ from the library's defaults.
 _1_3B = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
 _14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
 _UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -93,18 +77,11 @@ _UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A row of the table.
-
-    Attributes:
-        repositories: Where its files are.
-        preset: How it is run; None = a base model: diffusers runs it, it is no few-step generator.
-        transformer: Configuration of the transformer.
-        text_encoder: Configuration of the text encoder.
-        vae: Configuration of the VAE.
-    """
+    """A row of the table."""
 
     repositories: tuple[Repository, ...]
-    preset: Preset | None = None
+    preset: Preset | None = None  # how it is run; None = a base model: diffusers runs it, it is no few-step generator
+    # Configurations, where they differ from the library's defaults.
     transformer: Mapping[str, int] = field(default_factory=_1_3B.copy)
     text_encoder: Mapping[str, int] = field(default_factory=_UMT5_XXL.copy)
     vae: Mapping[str, int] = field(default_factory=dict)
