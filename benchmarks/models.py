@@ -10,13 +10,13 @@ from torch import Tensor
 
 from memflow.memory import MemoryConfig
 from memflow.stream.pipeline import MemFlowPipeline
-from memflow.stream.pipeline import _cast as cast
 from memflow.stream.plan import Plan
 from memflow.stream.stream import Stream
 from memflow_kernels import frame_means
 
 from .cases import Case
 from .published_path.stream import PublishedStream
+from .untrained import cast
 
 TEXT_DIM = 4096
 

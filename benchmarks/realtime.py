@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from memflow.decoders.codec import stream_decoder
+from memflow.decoders import stream_decoder
 from memflow.decoders.taehv import TinyVideoDecoder
 from memflow.errors import MemFlowError
 from memflow_kernels.testing import relative_error

@@ -21,6 +21,7 @@ from .rows import Row
 from .splits import Split
 from .targets import FLOORS
 from .timing import in_turns
+from .untrained import noise_pipeline
 
 ALLOWED = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}  # of the latents, after all steps and layers
 CHUNKS = 8  # of the toy's story
@@ -115,7 +116,7 @@ def middle_entries(experiment: StreamExperiment, device: torch.device) -> list[E
 
 def toy_entries(experiment: StreamExperiment, device: torch.device) -> list[Entry]:
     """A whole story, a prompt switch in it, under the published memory, which both can keep; a run tells all of it."""
-    pipeline = MemFlowPipeline.from_preset("noise").to(device)
+    pipeline = noise_pipeline().to(device)
     pipeline.set_progress_bar_config(disable=True)
     exact = in_float64(pipeline)
     seconds = CHUNKS / len(STORY) * pipeline.frames_per_chunk / pipeline.fps

@@ -13,7 +13,6 @@ _HOME = {
     "MemFlowPipeline": "memflow.stream.pipeline",
     "MemoryConfig": "memflow.memory.config",
     "MemorySnapshot": "memflow.memory.frames",
-    "PixelShuffleCodec": "memflow.decoders.codec",
     "Stream": "memflow.stream.stream",
 }
 __all__ = ["__version__", *_HOME]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from examples.storybook.world import FPS, Frame, render, words
-from memflow.decoders.storybook import StorybookCodec
+from memflow.decoders.independent import StorybookCodec
 
 TEXT_LENGTH = 16  # tokens that a prompt is padded to; the longest of the world has 13
 TEXT_DIM = 64

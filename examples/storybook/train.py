@@ -21,7 +21,7 @@ from examples.storybook.drawing import COLOURS, PLACES, SHAPES
 from examples.storybook.training_run import Run, average_gradients, learning_rate, step_generator, worker
 from examples.storybook.world import ACTIONS, NAMES, Frame, character_mask, frame_count, landmark_mask, render
 from memflow import __version__
-from memflow.decoders.storybook import StorybookCodec
+from memflow.decoders.independent import StorybookCodec
 from memflow.errors import MemFlowError
 
 CODEC_STEPS = 2400

@@ -60,7 +60,7 @@ def _run(request: Request, jobs: list[Job], results: list[Result], console: Cons
         import torch
 
         from memflow.cli import loading
-        from memflow.decoders.taehv import use_decoder
+        from memflow.decoders import use_decoder
 
         known = jobs[0].state
         device = loading.choose_device(request.device)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_WEIGHTS
 from safetensors import SafetensorError
 
-from memflow.convert.lora import WEIGHTS_NAME as LORA_WEIGHTS
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
-from memflow.models.wan.prompt_cache import PromptBook, cache_folder
 from memflow.models.wan.published import find_preset
+from memflow.models.wan.text import PromptCache, cache_folder
 from memflow_kernels.backends import available_backends, refused, use_backend
 
 TINY = 10_000_000  # parameters
@@ -93,7 +93,7 @@ def load_pipeline(
             pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
         if preset is not None:
             pipeline.use_preset(preset)
-        pipeline.prompts = PromptBook(
+        pipeline.prompts = PromptCache(
             pipeline.tokenizer,
             lambda: _text_encoder(folder, device, dtype),
             pipeline.config.text_length,

@@ -10,16 +10,13 @@ import torch
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
 from memflow.models.wan.footprint import Footprint, Model, footprint
-from memflow.models.wan.published import PRESETS, find_preset
+from memflow.models.wan.published import MODELS, Preset
 
 GIB = 2**30
 # Memory of cards as their makers name it, in GiB.
 GPUS = {"rtx-3060": 12, "rtx-4080": 16, "rtx-4090": 24, "rtx-5090": 32, "a100-40gb": 40, "a100": 80, "h100": 80}
 GPUS |= {"h200": 141, "b200": 180}
 _RESERVE = 1.0  # GiB for the CUDA context and what libraries take
-# Of the published 1.3B models (Wan-AI/Wan2.1-T2V-1.3B); the VAE is AutoencoderKLWan's default.
-_TRANSFORMER = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
-_UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 
 
 def examine(
@@ -52,9 +49,10 @@ def examine(
 def describe(model: str, height: int | None = None, width: int | None = None) -> Model:
     """The configurations in the folder `model`, or those of the published models of that preset."""
     folder = Path(model)
-    if not folder.exists() and model in PRESETS:
-        preset = find_preset(model)
-        settings, configs = preset.settings(), {"transformer": _TRANSFORMER, "vae": {}, "text_encoder": _UMT5_XXL}
+    if not folder.exists() and model in MODELS:
+        row = MODELS[model]
+        settings = (row.preset or Preset()).settings()
+        configs = {"transformer": row.transformer, "vae": row.vae, "text_encoder": row.text_encoder}
     else:
         settings, configs = _read(folder)
     return Model(
@@ -96,7 +94,7 @@ def _parts(found: Footprint, model: Model) -> list[tuple[str, str, int]]:
 
 def _read(folder: Path) -> tuple[dict, dict[str, dict]]:
     if not (folder / "model_index.json").is_file():
-        raise MemFlowError(f"--model {folder}: neither the folder of a pipeline nor one of {', '.join(PRESETS)}")
+        raise MemFlowError(f"--model {folder}: neither the folder of a pipeline nor one of {', '.join(MODELS)}")
     try:
         index = json.loads((folder / "model_index.json").read_text())
         parts = ("transformer", "vae", "text_encoder")

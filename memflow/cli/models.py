@@ -72,8 +72,8 @@ def convert(
     ] = 4.0,
 ) -> None:
     """Turn original checkpoint files into a folder for --model; an interrupted conversion continues."""
-    from memflow.convert.convert import Conversion
-    from memflow.convert.convert import convert as run
+    from memflow.convert import Conversion
+    from memflow.convert import convert as run
 
     run(
         Conversion(

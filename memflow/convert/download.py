@@ -1,7 +1,6 @@
-"""`memflow download`: the published files from the Hugging Face hub. The table of what is where is MODELS.
+"""`memflow download`: the published files from the Hugging Face hub.
 
-Repositories and file names are those of the projects' own READMEs and hub pages (docs/models.md says which). Sizes and
-the licence that a model card states come from the hub at the time of the download.
+Sizes and the licence that a model card states come from the hub at the time of the download.
 """
 
 from __future__ import annotations
@@ -10,68 +9,41 @@ import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
 
 import typer
 from huggingface_hub import HfApi
 from rich.console import Console
 
 from memflow.errors import MemFlowError
-
-
-class Repository(NamedTuple):
-    """Files of one repository on the hub. licence: as far as it is known here; the model card is what counts."""
-
-    name: str
-    files: tuple[str, ...]
-    licence: str
-
-
-_WAN = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/*")  # the same for both sizes
-_WAN_PARTS = Repository("Wan-AI/Wan2.1-T2V-1.3B", _WAN, "Apache-2.0")
-_NONCOMMERCIAL = "CC BY-NC-SA 4.0: no commercial use"
-
-MODELS: dict[str, tuple[Repository, ...]] = {
-    "memflow-1.3b": (_WAN_PARTS, Repository("KlingTeam/MemFlow", ("base.pt", "lora.pt"), "not stated on its card")),
-    "longlive-1.3b": (
-        _WAN_PARTS,
-        Repository(
-            "Efficient-Large-Model/LongLive-1.3B", ("models/longlive_base.pt", "models/lora.pt"), _NONCOMMERCIAL
-        ),
-    ),
-    "self-forcing-1.3b": (
-        _WAN_PARTS,
-        Repository("gdhe17/Self-Forcing", ("checkpoints/self_forcing_dmd.pt",), _NONCOMMERCIAL),
-    ),
-    "wan2.1-t2v-1.3b": (
-        Repository("Wan-AI/Wan2.1-T2V-1.3B", ("diffusion_pytorch_model*.safetensors", *_WAN), "Apache-2.0"),
-    ),
-    "wan2.1-t2v-14b": (
-        Repository("Wan-AI/Wan2.1-T2V-14B", ("diffusion_pytorch_model*.safetensors", *_WAN), "Apache-2.0"),
-    ),
-}
+from memflow.models.wan.published import MODELS, Repository
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the hub holds of a repository now. files: name to bytes. licence: of the model card, if it states one."""
+    """What the hub holds of a repository now."""
 
     repository: Repository
     revision: str
-    files: dict[str, int]
-    licence: str | None
+    files: dict[str, int]  # name to bytes
+    licence: str | None  # of the model card, if it states one
 
 
 def download(name: str, output: Path, *, yes: bool = False) -> None:
-    """Fetch the files of model `name` into `output`, one folder per repository; files that are complete stay.
+    """Fetch the files of a published model, one folder per repository; files that are complete stay.
 
-    Licences and sizes are shown first; unless `yes`, nothing is fetched without a yes at the keyboard.
+    Args:
+        name: One of `memflow.models.wan.published.MODELS`.
+        output: The folder to write.
+        yes: Accept the licences, which are shown first, as are the sizes, without a question at the keyboard.
+
+    Raises:
+        MemFlowError: Something is missing, there or here, or the answer was no.
     """
     if name not in MODELS:
         raise MemFlowError(f"there is no model {name!r} to download; there are {', '.join(MODELS)}")
     hub, console = HfApi(), Console(stderr=True, highlight=False, markup=False)
     with console.status("asking the hub"):
-        found = [_look_up(hub, repository) for repository in MODELS[name]]
+        found = [_look_up(hub, repository) for repository in MODELS[name].repositories]
     _show(found, console)
     total = sum(sum(entry.files.values()) for entry in found)
     there = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) if output.is_dir() else 0
@@ -87,7 +59,7 @@ def download(name: str, output: Path, *, yes: bool = False) -> None:
         folder = output / entry.repository.name.split("/")[1]
         for file in entry.files:
             _ask(hub.hf_hub_download, entry.repository.name, filename=file, revision=entry.revision, local_dir=folder)
-    preset = f" --preset {name}" if name.endswith("-1.3b") and not name.startswith("wan") else ""
+    preset = f" --preset {name}" if MODELS[name].preset else ""
     console.print(f"next: memflow convert {output} -o {name}{preset}", soft_wrap=True)
 
 

@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS_NAME  # where load_lora_weights looks
 from safetensors.torch import save_file
 from torch import Tensor
 
 from memflow.errors import MemFlowError
-from memflow.models.wan.originals import Checkpoint, listed
+from memflow.models.wan.checkpoints import Checkpoint, listed
 
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # where diffusers' load_lora_weights(folder) looks
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|down|up)(?:\.default)?\.weight")
 _DOWN = {"A": "A", "down": "A", "B": "B", "up": "B"}
 
 
 class Update(NamedTuple):
-    """W + scale * B @ A. A: [rank, in], B: [out, rank]."""
+    """W + scale * B @ A, for a weight W [out, in]."""
 
-    a: Tensor
-    b: Tensor
-    scale: float
+    a: Tensor  # [rank, in]
+    b: Tensor  # [out, rank]
+    scale: float  # alpha / rank
 
     def added_to(self, rows: Tensor, start: int) -> Tensor:
         """Rows `start`... of a weight with their part of the update, [n, in] float32."""
@@ -35,41 +35,49 @@ class Update(NamedTuple):
 
 
 class Lora(NamedTuple):
-    """Updates by the original name of the weight that each belongs to. assumed_alpha: no file said alpha."""
+    """A low-rank adapter."""
 
     path: Path
-    updates: dict[str, Update]
-    assumed_alpha: bool
+    updates: dict[str, Update]  # by the original name of the weight that each belongs to
+    assumed_alpha: bool  # nobody said alpha
 
 
 def read_lora(checkpoint: Checkpoint, alpha: float | None = None) -> Lora:
-    """The adapter in a file with names like `blocks.0.self_attn.q.lora_A.weight`, of any rank.
+    """The adapter in a file with names like `blocks.0.self_attn.q.lora_A.weight`. Its scale is alpha / rank.
 
-    The scale is alpha / rank. alpha: given; else per module where the file holds `<module>.alpha`; else `lora_alpha`
-    of an adapter_config.json beside the file; else the rank (a scale of 1), as diffusers assumes too.
+    Args:
+        checkpoint: The file.
+        alpha: None = per module where the file holds `<module>.alpha`; else `lora_alpha` of an adapter_config.json
+            beside the file; else the rank (a scale of 1), as diffusers assumes too.
+
+    Raises:
+        MemFlowError: Tensors are missing, unexpected or do not fit each other, by name; or alpha is no number.
     """
     source, factors, alphas, others = checkpoint.path.name, {}, {}, []
     for name, tensor in checkpoint.tensors.items():
         if match := _FACTOR.fullmatch(name):
             factors.setdefault(match["module"], {})[_DOWN[match["factor"]]] = tensor
-        elif name.endswith(".alpha") and tensor.numel() == 1:
+        elif name.endswith(".alpha") and tensor.numel() == 1 and not tensor.is_complex():
             alphas[name.removesuffix(".alpha")] = float(tensor)
         else:
             others.append(name)
     others += [f"{module}.alpha" for module in alphas if module not in factors]
     if others:
         raise MemFlowError(f"{source}: {len(others)} unexpected tensors: {listed(sorted(others))}")
-    lonely = [f"{module}.lora_{'BA'['B' in pair]}" for module, pair in factors.items() if len(pair) < 2]
-    if lonely:
-        raise MemFlowError(f"{source}: {len(lonely)} missing tensors: {listed(lonely)}")
+    unpaired = [f"{module}.lora_{'BA'['B' in pair]}" for module, pair in factors.items() if len(pair) < 2]
+    if unpaired:
+        raise MemFlowError(f"{source}: {len(unpaired)} missing tensors: {listed(unpaired)}")
     config = _adapter_config(checkpoint.path)
     updates = {}
     for module, pair in factors.items():
         a, b = pair["A"], pair["B"]
-        if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0]:
+        if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0] or not a.shape[0]:
             raise MemFlowError(f"{source}: {module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit")
         rank = a.shape[0]
-        numerator = alpha or alphas.get(module) or config.get("lora_alpha") or rank
+        stated = (alpha, alphas.get(module), config.get("lora_alpha"), rank)
+        numerator = next(value for value in stated if value is not None)
+        if not isinstance(numerator, int | float) or not math.isfinite(numerator):
+            raise MemFlowError(f"{source}: {module}: alpha must be a number, got {numerator!r}")
         updates[f"{module}.weight"] = Update(a, b, numerator / (math.sqrt(rank) if config.get("use_rslora") else rank))
     known = alpha is not None or config.get("lora_alpha") is not None or alphas.keys() == factors.keys()
     return Lora(checkpoint.path, updates, assumed_alpha=not known)
@@ -90,10 +98,13 @@ def check_fits(lora: Lora, weights: Mapping[str, Tensor]) -> None:
 
 
 def write_lora(lora: Lora, original: Mapping[str, str], folder: Path) -> None:
-    """Write `lora` so that `pipeline.load_lora_weights(folder)` reads it; the scales are multiplied into B, which is
-    float32 then where the product would not fit its format without rounding.
+    """Write an adapter so that `pipeline.load_lora_weights(folder)` reads it.
 
-    original: diffusers' names of the transformer's weights to the original ones.
+    Args:
+        lora: The adapter. Its scales are multiplied into B, which is float32 then where the product would not fit its
+            format without rounding.
+        original: diffusers' names of the transformer's weights to the original ones.
+        folder: Where to write.
     """
     names = {old: new for new, old in original.items()}
     tensors = {}
@@ -119,8 +130,10 @@ def _adapter_config(path: Path) -> dict:
         return {}
     try:
         content = json.loads(config.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MemFlowError(f"{config}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise MemFlowError(f"{config}: must hold options by name, it holds a {type(content).__name__}")
     for name in ("alpha_pattern", "rank_pattern"):
         if content.get(name):
             raise MemFlowError(f"{config}: {name} is not known here, every module must have the same: {content[name]}")

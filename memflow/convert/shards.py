@@ -27,12 +27,12 @@ _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4; Python's mmap has no name for it
 
 
 class Weight(NamedTuple):
-    """One tensor to write. source: mapped from an original file. updates: added to it (2-d weights)."""
+    """One tensor to write."""
 
     name: str
-    source: Tensor
+    source: Tensor  # mapped from an original file
     dtype: torch.dtype
-    updates: tuple[Update, ...] = ()
+    updates: tuple[Update, ...] = ()  # added to it (2-d weights)
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +62,13 @@ class Shard(NamedTuple):
 
 
 def plan_shards(weights: list[Weight], stem: str, limit: int) -> list[Shard]:
-    """`weights` in order, in files of at most `limit` bytes (or of a single larger tensor), named as libraries do."""
+    """The files to write, named as libraries do.
+
+    Args:
+        weights: In the order in which they are written.
+        stem: What the names begin with.
+        limit: Bytes of a file, at most, but for one of a single larger tensor.
+    """
     groups: list[list[Weight]] = []
     for weight in weights:
         if not groups or sum(w.nbytes for w in groups[-1]) + weight.nbytes > limit:
@@ -76,7 +82,11 @@ def plan_shards(weights: list[Weight], stem: str, limit: int) -> list[Shard]:
 def write_shards(shards: list[Shard], folder: Path, stem: str, advance: Callable[[int], None]) -> None:
     """Write what is not there yet, and the index. A file has its name only once it is complete.
 
-    advance: is called with the number of bytes that have been dealt with, finished files included.
+    Args:
+        shards: The files.
+        folder: Where to write.
+        stem: What the name of the index begins with.
+        advance: Is called with the number of bytes that have been dealt with, finished files included.
     """
     for shard in shards:
         path = folder / shard.file

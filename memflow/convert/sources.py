@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from memflow.convert.lora import Lora, read_lora
 from memflow.errors import MemFlowError
-from memflow.models.wan.originals import GENERATORS, SUFFIXES, Checkpoint, read_checkpoint
+from memflow.models.wan.checkpoints import GENERATORS, SUFFIXES, Checkpoint, read_checkpoint
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
@@ -19,21 +19,28 @@ _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 @dataclass
 class Sources:
-    """What was found. models: tensors by kind and original name. titles: how messages call a model. generators: which
-    of `originals.GENERATORS` a model is, by its kind. files: all read."""
+    """What was found."""
 
-    models: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    titles: dict[str, str] = field(default_factory=dict)
+    models: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # tensors by kind and original name
+    titles: dict[str, str] = field(default_factory=dict)  # how messages call a model, by its kind
+    # Which of `checkpoints.GENERATORS` a model is, by its kind.
     generators: dict[str, str | None] = field(default_factory=dict)
     loras: list[Lora] = field(default_factory=list)
     tokenizer: PreTrainedTokenizerBase | None = None
-    files: list[Path] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # all that were read
 
 
 def find_sources(paths: list[Path], lora_alpha: float | None = None, weights: str = GENERATORS[0]) -> Sources:
-    """Files as they are, folders with all in them that is recognised. A later path's model replaces an earlier's.
+    """What the given files are.
 
-    weights: as in `read_checkpoint`.
+    Args:
+        paths: Files as they are, folders with all in them that is recognised. A later path's model replaces an
+            earlier's.
+        lora_alpha: Of the LoRAs; None = what their files say.
+        weights: As in `read_checkpoint`.
+
+    Raises:
+        MemFlowError: A file is none of ours, or not all there.
     """
     sources = Sources()
     for path in paths:

@@ -7,6 +7,8 @@ spatial upsampling, a 1x1 convolution that makes several frames of one, and a 3x
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memflow.decoders.wan import CausalDecoder
 from memflow.errors import MemFlowError
 
 _BLOCKS = 3  # per stage
@@ -52,8 +55,11 @@ class Grow(nn.Module):
 class TinyVideoDecoder(ModelMixin, ConfigMixin):
     """Latents to video with a few small convolutions, causal in time.
 
-    latent_channels: of a latent. channels: of the stages and of the last convolution. grow: frames that each stage
-    makes of one. patch_size: pixels per side that the last convolution gives as channels.
+    Args:
+        latent_channels: Channels of the latents.
+        channels: Channels of the stages and of the last convolution.
+        grow: Frames that each stage makes of one.
+        patch_size: Pixels per side that the last convolution gives as channels.
     """
 
     @register_to_config
@@ -79,10 +85,7 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
     @property
     def temporal_factor(self) -> int:
         """Frames that a latent frame becomes."""
-        factor = 1
-        for frames in self.config.grow:
-            factor *= frames
-        return factor
+        return math.prod(self.config.grow)
 
     @property
     def spatial_factor(self) -> int:
@@ -90,9 +93,14 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         return 2 ** len(self.config.grow) * self.config.patch_size
 
     def forward(self, latents: Tensor, past: list[Tensor | None] | None = None) -> tuple[Tensor, list[Tensor | None]]:
-        """Latents [B, C, F, h, w] -> video [B, 3, F * temporal_factor, H, W] in [-1, 1], and the past of what follows.
+        """Decodes the next frames of a video.
 
-        past: per layer the last frame that it has seen, None where that is nothing; a list that this has returned.
+        Args:
+            latents: [B, C, F, h, w].
+            past: Per layer the last frame that it has seen, None where that is nothing: as this has returned it.
+
+        Returns:
+            Video [B, 3, F * temporal_factor, H, W] in [-1, 1], and the past of what follows.
         """
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(f"latents must be [B, {self.config.latent_channels}, F, h, w], got {list(latents.shape)}")
@@ -112,10 +120,14 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_original(cls, path, dtype: torch.dtype | None = None) -> TinyVideoDecoder:
-        """The decoder in a TAEHV checkpoint, .pth or .safetensors, whose sizes are read from its shapes.
+        """The decoder in a TAEHV checkpoint; its encoder is left out. Sizes are read from the shapes.
 
-        dtype: of the weights; that of the file by default. The encoder that is in such files too is left out.
-        Raises MemFlowError, naming the parameters, for a file of another layout.
+        Args:
+            path: .pth (read with weights_only=True) or .safetensors.
+            dtype: Of the weights; None keeps that of the file.
+
+        Raises:
+            MemFlowError: The file is of another layout; the parameters are named.
         """
         tensors = {name: x for name, x in _read(Path(path)).items() if name.startswith("decoder.")}
         try:
@@ -134,31 +146,25 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         return model.eval().requires_grad_(False)
 
 
-class TinyStreamDecoder:
+class TinyStreamDecoder(CausalDecoder):
     """Decodes a stream with a TinyVideoDecoder; what its blocks remember of the last frame is kept here.
 
     As the checkpoints are meant to be used, the frames that the first latent frame makes too many are dropped: a causal
-    VAE makes a single one of it. Latents are in the transformer's (normalised) units, as these models take them.
+    VAE makes a single one of it.
+
+    Args:
+        model: The model that decodes; it takes latents in the transformer's (normalised) units.
     """
 
     def __init__(self, model: TinyVideoDecoder):
         self.model = model
-        self.frames = 0
+        self.temporal_factor, self.spatial_factor = model.temporal_factor, model.spatial_factor
         self.past: list[Tensor | None] = [None] * len(model.decoder)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, F, h, w] -> uint8 [B, T, H, W, 3] on the CPU, where T = 4 F, less 3 in the first chunk."""
-        video = self.decode_float(latents)
-        return video.float().add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
-
-    @torch.no_grad()
-    def decode_float(self, latents: Tensor) -> Tensor:
-        """As `decode`, but values in [-1, 1] of the model's dtype and on its device, [B, 3, T, H, W]."""
+    def _parts(self, latents: Tensor) -> Iterator[Tensor]:
         video, self.past = self.model(latents.to(self.model.device, self.model.dtype), self.past)
-        first = self.frames == 0
-        self.frames += latents.shape[2]
-        return video[:, :, self.model.temporal_factor - 1 :] if first else video
+        first, self.frames = self.frames == 0, self.frames + latents.shape[2]
+        yield video[:, :, self.temporal_factor - 1 :] if first else video
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that a new decoder of the same model continues from."""
@@ -175,25 +181,6 @@ class TinyStreamDecoder:
         self.past = [None] * len(self.model.decoder)
         for index in blocks if self.frames else ():
             self.past[index] = state[f"past.{index}"].to(self.model.device, self.model.dtype)
-
-
-def use_decoder(pipeline, path) -> None:
-    """Let `pipeline` decode with the TAEHV checkpoint at `path` in place of its VAE. MemFlowError where it cannot."""
-    model = TinyVideoDecoder.from_original(path, dtype=pipeline.transformer.dtype)
-    from memflow.decoders.codec import spatial_factor, temporal_factor
-
-    channels = pipeline.transformer.config.in_channels
-    if model.config.latent_channels != channels:
-        raise MemFlowError(
-            f"{path}: decodes latents of {model.config.latent_channels} channels, this model makes {channels}"
-        )
-    here = temporal_factor(pipeline.vae), spatial_factor(pipeline.vae)
-    if (model.temporal_factor, model.spatial_factor) != here:
-        raise MemFlowError(
-            f"{path}: makes {model.temporal_factor} frames and {model.spatial_factor} pixels of a latent one, the "
-            f"model's VAE {here[0]} and {here[1]}"
-        )
-    pipeline.register_modules(vae=model.to(pipeline._execution_device))
 
 
 def _sizes(tensors: dict[str, Tensor]) -> dict:

@@ -13,23 +13,25 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from memflow.decoders import storybook as _storybook  # noqa: F401 (diffusers loads only what has been imported)
-from memflow.decoders.codec import spatial_factor, stream_decoder, temporal_factor
+from memflow.decoders import current_class, stream_decoder
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
 from memflow.models.base import weights_digest
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.float8 import to_float8
 from memflow.models.wan.graphs import require_gpu
-from memflow.models.wan.prompt_cache import PromptBook
 from memflow.models.wan.published import PRESETS, find_preset
-from memflow.models.wan.text import encode_prompts
+from memflow.models.wan.text import PromptCache, encode_prompts
 from memflow.stream.chunks import ChunkDriver
 from memflow.stream.plan import Plan
 from memflow.stream.sampler import DistilledSchedule
 from memflow.stream.saved import load_stream
 from memflow.stream.stream import Stream
 
+_GONE = {
+    "toy": "the preset 'toy' is called 'storybook' now",
+    "noise": "the preset 'noise' has left the package: benchmarks/untrained.py in the repository makes it",
+}
 _LONGEST = 1e7  # seconds of one prompt
 
 
@@ -50,10 +52,10 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     per second. text_length: tokens that a prompt is padded to. height, width: default size of the video in pixels.
     memory: fields of the `MemoryConfig` that this model was trained for; the defaults of that class where not given.
 
-    prompts: None, or a `PromptBook` that is asked for embeddings in the encoder's place.
+    prompts: None, or a `PromptCache` that is asked for embeddings in the encoder's place.
     """
 
-    prompts: PromptBook | None = None
+    prompts: PromptCache | None = None
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
     def __init__(
@@ -83,34 +85,37 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             memory=dict(memory or {}),
         )
         DistilledSchedule(scheduler, denoising_steps)  # refuses what cannot work here and not in the first chunk
-        self.spatial_factor = spatial_factor(vae)
+        self.spatial_factor = stream_decoder(vae).spatial_factor
         self.cuda_graphs = False
 
     @classmethod
     def from_preset(cls, name: str = "storybook", *, dtype: torch.dtype = torch.float32) -> MemFlowPipeline:
         """A model that comes with the package.
 
-        `storybook`: the model of examples/storybook, trained, a few megabytes. `noise`: a tiny transformer of the real
-        architecture with random weights, for tests and measurements.
+        Args:
+            name: `storybook`: the model of examples/storybook, trained, a few megabytes.
+            dtype: Of the weights, as in `from_pretrained`.
+
+        Raises:
+            MemFlowError: There is no model of this name in the package.
         """
-        if name == "toy":
-            raise MemFlowError("the preset 'toy' is called 'storybook' now")
         if name in PRESETS:
             raise MemFlowError(
                 f"preset {name!r} says how a model is run; its weights are made into a folder with `memflow convert` "
                 "(docs/models.md)"
             )
-        if name == "storybook":
-            return cls.from_pretrained(Path(__file__).parents[1] / "assets" / "storybook", dtype=dtype)
-        if name != "noise":
-            raise MemFlowError(f"there is no preset {name!r}; presets: storybook, noise")
-        from memflow.models.wan import untrained
+        if name != "storybook":
+            raise MemFlowError(_GONE.get(name, f"there is no preset {name!r} in the package, only storybook"))
+        return cls.from_pretrained(Path(__file__).parents[1] / "assets" / "storybook", dtype=dtype)
 
-        height, width = untrained.DEFAULT_SIZE
-        components = untrained.build()
-        for model in ("transformer", "text_encoder"):
-            _cast(components[model], dtype)
-        return cls(**components, text_length=untrained.MAX_LENGTH, height=height, width=width)
+    @classmethod
+    def load_config(cls, *arguments, **options):
+        """As diffusers' own; classes that a folder names by an older module are found where they are now."""
+        found = super().load_config(*arguments, **options)
+        config = found[0] if isinstance(found, tuple) else found
+        if "vae" in config:
+            config["vae"] = current_class(*config["vae"])
+        return found
 
     def use_preset(self, name: str) -> None:
         """Run as the published model `name` is run, whatever the folder recorded."""
@@ -142,7 +147,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     @property
     def frames_per_chunk(self) -> int:
         """Video frames in a chunk (a causal VAE gives fewer for the first)."""
-        return self.memory_config.frames_per_chunk * temporal_factor(self.vae)
+        return self.memory_config.frames_per_chunk * stream_decoder(self.vae).temporal_factor
 
     def compile(self, *, graphs: bool = False, **options) -> None:
         """Compile the blocks of the transformer, all of them with the same graphs: one for a first chunk, one for all
@@ -270,11 +275,3 @@ def _seeds(seed, batch: int) -> list[int]:
     if isinstance(seed, (list, tuple)) and len(seeds) != batch:
         raise MemFlowError(f"seed must be one whole number or {batch} of them, one per story, got {len(seeds)}")
     return [int(value) for value in seeds] if len(seeds) == batch else [int(seed) + row for row in range(batch)]
-
-
-def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """As `from_pretrained(dtype=...)` does: what the model wants in float32 stays so."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for name, parameter in model.named_parameters():
-        if kept.isdisjoint(name.split(".")):
-            parameter.data = parameter.data.to(dtype)

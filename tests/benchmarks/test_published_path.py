@@ -12,9 +12,9 @@ from benchmarks.models import in_float64
 from benchmarks.published_path import PublishedLayer, rms_norm, rotate_complex
 from benchmarks.published_path.stream import PublishedPass, PublishedStream, SelfAttention
 from benchmarks.states import layer_state, published_layer
+from benchmarks.untrained import noise_pipeline
 from memflow.memory import MemoryConfig, Prompt, make_memory
 from memflow.models.wan.attention import MemorySelfAttention
-from memflow.stream.pipeline import MemFlowPipeline
 from memflow_kernels import reference
 from memflow_kernels.testing import Traffic, assert_close
 
@@ -84,7 +84,7 @@ def test_a_layer_equals_ours_over_a_stream(dtype, top_k):
 @pytest.mark.parametrize("top_k", [None, 3], ids=["dense", "activated"])
 def test_a_stream_equals_ours(top_k):
     """The toy model in float64, a prompt switch before and one after the window is full, to the latents."""
-    pipeline = in_float64(MemFlowPipeline.from_preset("noise"))
+    pipeline = in_float64(noise_pipeline())
     config = replace(MemoryConfig.published(), top_k=top_k)
     size = {"height": 32, "width": 32}
     ours = pipeline.stream(["a", "b", "c"], seconds_per_prompt=3 * 12 / 16, memory=config, **size)

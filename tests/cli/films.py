@@ -1,7 +1,13 @@
-"""Small moving pictures, and readers of what was written of them."""
+"""Small moving pictures, and readers of what was written of them; the folder of a tiny model."""
+
+import os
+import tempfile
+from pathlib import Path
 
 import av
 import numpy as np
+
+NOISE = str(Path(tempfile.gettempdir()) / f"memflow-noise-{os.getpid()}")  # saved by the fixture of conftest.py
 
 
 def clip(number: int, frames: int = 12, height: int = 48, width: int = 64) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from films import decode
+from films import NOISE, decode
 
 from memflow.cli.main import main
 from memflow_kernels import available_backends, backends
@@ -10,7 +10,7 @@ from memflow_kernels.backends import interpreting
 
 # Two chunks: the second remembers the first, and its heads choose two of three frames.
 STORY = ["--prompt", "A keeper with a red scarf.", "--prompt", "A cat on the rail.", "--seconds-per-prompt", "0.75"]
-TINY = ["--model", "noise", "--height", "16", "--width", "16", "--device", "cpu", "--top-k", "2"]
+TINY = ["--model", NOISE, "--height", "16", "--width", "16", "--device", "cpu", "--top-k", "2"]
 
 
 def test_a_gpu_backend_on_the_cpu_is_refused(monkeypatch, capsys, tmp_path):

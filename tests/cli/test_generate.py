@@ -1,4 +1,4 @@
-"""`memflow generate` end to end with the preset `noise`: what it writes, and that a pause leaves no trace in it."""
+"""`memflow generate` end to end with a tiny untrained model: what it writes, and that a pause leaves no trace in it."""
 
 import json
 import re
@@ -9,16 +9,17 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from films import decode
+from films import NOISE, decode
 from PIL import Image
 
+from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowPipeline
 from memflow.cli.main import main
 from memflow.stream.chunks import ChunkDriver
 
 # Three prompts of four chunks: the window is full after three, so that the bank fills and then has to choose.
 STORY = ["A keeper with a red scarf climbs the stairs.", "A cat on the rail, alone.", "The keeper finds the cat."]
-SMALL = ["--model", "noise", "--height", "32", "--width", "32", "--device", "cpu", "--seconds-per-prompt", "3"]
+SMALL = ["--model", NOISE, "--height", "32", "--width", "32", "--device", "cpu", "--seconds-per-prompt", "3"]
 SHORT = [*SMALL[:-1], "1.5"]  # two chunks each
 POLICIES = ["prompt", "fifo", "none", "reference"]
 
@@ -65,7 +66,7 @@ def test_the_video_is_what_the_pipeline_makes(story, tmp_path):
     from memflow import MemoryConfig
     from memflow.output.video import VideoWriter
 
-    pipe = MemFlowPipeline.from_preset("noise")
+    pipe = noise_pipeline()
     memory = MemoryConfig(policy="fifo", top_k=2)
     with VideoWriter(tmp_path / "b.mp4", pipe.fps) as video:
         for chunk in pipe.stream(STORY[:1], seconds_per_prompt=3, height=32, width=32, seed=3, memory=memory):
@@ -100,17 +101,9 @@ def test_a_story_is_gone_before_the_next_one_begins(tmp_path, monkeypatch):
     assert alive == [0, 0, 0]
 
 
-def test_a_saved_pipeline_is_a_model(story, tmp_path):
-    MemFlowPipeline.from_preset("noise").save_pretrained(tmp_path / "model")
-    options = [*SMALL, "--chunks", "2"]
-    assert generate(story, "-o", tmp_path / "a.mp4", *options, "--model", tmp_path / "model") == 0
-    assert generate(story, "-o", tmp_path / "b.mp4", *options) == 0
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-
-
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_a_damaged_model_is_named(story, tmp_path, capsys):
-    MemFlowPipeline.from_preset("noise").save_pretrained(tmp_path / "model")
+    noise_pipeline().save_pretrained(tmp_path / "model")
     for weights in (tmp_path / "model" / "transformer").glob("*.safetensors"):
         weights.write_bytes(b"nothing")
     assert generate(story, "-o", tmp_path / "a.mp4", "--model", tmp_path / "model") == 2
@@ -151,7 +144,8 @@ def test_every_policy_resumes_to_the_same_video_in_another_process(story, tmp_pa
         assert len(decode(parts)) == 7 * 12
         rest.append(["generate", "--resume", str(state), "-o", str(parts)])
     rest[0].append("--report")
-    code = f"from memflow.cli.main import main; assert [main(arguments) for arguments in {rest!r}] == [0] * {len(rest)}"
+    code = "import benchmarks.untrained; from memflow.cli.main import main\n"
+    code += f"assert [main(arguments) for arguments in {rest!r}] == [0] * {len(rest)}"
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
     )
@@ -208,7 +202,7 @@ def test_a_story_that_is_told_has_no_rest(story, tmp_path, capsys):
 
 
 def test_a_state_of_the_python_interface_is_refused_with_the_reason(tmp_path, capsys):
-    told = MemFlowPipeline.from_preset("noise").stream(STORY, seconds_per_prompt=1, height=32, width=32)
+    told = noise_pipeline().stream(STORY, seconds_per_prompt=1, height=32, width=32)
     next(told)
     told.save(tmp_path / "state")
     assert generate("--resume", tmp_path / "state", "-o", tmp_path / "a.mp4") == 2

@@ -10,14 +10,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from films import decode
+from films import NOISE, decode
 
 from memflow.cli.main import main
 from memflow.stream.chunks import ChunkDriver
 
 SETTINGS = [
     "--model",
-    "noise",
+    NOISE,
     "-p",
     "A fox in the snow.",
     "-p",
@@ -29,6 +29,8 @@ SETTINGS = [
     "--width",
     "32",
 ]
+# diffusers loads only classes whose module has been imported.
+PROGRAM = "import benchmarks.untrained; from memflow.cli.main import run; run()"
 LONG = [*SETTINGS, "--seconds-per-prompt", "1200"]
 
 
@@ -51,7 +53,7 @@ def start(tmp_path):
     def begin(*options, size=1_000):
         output = tmp_path / "fox.mp4"
         process = subprocess.Popen(
-            [sys.executable, "-m", "memflow.cli.main", "generate", *LONG, "-o", str(output), *map(str, options)],
+            [sys.executable, "-c", PROGRAM, "generate", *LONG, "-o", str(output), *map(str, options)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         processes.append(process)

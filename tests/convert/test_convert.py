@@ -174,7 +174,7 @@ def test_number_formats_are_those_of_from_pretrained(wan, ours, tmp_path, capsys
 
 
 BROKEN = {
-    "1 missing tensors: blocks.1.ffn.2.bias": lambda t: t.pop("blocks.1.ffn.2.bias"),
+    "1 missing tensors: blocks.1.ffn.net.2.bias": lambda t: t.pop("blocks.1.ffn.2.bias"),
     "1 unexpected tensors: img_emb.proj.0.bias": lambda t: t.update({"img_emb.proj.0.bias": torch.zeros(2)}),
     "1 misshapen tensors: blocks.0.ffn.0.bias [3] (needs [40])": lambda t: t.update(
         {"blocks.0.ffn.0.bias": torch.zeros(3)}
@@ -203,7 +203,7 @@ def test_partial_converts_what_is_there_and_lists_the_rest(ours, tmp_path, capsy
     assert code == 2 and "a pipeline needs more than the given files: no text encoder, no vae, no tokenizer" in error
     code, told, error = convert(capsys, tmp_path / "a.pt", *ours, "--partial")
     assert code == 0 and "no pipeline yet" in told
-    for note in ("missing: blocks.1.norm3.weight", "unexpected: stranger", "misshapen: blocks.0.ffn.0.bias [3]"):
+    for note in ("missing: blocks.1.norm2.weight", "unexpected: stranger", "misshapen: blocks.0.ffn.0.bias [3]"):
         assert f"left out of the transformer: {note}" in error
     found = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert len(found) == len(transformer()) - 2
@@ -243,6 +243,6 @@ def test_no_room_is_said_first(wan, ours, tmp_path, capsys, monkeypatch):
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("memflow.convert.convert.shutil.disk_usage", lambda _: usage(9, 9, 10))
+    monkeypatch.setattr("memflow.convert.shutil.disk_usage", lambda _: usage(9, 9, 10))
     code, _, error = convert(capsys, wan, *ours)
     assert code == 2 and "out: needs 0.00 GB, and only 0.00 GB are free there" in error

@@ -7,6 +7,8 @@ import pytest
 import torch
 from written import HEADS, LISTS
 
+from benchmarks.untrained import noise_pipeline
+from memflow import MemoryConfig
 from memflow.cli import model_doctor
 from memflow.cli.loading import load_pipeline
 from memflow.cli.main import main
@@ -127,9 +129,8 @@ def test_options_differ_by_what_they_are_about(found):
 
 
 def test_wrong_requests_are_one_line(model, tmp_path, capsys):
-    from memflow import MemFlowPipeline
 
-    MemFlowPipeline.from_preset("noise").save_pretrained(tmp_path / "toy")
+    noise_pipeline().save_pretrained(tmp_path / "toy")
     (tmp_path / "broken" / "vae").mkdir(parents=True)
     (tmp_path / "broken" / "model_index.json").write_text("{")
     cases = {
@@ -148,11 +149,17 @@ def test_wrong_requests_are_one_line(model, tmp_path, capsys):
 def test_presets_are_those_of_the_published_system():
     """The recorded semantics: a window of 12 that counts its sink of 3, a bank of 3, recorded every 3 chunks."""
     memflow, longlive, forcing = (PRESETS[name] for name in ("memflow-1.3b", "longlive-1.3b", "self-forcing-1.3b"))
-    memory = memflow.memory
+    memory = memflow.memory_config
+    assert memory == MemoryConfig.published("interactive", record_interval=3)
     assert (memory.sink_frames, memory.window_frames, memory.bank_frames, memory.record_interval) == (3, 9, 3, 3)
-    assert (memory.published_mode, memory.top_k, memflow.paper_top_k) == ("interactive", None, 3)
-    assert (longlive.memory.sink_frames, longlive.memory.window_frames, longlive.memory.bank_frames) == (3, 9, 0)
-    assert (forcing.memory.sink_frames, forcing.memory.window_frames, forcing.memory.bank_frames) == (0, 21, 0)
+    assert (memory.published_mode, memory.top_k) == ("interactive", None)
+
+    def frames(preset):
+        config = preset.memory_config
+        return config.sink_frames, config.window_frames, config.bank_frames
+
+    assert frames(longlive) == (3, 9, 0)
+    assert frames(forcing) == (0, 21, 0)
     for preset in PRESETS.values():
         from memflow.stream.sampler import DistilledSchedule
 

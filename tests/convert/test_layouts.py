@@ -8,7 +8,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from written import LISTS, umt5_name, vae_table
 
 from memflow.errors import MemFlowError
-from memflow.models.wan.layouts import LAYOUTS, text_encoder_layout, vae_layout
+from memflow.models.wan.checkpoints import layout_of
 
 TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
 
@@ -33,22 +33,12 @@ def assert_one_to_one(layout, tensors, new_name, reference) -> None:
     assert {name: p.shape for name, p in layout.model.named_parameters() if name != TIED} == wanted
 
 
-@pytest.mark.parametrize(("published", "count"), [("wan2.1-t2v-1.3b", 825), ("wan2.1-t2v-14b", 1095)])
-def test_the_transformers_have_all_their_tensors(published, count):
-    tensors = meta(LISTS[published]["tensors"])
-    layout = LAYOUTS["transformer"](tensors, source="file")
-    assert len(tensors) == len(layout.original) == count
-    assert set(layout.original.values()) == tensors.keys()
-    wanted = {name: parameter.shape for name, parameter in layout.model.named_parameters()}
-    assert {name: tensors[old].shape for name, old in layout.original.items()} == wanted
-
-
 def test_the_vae_maps_one_to_one():
     table = vae_table()
     tensors = meta({name: shape for name, (_, shape) in table.items()})
     with init_empty_weights():
         reference = AutoencoderKLWan()
-    layout = vae_layout(tensors, source="file")
+    layout = layout_of("vae", tensors, source="file")
     assert len(tensors) == 194
     assert_one_to_one(layout, tensors, lambda old: table[old][0], reference)
     assert {k: v for k, v in layout.model.config.items() if k[0] != "_"} == {
@@ -61,7 +51,7 @@ def test_the_text_encoder_maps_one_to_one():
     config = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
     with init_empty_weights():
         reference = UMT5EncoderModel(config)
-    layout = text_encoder_layout(tensors, source="file")
+    layout = layout_of("text_encoder", tensors, source="file")
     assert len(tensors) == 242
     assert_one_to_one(layout, tensors, umt5_name, reference)
     for name in ("d_kv", "d_ff", "num_heads", "num_layers", "dense_act_fn", "is_gated_act"):
@@ -83,16 +73,18 @@ def test_what_is_wrong_is_named_or_left_out(kind):
         "transformer": LISTS["wan2.1-t2v-1.3b"]["tensors"],
     }[kind]
     missing, misshapen = WRONG[kind]
-    good, layout = meta(shapes), LAYOUTS[kind]
+    good = meta(shapes)
     bad = {name: tensor for name, tensor in good.items() if name != missing}
-    with pytest.raises(MemFlowError, match=rf"^f: 1 missing tensors: {missing}$"):
-        layout(bad, source="f")
+    there = layout_of(kind, good, source="f").original
+    (new,) = (new for new, old in there.items() if old == missing)
+    with pytest.raises(MemFlowError, match=rf"^f: 1 missing tensors: {new}$"):
+        layout_of(kind, bad, source="f")
     extra = torch.empty(1, device="meta")
     with pytest.raises(MemFlowError, match=r"^f: 1 unexpected tensors: stranger$"):
-        layout(good | {"stranger": extra}, source="f")
+        layout_of(kind, good | {"stranger": extra}, source="f")
     with pytest.raises(MemFlowError, match=rf"^f: 1 misshapen tensors: {misshapen} \[1\] \(needs \["):
-        layout(good | {misshapen: extra}, source="f")
-    found = layout(bad | {"stranger": extra, misshapen: extra}, source="f", partial=True)
+        layout_of(kind, good | {misshapen: extra}, source="f")
+    found = layout_of(kind, bad | {"stranger": extra, misshapen: extra}, source="f", partial=True)
     assert len(found.notes) == 3
     assert set(found.original.values()) == good.keys() - {missing, misshapen}
 
@@ -100,10 +92,10 @@ def test_what_is_wrong_is_named_or_left_out(kind):
 def test_what_tells_the_size_is_needed_even_of_a_part():
     tensors = meta({name: shape for name, (_, shape) in vae_table().items() if name != "conv2.weight"})
     with pytest.raises(MemFlowError, match=r"f: without conv2.weight the size of the model is not known"):
-        vae_layout(tensors, source="f", partial=True)
+        layout_of("vae", tensors, source="f", partial=True)
 
 
 def test_another_vae_is_refused():
     shapes = {name: [48 if size == 16 else size for size in shape] for name, (_, shape) in vae_table().items()}
     with pytest.raises(MemFlowError, match=r"a VAE of 48 latent channels; that of Wan 2\.1 has 16"):
-        vae_layout(meta(shapes), source="f")
+        layout_of("vae", meta(shapes), source="f")

@@ -13,8 +13,7 @@ from memflow import MemFlowPipeline
 from memflow.cli.loading import load_pipeline
 from memflow.convert.lora import read_lora, write_lora
 from memflow.errors import MemFlowError
-from memflow.models.wan.layouts import transformer_layout
-from memflow.models.wan.originals import read_checkpoint
+from memflow.models.wan.checkpoints import layout_of, read_checkpoint
 
 
 def as_peft(tensors):
@@ -48,7 +47,7 @@ def ours(tmp_path):
 
 def merged(tensors, scale):
     """scale(rank) * B @ A added to the weights of `transformer()`, in float64, by diffusers' names."""
-    original = transformer_layout(transformer(), source="", num_attention_heads=HEADS).original
+    original = layout_of("transformer", transformer(), source="", num_attention_heads=HEADS).original
     weights = {name: tensor.double() for name, tensor in transformer().items()}
     for name, a in tensors.items():
         if name.endswith(".lora_A.weight"):
@@ -173,6 +172,27 @@ def test_patterns_of_peft_are_refused_by_name(pattern, tmp_path):
     assert not read_lora(read_checkpoint(tmp_path / "lora.safetensors")).assumed_alpha
 
 
+def test_an_alpha_that_is_no_number_is_refused(tmp_path):
+    save_file(lora(3), tmp_path / "lora.safetensors")
+    config = tmp_path / "adapter_config.json"
+    for content, message in (
+        ('{"lora_alpha": "nine"}', r"^lora\.safetensors: .*: alpha must be a number, got 'nine'"),
+        ('{"lora_alpha": NaN}', r"alpha must be a number, got nan"),
+        ("[9]", r"adapter_config\.json: must hold options by name, it holds a list"),
+        ("[" * 100_000, r"adapter_config\.json: cannot be read"),
+    ):
+        config.write_text(content)
+        with pytest.raises(MemFlowError, match=message):
+            read_lora(read_checkpoint(tmp_path / "lora.safetensors"))
+
+
+def test_an_alpha_of_zero_is_an_alpha(tmp_path):
+    save_file(lora(3), tmp_path / "lora.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 0}')
+    found = read_lora(read_checkpoint(tmp_path / "lora.safetensors"))
+    assert {update.scale for update in found.updates.values()} == {0} and not found.assumed_alpha
+
+
 def test_another_scale_is_another_conversion(base, ours, tmp_path, capsys):
     save_file(lora(3), tmp_path / "lora.safetensors")
     config = tmp_path / "adapter_config.json"
@@ -196,6 +216,15 @@ def spoiled(**changes):
         (spoiled(**{"blocks.0.ffn.2.lora_A.weight": None}), r"1 missing tensors: blocks\.0\.ffn\.2\.lora_A$"),
         (spoiled(other=torch.zeros(1)), r"1 unexpected tensors: other$"),
         (spoiled(**{"blocks.0.attn.alpha": torch.tensor(1.0)}), r"1 unexpected tensors: blocks\.0\.attn\.alpha$"),
+        (
+            spoiled(
+                **{
+                    "blocks.0.ffn.2.lora_A.weight": torch.zeros(0, 40),
+                    "blocks.0.ffn.2.lora_B.weight": torch.zeros(48, 0),
+                }
+            ),
+            r"ffn\.2: lora_A \[0, 40\] and lora_B \[48, 0\]",
+        ),
         (
             spoiled(**{"blocks.0.ffn.2.lora_A.weight": torch.zeros(4, 40)}),
             r"ffn\.2: lora_A \[4, 40\] and lora_B \[48, 3\]",

@@ -11,6 +11,7 @@ from test_convert import convert
 from written import HEADS, lora, transformer
 
 from memflow.convert import shards
+from memflow.convert.lora import Update
 from memflow.convert.shards import Weight, plan_shards, write_shards
 
 ODD = {"a": [7], "b": [3, 5], "scalar": [], "empty": [0, 4], "conv": [4, 3, 1, 2, 2], "big": [1560, 24]}
@@ -35,6 +36,30 @@ def test_files_are_what_safetensors_reads(tmp_path, dtype, block, monkeypatch):
         if len(plan) > 1:
             index = json.loads((folder / "model.safetensors.index.json").read_text())
             assert index["weight_map"] == {w.name: shard.file for shard in plan for w in shard.weights}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_every_block_of_a_weight_gets_its_own_rows_of_an_update(rows, tmp_path, monkeypatch):
+    """Weights of the published models have several blocks of 32 MB; here a block has a few rows."""
+    monkeypatch.setattr(shards, "_BLOCK", 4 * 24 * rows)
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(shape, generator=generator) for shape in ([20, 24], [3, 24], [20, 3]))
+    plan = plan_shards([Weight("w", weight, torch.float32, (Update(a, b, 0.5), Update(a, -b, 2.0)))], "model", 10**9)
+    write_shards(plan, tmp_path, "model", lambda _: None)
+    expected = weight.double() - 1.5 * b.double() @ a.double()
+    torch.testing.assert_close(load_file(tmp_path / "model.safetensors")["w"].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_of_another_size_is_written_again(tmp_path):
+    """Something cut it short after it had its name: a copy that broke off, a full disk."""
+    plan = plan_shards([Weight("w", torch.arange(60.0), torch.float32)], "model", 10**9)
+    write_shards(plan, tmp_path, "model", lambda _: None)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    for spoiled in (whole[:-4], whole + b"more", b""):
+        path.write_bytes(spoiled)
+        write_shards(plan, tmp_path, "model", lambda _: None)
+        assert path.read_bytes() == whole
 
 
 def test_an_interrupted_conversion_continues(wan, tmp_path, capsys, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
-from memflow.convert.convert import Conversion, convert
+from memflow.convert import Conversion, convert
 from memflow.memory import MemoryConfig
 from memflow.models.wan.checkpoints import load_transformer
 from memflow.stream.pipeline import MemFlowPipeline

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from memflow.stream.pipeline import MemFlowPipeline
+from benchmarks.untrained import noise_pipeline
 
 
 def first_latents(pipeline) -> torch.Tensor:
@@ -15,7 +15,7 @@ def first_latents(pipeline) -> torch.Tensor:
 
 def test_lora(toy, tmp_path):
     plain = first_latents(toy)
-    trained = MemFlowPipeline.from_preset("noise")
+    trained = noise_pipeline()
     trained.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     for name, weight in trained.transformer.named_parameters():
         if "lora_B" in name:
@@ -24,7 +24,7 @@ def test_lora(toy, tmp_path):
     assert not torch.allclose(expected, plain, atol=1e-2)
     trained.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(trained.transformer))
 
-    loaded = MemFlowPipeline.from_preset("noise")
+    loaded = noise_pipeline()
     loaded.load_lora_weights(tmp_path)
     torch.testing.assert_close(first_latents(loaded), expected, rtol=0, atol=1e-5)
     loaded.fuse_lora()
@@ -32,7 +32,7 @@ def test_lora(toy, tmp_path):
 
 
 def test_fused_projections(toy):
-    fused = MemFlowPipeline.from_preset("noise")
+    fused = noise_pipeline()
     fused.transformer.fuse_qkv_projections()
     assert hasattr(fused.transformer.blocks[0].attn1, "to_qkv")
     assert hasattr(fused.transformer.blocks[0].attn2, "to_kv")

@@ -1,10 +1,14 @@
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from peak import peak_bytes
 from safetensors.torch import load_file, save_file
 
-from memflow.decoders.codec import PixelShuffleCodec, spatial_factor, stream_decoder, temporal_factor, video_frames
+from benchmarks.untrained import PixelShuffleCodec
+from memflow import MemFlowError, MemFlowPipeline
+from memflow.decoders import stream_decoder
 
 WAN = {
     "wan2.1": {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True]},
@@ -144,14 +148,16 @@ def test_two_wan_streams_do_not_disturb_each_other(vae):
 
 def test_factors_are_those_of_the_decoded_video(vae):
     for model, latents in ((vae, LATENTS), (PixelShuffleCodec(4, 2), torch.zeros(1, 48, 7, 4, 6))):
-        decoder, first = stream_decoder(model), True
+        decoder = stream_decoder(model)
         for chunk in latents.split(3, dim=2):
+            expected = decoder.video_frames(chunk.shape[2])
             video = decoder.decode(chunk)
-            assert video.shape[1] == video_frames(model, chunk.shape[2], first)
-            assert video.shape[2:4] == (4 * spatial_factor(model), 6 * spatial_factor(model))
-            first = False
-    assert temporal_factor(PixelShuffleCodec(4, 2)) == 4
-    assert video_frames(vae, 1, first=False) == temporal_factor(vae)
+            assert video.shape[1] == expected
+            assert video.shape[2:4] == (4 * decoder.spatial_factor, 6 * decoder.spatial_factor)
+        assert decoder.video_frames(0) == 0 and decoder.video_frames(1) == decoder.temporal_factor
+    assert stream_decoder(PixelShuffleCodec(4, 2)).temporal_factor == 4
+    first = stream_decoder(vae)
+    assert (first.video_frames(0), first.video_frames(1)) == (0, 1)
 
 
 def test_decoders_name_what_they_cannot_serve(vae):
@@ -176,3 +182,25 @@ def test_wan_peak_memory_does_not_grow_with_the_video(vae):
     with torch.no_grad():
         whole = [peak_bytes(lambda n=n: vae.decode(LATENTS[:, :, :n])) for n in (2, 7)]
     assert whole[1] > 1.1 * whole[0], "the counter sees growth"
+
+
+OLDER = [["memflow.toy.codec", "StorybookCodec"], ["memflow.decoders.storybook", "StorybookCodec"]]
+
+
+@pytest.mark.parametrize("vae", OLDER, ids=lambda vae: vae[0])
+def test_a_folder_that_names_an_older_module_loads(vae, tmp_path):
+    MemFlowPipeline.from_preset().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["vae"] == ["memflow.decoders.independent", "StorybookCodec"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"vae": vae}))
+    pipeline = MemFlowPipeline.from_pretrained(tmp_path)
+    assert type(pipeline.vae).__module__ == "memflow.decoders.independent"
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"vae": ["memflow.codec", "PixelShuffleCodec"]}))
+    with pytest.raises(MemFlowError, match=r"PixelShuffleCodec.* has left the package; benchmarks/untrained\.py"):
+        MemFlowPipeline.from_pretrained(tmp_path)
+
+
+def test_presets_of_earlier_versions_are_named():
+    for name, message in (("toy", "is called 'storybook' now"), ("noise", r"benchmarks/untrained\.py"), ("x", "'x'")):
+        with pytest.raises(MemFlowError, match=message):
+            MemFlowPipeline.from_preset(name)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from benchmarks.untrained import noise_pipeline
 from memflow.memory import MemoryConfig
-from memflow.stream.pipeline import MemFlowPipeline
 
 STORY = ["a red boat", "an owl", "a lighthouse", "the sea"]
 
@@ -31,7 +31,7 @@ def latents(pipeline, memory: MemoryConfig, graphs=None) -> torch.Tensor:
 )
 def test_compiled_blocks(toy, positions, settled, most):
     memory = MemoryConfig(top_k=2, positions=positions)
-    compiled, graphs = MemFlowPipeline.from_preset("noise"), []
+    compiled, graphs = noise_pipeline(), []
     torch._dynamo.reset()
     counters.clear()
     compiled.compile(backend="aot_eager")

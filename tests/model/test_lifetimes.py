@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.untrained import noise_pipeline
 from memflow.integrations import StreamingAttention
 from memflow.memory import MemoryConfig
-from memflow.models.wan.prompt_cache import PromptBook
-from memflow.stream.pipeline import MemFlowPipeline
+from memflow.models.wan.text import PromptCache
 from memflow.stream.sampler import to_device
 
 STORY = ["a red boat", "an owl"]
@@ -68,9 +68,9 @@ def test_noise_does_not_make_a_gpu_wait(monkeypatch):
 
 
 def test_an_encoder_that_a_sent_prompt_loaded_goes_again():
-    pipeline, loaded = MemFlowPipeline.from_preset("noise"), []
+    pipeline, loaded = noise_pipeline(), []
     encoder = pipeline.text_encoder
-    pipeline.prompts = PromptBook(
+    pipeline.prompts = PromptCache(
         pipeline.tokenizer, lambda: loaded.append(1) or encoder, pipeline.config.text_length, dtype=torch.float32
     )
     stream = pipeline.stream(STORY, **SMALL)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memflow import MemFlowError, MemFlowPipeline
-from memflow.decoders.taehv import TinyVideoDecoder, use_decoder
+from benchmarks.untrained import noise_pipeline
+from memflow import MemFlowError
+from memflow.decoders import use_decoder
+from memflow.decoders.taehv import TinyVideoDecoder
 from memflow.integrations import StreamingAttention
 
 
@@ -28,7 +30,7 @@ def test_a_loop_of_ones_own_computes_where_the_weights_come_to(monkeypatch):
         streaming.keep(flow)
         return flow
 
-    transformer = MemFlowPipeline.from_preset("noise").transformer
+    transformer = noise_pipeline().transformer
     expected = run(transformer)
     transformer._hf_hook = Offloaded()
     monkeypatch.setattr(type(transformer), "device", torch.device("meta"))  # where they are between the calls
@@ -36,7 +38,7 @@ def test_a_loop_of_ones_own_computes_where_the_weights_come_to(monkeypatch):
 
 
 def test_a_tiny_decoder_computes_where_the_pipeline_does(monkeypatch, tmp_path):
-    pipeline = MemFlowPipeline.from_preset("noise")
+    pipeline = noise_pipeline()
     model = TinyVideoDecoder(latent_channels=192, channels=(8, 8, 8), grow=(2, 2))
     monkeypatch.setattr(TinyVideoDecoder, "from_original", lambda path, dtype: model)
     monkeypatch.setattr(type(pipeline), "_execution_device", torch.device("meta"))
@@ -47,7 +49,7 @@ def test_a_tiny_decoder_computes_where_the_pipeline_does(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 @pytest.mark.parametrize("installed", [False, True], ids=["before", "after"])
 def test_group_offloading_is_refused(kind, installed):
-    pipeline = MemFlowPipeline.from_preset("noise")
+    pipeline = noise_pipeline()
     if installed:
         next(pipeline.stream(["a red boat"], height=32, width=32))
     blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowPipeline
 
 RECORDED = Path(__file__).parent / "recorded_frames.json"
@@ -59,7 +60,7 @@ def digest(tensors) -> str:
 
 def told(name: str) -> str:
     preset, changes, seeds = CASES[name]
-    pipeline = MemFlowPipeline.from_preset(preset)
+    pipeline = noise_pipeline() if preset == "noise" else MemFlowPipeline.from_preset(preset)
     trained = pipeline.memory_config
     memory = type(trained).published(top_k=2) if changes == "published" else replace(trained, **changes)
     prompts = [[text] * len(seeds) for text in STORY]

@@ -10,7 +10,8 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from memflow import MemFlowError, MemFlowPipeline, MemoryConfig
+from benchmarks.untrained import noise_pipeline
+from memflow import MemFlowError, MemoryConfig
 from memflow.models.wan import float8, graphs
 from memflow.models.wan.float8 import float8_linears, to_float8
 
@@ -66,7 +67,7 @@ def test_the_clean_pass_writes_what_a_whole_pass_writes(toy):
 
 
 def test_prompt_keys_are_computed_once_per_prompt(toy):
-    pipeline = MemFlowPipeline.from_preset("noise")
+    pipeline = noise_pipeline()
     calls = []
     for block in pipeline.transformer.blocks:
         for linear in (block.attn2.to_k, block.attn2.to_v):
@@ -96,7 +97,7 @@ def test_a_captured_pass_takes_everything_that_changes_from_its_inputs(toy, monk
     monkeypatch.setattr(graphs, "Recorder", lambda device: capture)
     monkeypatch.setattr(graphs, "require_gpu", lambda transformer: None)
     expected = latents_of(toy, [*STORY, "a lighthouse"])
-    pipeline = MemFlowPipeline.from_preset("noise")
+    pipeline = noise_pipeline()
     pipeline.cuda_graphs = True
     assert torch.equal(latents_of(pipeline, [*STORY, "a lighthouse"]), expected)
     assert len(captures) == 1, "one size, that of a full memory, lasts long enough"
@@ -141,7 +142,7 @@ def test_graphs_of_a_stream_share_their_memory_and_run_on_its_device(monkeypatch
 
 @on_a_gpu
 def test_graphs_on_a_gpu(toy):
-    pipeline = MemFlowPipeline.from_preset("noise").to("cuda")
+    pipeline = noise_pipeline().to("cuda")
     expected = latents_of(pipeline)
     pipeline.cuda_graphs = True
     torch.testing.assert_close(latents_of(pipeline), expected, rtol=0, atol=1e-4)
@@ -178,7 +179,7 @@ def test_float8_says_why_not(toy, monkeypatch):
         to_float8(real().to(torch.bfloat16))
     with pytest.raises(MemFlowError, match="no linear layer of its blocks whose sizes are multiples of 16"):
         to_float8(real(num_attention_heads=1, attention_head_dim=20, ffn_dim=30))
-    with_lora = MemFlowPipeline.from_preset("noise").transformer
+    with_lora = noise_pipeline().transformer
     with_lora.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
     with pytest.raises(MemFlowError, match="has LoRA layers; merge them"):
         to_float8(with_lora)
@@ -197,7 +198,7 @@ def test_float8_says_why_not(toy, monkeypatch):
 @on_a_gpu
 def test_float8_on_a_gpu(tmp_path):
     pytest.importorskip("torchao", reason="float8 needs torchao: pip install 'memflow-kernels[float8]'")
-    plain, pipeline = (MemFlowPipeline.from_preset("noise", dtype=torch.bfloat16).to("cuda") for _ in range(2))
+    plain, pipeline = (noise_pipeline(dtype=torch.bfloat16).to("cuda") for _ in range(2))
     assert pipeline.use_float8() == float8_linears(plain.transformer)
     expected, made = latents_of(plain), latents_of(pipeline)
     assert not torch.equal(made, expected)

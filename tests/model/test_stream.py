@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
+from benchmarks.untrained import noise_pipeline
 from memflow.decoders.taehv import TinyVideoDecoder
 from memflow.errors import MemFlowError
 from memflow.memory import MemoryConfig
 from memflow.models.wan.attention import uninstall
-from memflow.stream.pipeline import MemFlowPipeline
 
 STORY = ["a red boat leaves the harbour", "an owl looks down from the lighthouse"]
 MEMORIES = {
@@ -110,9 +110,9 @@ def test_resume_in_a_new_process(toy, tmp_path):
         next(stream)
     stream.save(tmp_path / "state.safetensors")
     code = (
-        "import sys, torch; from memflow import MemFlowPipeline\n"
+        "import sys, torch; from benchmarks.untrained import noise_pipeline\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
-        "stream = MemFlowPipeline.from_preset('noise').resume(sys.argv[1])\n"
+        "stream = noise_pipeline().resume(sys.argv[1])\n"
         "torch.save(torch.cat([chunk.frames for chunk in stream], dim=1), sys.argv[2])\n"
     )
     subprocess.run(
@@ -165,7 +165,7 @@ def test_snapshot(toy):
 
 
 def test_uninstall_gives_the_transformer_back(toy):
-    pipeline = type(toy).from_preset("noise")
+    pipeline = noise_pipeline()
     before = [type(p) for p in pipeline.transformer.attn_processors.values()]
     next(pipeline.stream(STORY))
     latents = torch.zeros(1, pipeline.transformer.config.in_channels, 1, 16, 16)
@@ -230,12 +230,12 @@ def test_resume_refuses(toy, tmp_path):
     with pytest.raises(MemFlowError, match="cannot be written"):
         stream.save(tmp_path / "no such folder" / "state.safetensors")
     stream.save(tmp_path / "state.safetensors")
-    other = type(toy).from_preset("noise")
+    other = noise_pipeline()
     other.register_to_config(denoising_steps=[1000, 500])
     assert len(other.schedule) == 2
     with pytest.raises(MemFlowError, match=r"saved with another model.*denoising_steps"):
         other.resume(tmp_path / "state.safetensors")
-    tuned = type(toy).from_preset("noise")
+    tuned = noise_pipeline()
     tuned.transformer.blocks[0].attn1.to_q.weight.data += 1
     with pytest.raises(MemFlowError, match=r"saved with another model.*transformer"):
         tuned.resume(tmp_path / "state.safetensors")
@@ -248,7 +248,7 @@ def test_resume_refuses_what_would_go_on_otherwise(toy, tmp_path, change, monkey
     if change == "decoder":
         monkeypatch.setattr(stream.decoder, "state_dict", lambda: {"cache.0": torch.zeros(1)})
     stream.save(tmp_path / "state.safetensors")
-    other = MemFlowPipeline.from_preset("noise")
+    other = noise_pipeline()
     if change == "sigmas":
         other.scheduler = type(other.scheduler).from_config(other.scheduler.config, shift=3.0)
     elif change == "vae":
@@ -274,7 +274,7 @@ def test_a_transformer_that_is_busy_says_so(toy):
 
 
 def test_a_stream_goes_on_after_uninstall():
-    pipeline = MemFlowPipeline.from_preset("noise")
+    pipeline = noise_pipeline()
     stream = pipeline.stream(STORY, seconds_per_prompt=CHUNK_SECONDS)
     next(stream)
     uninstall(pipeline.transformer)

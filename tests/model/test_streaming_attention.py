@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memflow import MemFlowError, MemFlowPipeline, MemoryConfig
+from benchmarks.untrained import noise_pipeline
+from memflow import MemFlowError, MemoryConfig
 from memflow.integrations import StreamingAttention
 
 STORY = ["a red boat", "an owl"]
@@ -45,7 +46,7 @@ def test_the_mask_is_where_the_embeds_are_not_zero(toy):
 
 
 def test_remove_gives_the_transformer_its_attention_back():
-    transformer = MemFlowPipeline.from_preset("noise").transformer
+    transformer = noise_pipeline().transformer
     before = [type(processor) for processor in transformer.attn_processors.values()]
     StreamingAttention(transformer).remove()
     assert [type(processor) for processor in transformer.attn_processors.values()] == before

@@ -3,8 +3,7 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import ByT5Tokenizer, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from memflow.models.wan.prompt_cache import PromptBook
-from memflow.models.wan.text import clean_prompt, encode_prompts
+from memflow.models.wan.text import PromptCache, clean_prompt, encode_prompts, losses
 
 PIECES = ["<pad>", "</s>", "<unk>", "▁a", "▁fox", "▁runs"]
 TOKENIZERS = {
@@ -65,10 +64,10 @@ def test_what_is_cleaned_is_encoded_and_kept(encoder, tmp_path):
     with torch.no_grad():
         messy, _ = encode_prompts(bytewise, encoder, [MESSY], 48)
         assert torch.equal(messy, encode_prompts(bytewise, encoder, [clean], 48)[0])
-    book = PromptBook(bytewise, lambda: encoder, 48, dtype=torch.float32, folder=tmp_path)
-    kept, _ = book([MESSY])
+    cache = PromptCache(bytewise, lambda: encoder, 48, dtype=torch.float32, folder=tmp_path)
+    kept, _ = cache([MESSY])
     assert torch.equal(kept, messy) and not kept.requires_grad
-    known = PromptBook(bytewise, None, 48, dtype=torch.float32, folder=tmp_path)
+    known = PromptCache(bytewise, None, 48, dtype=torch.float32, folder=tmp_path)
     assert torch.equal(known([clean])[0], messy), "kept by its clean text: no encoder is needed"
 
 
@@ -93,3 +92,13 @@ def test_prompts_must_be_a_list_of_strings(tokenizer, encoder, prompts):
 def test_max_length_must_be_positive(tokenizer, encoder):
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         encode_prompts(tokenizer, encoder, ["a fox"], 0)
+
+
+def test_what_a_model_does_not_see_of_a_prompt_is_said():
+    words = TOKENIZERS["fast"]()
+    assert losses(words, " a fox  runs", 4) == []
+    assert losses(words, "a fox, runs a zebra.", 64) == ["the model does not know: fox, zebra"]
+    assert losses(words, "a fox runs a fox", 4) == ["the prompt has 6 tokens, 4 are used: 'a fox' is cut off"]
+    assert losses(ByT5Tokenizer(), "a fox", 5) == ["the prompt has 6 tokens, 5 are used: 'x' is cut off"]
+    (long,) = losses(words, "a fox runs " * 30, 4)
+    assert long.endswith("a fox...' is cut off") and len(long) < 130

@@ -8,10 +8,11 @@ from peak import peak_bytes
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowError, MemFlowPipeline
 from memflow.cli.main import main
-from memflow.decoders.codec import spatial_factor, stream_decoder, temporal_factor, video_frames
-from memflow.decoders.taehv import TinyVideoDecoder, use_decoder
+from memflow.decoders import stream_decoder, use_decoder
+from memflow.decoders.taehv import TinyVideoDecoder
 
 SMALL = {"latent_channels": 4, "channels": (8, 6, 4, 4)}
 LATENTS = torch.randn(2, 4, 7, 3, 5, generator=torch.Generator().manual_seed(0))
@@ -93,17 +94,16 @@ def test_chunks_equal_the_whole_clip(decoder, size):
 
 
 def test_pixels_and_factors(decoder):
-    stream, first = stream_decoder(decoder), True
+    stream, made = stream_decoder(decoder), []
     exact = frame_by_frame(decoder.state_dict(), LATENTS, decoder.config.patch_size)
-    made = []
     for chunk in LATENTS.split(3, dim=2):
+        expected = stream.video_frames(chunk.shape[2])
         video = stream.decode(chunk)
         assert video.dtype == torch.uint8
-        assert video.shape[1] == video_frames(decoder, chunk.shape[2], first)
-        assert video.shape[2:] == (3 * spatial_factor(decoder), 5 * spatial_factor(decoder), 3)
+        assert video.shape[1] == expected
+        assert video.shape[2:] == (3 * stream.spatial_factor, 5 * stream.spatial_factor, 3)
         made.append(video)
-        first = False
-    assert temporal_factor(decoder) == 4
+    assert stream.temporal_factor == 4
     levels = (exact / 2 + 0.5).permute(0, 2, 3, 4, 1) * 255
     assert (torch.cat(made, dim=1) - levels).abs().max() < 0.501
 
@@ -172,7 +172,7 @@ FOR_THE_TOY = {"latent_channels": 192, "channels": (8, 8, 8), "grow": (2, 2)}
 
 
 def test_in_the_pipeline(tmp_path):
-    pipeline = MemFlowPipeline.from_preset("noise")
+    pipeline = noise_pipeline()
     write_checkpoint(built(**FOR_THE_TOY), tmp_path / "tiny.pth")
     use_decoder(pipeline, tmp_path / "tiny.pth")
     chunks = list(pipeline.stream(["a red boat"], seconds_per_prompt=1.5, height=32, width=32))
@@ -199,7 +199,7 @@ def test_in_the_pipeline(tmp_path):
 
 def test_on_the_command_line(tmp_path, capfd):
     write_checkpoint(built(**FOR_THE_TOY), tmp_path / "tiny.pth")
-    MemFlowPipeline.from_preset("noise").save_pretrained(tmp_path / "noise")
+    noise_pipeline().save_pretrained(tmp_path / "noise")
     model = ["--model", str(tmp_path / "noise")]
     short = [*model, "--height", "32", "--width", "32", "--device", "cpu", "--seconds-per-prompt", "1.5"]
     state, video = str(tmp_path / "state"), str(tmp_path / "a.mp4")

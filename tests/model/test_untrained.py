@@ -4,8 +4,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from transformers import ByT5Tokenizer, UMT5EncoderModel
 
-from memflow import MemFlowPipeline, PixelShuffleCodec
-from memflow.models.wan.untrained import build
+from benchmarks.untrained import PixelShuffleCodec, build
+from memflow import MemFlowPipeline
 
 MODELS = ("transformer", "text_encoder", "vae")
 

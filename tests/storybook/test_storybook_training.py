@@ -13,7 +13,7 @@ from examples.storybook.train import codec_run, train
 from examples.storybook.train_stories import Batch, Trainer
 from examples.storybook.training_run import Muon, orthogonal
 from memflow import MemFlowError, MemFlowPipeline
-from memflow.decoders.storybook import StorybookCodec
+from memflow.decoders.independent import StorybookCodec
 from memflow.memory import MemoryConfig
 from memflow.memory.places import Places
 from memflow.models.wan.adapter import WanModel

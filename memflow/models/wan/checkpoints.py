@@ -1,15 +1,76 @@
-"""Transformers from files in the layout of the original Wan code (also Self-Forcing's, LongLive's and MemFlow's)."""
+"""Checkpoints in the layouts of the original repositories, and the models of diffusers and transformers that they make.
 
-from collections.abc import Mapping
+A file is recognised by the names of its tensors. diffusers maps the names of transformer and VAE; those of the UMT5
+encoder are from Wan-Video/Wan2.1 (wan/modules/t5.py) and transformers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from diffusers import WanTransformer3DModel
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, UMT5Config, UMT5EncoderModel
 
-from memflow.models.wan.layouts import transformer_layout
-from memflow.models.wan.originals import read_tensors, strip_prefixes
+from memflow.errors import MemFlowError
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+# Top-level keys of training checkpoints: the averaged weights and those trained; a whole model, an adapter.
+GENERATORS = ("generator_ema", "generator")
+_OTHER_WRAPPERS = ("model", "state_dict", "generator_lora")
+_PREFIXES = ("base_model.model.", "model.", "diffusion_model.")
+_MODULE_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+_SIGNS = {
+    "lora": r"\.lora_(A|B|down|up)\.",
+    "transformer": r"blocks\.\d+\.(self_attn|cross_attn|norm3)\.|patch_embedding\.|head\.head\.",
+    "text_encoder": r"blocks\.\d+\.(attn|pos_embedding)\.|token_embedding\.",
+    "vae": r"(encoder|decoder)\.(middle|downsamples|upsamples)\.",
+}
+_UMT5 = {
+    "token_embedding": "shared",
+    "norm": "encoder.final_layer_norm",
+    "blocks": "encoder.block",
+    "norm1": "layer.0.layer_norm",
+    "attn": "layer.0.SelfAttention",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+_VAE_CHANNELS = 16  # of the latents; their published mean and deviation are in AutoencoderKLWan's defaults
+_MOST_TENSORS = 50_000  # of a file; the published ones hold some thousand
+_MOST_LAYERS = 1000
+_SHOWN = 12  # names listed in a message
+
+
+class Checkpoint(NamedTuple):
+    """The tensors of one original file."""
+
+    kind: str  # "transformer", "vae", "text_encoder" or "lora"
+    path: Path
+    # By their original names. They are mapped from the file, but for .pth files from before torch 1.6: not to be
+    # written to.
+    tensors: dict[str, Tensor]
+    generators: tuple[str, ...] = ()  # which of `GENERATORS` the file holds, the one that `tensors` are of first
+
+
+class Layout(NamedTuple):
+    """What original tensors make up."""
+
+    model: torch.nn.Module  # on the meta device
+    original: dict[str, str]  # the model's names to the original ones, for the tensors that are there
+    notes: list[str]  # what does not fit, one line each; empty unless `partial` was asked for
 
 
 def load_transformer(
@@ -19,35 +80,106 @@ def load_transformer(
 
     Args:
         path: .safetensors, or .pth / .pt (read with weights_only=True). The tensors may lie under a top-level key
-            `generator_ema` (taken first), `generator` or `model`, their names may have the prefixes `model.` and
-            `_fsdp_wrapped_module.`.
+            `generator_ema` (taken first), `generator`, `model` or `state_dict`; prefixes that training puts before
+            their names (`model.`, `_fsdp_wrapped_module.`) are taken off.
         dtype: None keeps the file's dtypes; otherwise as in diffusers' from_pretrained, where the modules that
             need it stay in float32.
-        num_attention_heads: shapes do not tell it; None means heads of 128 channels, as in all published models.
+        num_attention_heads: Shapes do not tell it; None means heads of 128 channels, as in all published models.
 
-    Returns the model on the CPU, in eval mode.
-    Raises MemFlowError where the file cannot be read, or for missing, unexpected and misshapen tensors, by name.
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        MemFlowError: The file cannot be read, or tensors are missing, unexpected or misshapen; they are named.
     """
-    path = Path(path)
-    model, converted = convert_transformer(
-        read_tensors(path), num_attention_heads=num_attention_heads, source=path.name
+    checkpoint = read_checkpoint(path)
+    source = checkpoint.path.name
+    if checkpoint.kind != "transformer":
+        raise MemFlowError(f"{source}: holds no transformer but a {checkpoint.kind}")
+    model, original, _ = layout_of(
+        "transformer", checkpoint.tensors, source=source, num_attention_heads=num_attention_heads
     )
+    weights = {name: checkpoint.tensors[old] for name, old in original.items()}
     if dtype is not None:
-        converted = {name: tensor.to(kept_dtype(model, name, dtype)) for name, tensor in converted.items()}
-    model.load_state_dict(converted, strict=True, assign=True)
+        weights = {name: tensor.to(kept_dtype(model, name, dtype)) for name, tensor in weights.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
     return model.requires_grad_(True).eval()
 
 
-def convert_transformer(
-    tensors: Mapping[str, Tensor], *, num_attention_heads: int | None = None, source: str = "checkpoint"
-) -> tuple[WanTransformer3DModel, dict[str, Tensor]]:
-    """The model (on the meta device) that tensors of the original names make up, and the tensors by diffusers' names.
+def read_checkpoint(path: str | Path, weights: str = GENERATORS[0]) -> Checkpoint:
+    """Reads the file of an original repository.
 
-    Only names and shapes are looked at, so the tensors may be on the meta device. Errors as in `load_transformer`.
+    Args:
+        path: .safetensors, or .pth / .pt (read with weights_only=True).
+        weights: Which of `GENERATORS` is taken where a file holds both.
+
+    Raises:
+        MemFlowError: The file cannot be read, or is none of ours.
     """
-    tensors = strip_prefixes(tensors, source)
-    layout = transformer_layout(tensors, source=source, num_attention_heads=num_attention_heads)
-    return layout.model, {new: tensors[old] for new, old in layout.original.items()}
+    path = Path(path)
+    content, generators = _unwrapped(_read(path), weights, path)
+    tensors = _without_prefixes(content, path.name)
+    for kind, sign in _SIGNS.items():
+        if any(re.search(sign, name) for name in tensors):
+            return Checkpoint(kind, path, tensors, generators)
+    raise MemFlowError(
+        f"{path}: neither a Wan 2.1 transformer, VAE or UMT5 encoder in the original layout nor a LoRA; its "
+        f"{len(tensors)} tensors are {listed(list(tensors))}"
+    )
+
+
+def layout_of(
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    num_attention_heads: int | None = None,
+    partial: bool = False,
+) -> Layout:
+    """The model that tensors make up. Only names and shapes are looked at.
+
+    Args:
+        kind: "transformer" (text to video), "vae" (that of Wan 2.1, of any width) or "text_encoder" (a UMT5 encoder).
+        tensors: By their original names.
+        source: What messages call the file.
+        num_attention_heads: Of a transformer; None = of 128 channels each.
+        partial: Leave out what is missing, unexpected or misshapen, and name it in the notes.
+
+    Raises:
+        MemFlowError: Tensors are missing (by the library's names), unexpected or misshapen (by the file's).
+    """
+    rename, build = _KINDS[kind]
+    notes: list[str] = []
+
+    def refuse(what: str, names: list[str]) -> None:
+        if names and not partial:
+            raise MemFlowError(f"{source}: {len(names)} {what} tensors: {listed(names)}")
+        notes.extend(f"{what}: {name}" for name in names)
+
+    def shape(name: str, ndim: int) -> torch.Size:
+        if name not in tensors:
+            raise MemFlowError(f"{source}: without {name} the size of the model is not known")
+        found = tensors[name].shape
+        if len(found) != ndim or 0 in found:
+            needed = f"needs {ndim} dimensions" + ", none of them 0" * (0 in found)
+            raise MemFlowError(f"{source}: 1 misshapen tensors: {name} {list(found)} ({needed})")
+        return found
+
+    try:  # run on the names themselves the mapping tells which is which
+        mapped = rename({name: name for name in tensors})
+    except Exception as error:
+        raise MemFlowError(f"{source}: the names of its tensors cannot be mapped: {error}") from error
+    with init_empty_weights():
+        model = build(shape, source, _layers(tensors, source), num_attention_heads)
+    tied = getattr(model, "_tied_weights_keys", None) or ()
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+    refuse("missing", [name for name in wanted if name not in mapped])
+    there = {new: mapped[new] for new in wanted if new in mapped}
+    refuse("unexpected", sorted(tensors.keys() - set(there.values())))
+    misshapen = [new for new, old in there.items() if tensors[old].shape != wanted[new]]
+    needs = [f"{there[new]} {list(tensors[there[new]].shape)} (needs {list(wanted[new])})" for new in misshapen]
+    refuse("misshapen", needs)
+    return Layout(model, {new: old for new, old in there.items() if new not in misshapen}, notes)
 
 
 def kept_dtype(model: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -59,3 +191,130 @@ def kept_dtype(model: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.d
     if kept.isdisjoint(name.split(".")) or (isinstance(model, PreTrainedModel) and dtype != torch.float16):
         return dtype
     return torch.float32
+
+
+def listed(names: list[str]) -> str:
+    """The first dozen of `names`, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _read(path: Path):
+    """Whatever the file holds."""
+    if path.suffix not in SUFFIXES:
+        raise MemFlowError(f"{path}: a checkpoint is a .safetensors, .pth or .pt file")
+    if not path.is_file():
+        raise MemFlowError(f"{path}: there is no such file")
+    try:
+        archive = path.suffix != ".safetensors" and zipfile.is_zipfile(path)
+        if archive:
+            count = len(zipfile.ZipFile(path).namelist())
+        else:
+            count = len(safe_open(path, framework="pt").keys()) if path.suffix == ".safetensors" else 0
+        if count <= _MOST_TENSORS:
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise MemFlowError(f"{path}: not a readable checkpoint of tensors ({reason})") from error
+    raise MemFlowError(f"{path}: holds {count} tensors, at most {_MOST_TENSORS} are read")
+
+
+def _unwrapped(content, weights: str, path: Path) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+    """The tensors, and which of `GENERATORS` are there and not empty, the one that was taken first."""
+    held = content if isinstance(content, Mapping) else {}
+    generators = [key for key in GENERATORS if isinstance(held.get(key), Mapping) and held[key]]
+    generators.sort(key=lambda key: key != weights)
+    wrapper = next((key for key in (*generators, *_OTHER_WRAPPERS) if isinstance(held.get(key), Mapping)), None)
+    content = held[wrapper] if wrapper else content
+    if not isinstance(content, Mapping):
+        raise MemFlowError(f"{path}: holds no tensors by name but a {type(content).__name__}")
+    others = [str(n) for n, entry in content.items() if not (isinstance(n, str) and isinstance(entry, Tensor))]
+    if others:
+        raise MemFlowError(f"{path}: {listed(others)}: not tensors by name")
+    return content, tuple(generators)
+
+
+def _without_prefixes(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """`tensors` without what wrappers (FSDP, compile, peft, a surrounding class) put before their names."""
+    stripped = {}
+    for name, tensor in tensors.items():
+        short = _MODULE_WRAPPERS.sub("", name)
+        while prefix := next((p for p in _PREFIXES if short.startswith(p)), ""):
+            short = short.removeprefix(prefix)
+        if short in stripped:
+            raise MemFlowError(f"{source}: {short} is there twice, once as {name}")
+        stripped[short] = tensor
+    return stripped
+
+
+def _layers(tensors: Mapping[str, Tensor], source: str) -> int:
+    """Blocks, by their highest number."""
+    numbers = {match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
+    longest = max(numbers, key=lambda number: (len(number), number), default="0")
+    if len(longest) > len(str(_MOST_LAYERS - 1)):
+        raise MemFlowError(f"{source}: blocks.{longest:.20}: a model has at most {_MOST_LAYERS} blocks here")
+    return 1 + max(map(int, numbers), default=0)
+
+
+def _transformer(shape: Callable, source: str, layers: int, heads: int | None) -> WanTransformer3DModel:
+    dim, in_channels, *patch = shape("patch_embedding.weight", 5)
+    if heads is None:
+        if dim % 128:
+            raise MemFlowError(f"{source}: {dim} channels are no multiple of the usual 128: pass num_attention_heads")
+        heads = dim // 128
+    if heads < 1 or dim % heads:
+        raise MemFlowError(f"{source}: num_attention_heads={heads} does not divide the {dim} channels")
+    return WanTransformer3DModel(
+        patch_size=tuple(patch),
+        num_attention_heads=heads,
+        attention_head_dim=dim // heads,
+        in_channels=in_channels,
+        out_channels=shape("head.head.weight", 2)[0] // math.prod(patch),
+        text_dim=shape("text_embedding.0.weight", 2)[1],
+        freq_dim=shape("time_embedding.0.weight", 2)[1],
+        ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
+        num_layers=layers,
+    )
+
+
+def _vae(shape: Callable, source: str, layers: int, heads: None) -> AutoencoderKLWan:
+    channels = shape("conv2.weight", 5)[0]
+    if channels != _VAE_CHANNELS:
+        raise MemFlowError(f"{source}: a VAE of {channels} latent channels; that of Wan 2.1 has {_VAE_CHANNELS}")
+    return AutoencoderKLWan(base_dim=shape("encoder.conv1.weight", 5)[0])
+
+
+def _text_encoder(shape: Callable, source: str, layers: int, heads: None) -> UMT5EncoderModel:
+    vocabulary, dim = shape("token_embedding.weight", 2)
+    buckets, heads = shape("blocks.0.pos_embedding.embedding.weight", 2)
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=dim,
+        d_kv=shape("blocks.0.attn.q.weight", 2)[0] // heads,
+        d_ff=shape("blocks.0.ffn.fc1.weight", 2)[0],
+        num_layers=layers,
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        architectures=["UMT5EncoderModel"],
+    )
+    return UMT5EncoderModel(config)
+
+
+def _umt5_names(tensors: Mapping[str, str]) -> dict[str, str]:
+    """`tensors` by their names in transformers."""
+    renamed = {}
+    for name, content in tensors.items():
+        new = f".{name}"
+        for old_part, new_part in _UMT5.items():
+            new = new.replace(f".{old_part}.", f".{new_part}.")
+        renamed[new.removeprefix(".")] = content
+    return renamed
+
+
+_KINDS: dict[str, tuple[Callable, Callable]] = {
+    "transformer": (convert_wan_transformer_to_diffusers, _transformer),
+    "vae": (convert_wan_vae_to_diffusers, _vae),
+    "text_encoder": (_umt5_names, _text_encoder),
+}

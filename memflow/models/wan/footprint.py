@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import UMT5Config, UMT5EncoderModel
 
-from memflow.decoders.codec import WanDecoder, spatial_factor
+from memflow.decoders.wan import WanDecoder
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
 from memflow.memory.frames import Prompt, make_memory
@@ -69,12 +69,21 @@ class Footprint:
 
 
 def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int = 1) -> Footprint:
-    """For `batch` stories at once at the model's size. MemFlowError for sizes that do not fit the model."""
+    """What a model takes.
+
+    Args:
+        model: Its configurations and settings.
+        dtype: Of the weights.
+        batch: Stories at once.
+
+    Raises:
+        MemFlowError: Sizes that do not fit the model.
+    """
     with init_empty_weights():
         transformer = WanTransformer3DModel.from_config(model.transformer)
         vae = AutoencoderKLWan.from_config(model.vae)
         text_encoder = UMT5EncoderModel(UMT5Config(**model.text_encoder))
-    patch, factor = transformer.config.patch_size, spatial_factor(vae)
+    patch, factor = transformer.config.patch_size, WanDecoder(vae).spatial_factor
     for name, pixels, step in (("height", model.height, patch[1]), ("width", model.width, patch[2])):
         if pixels % (step * factor):
             raise MemFlowError(f"{name} must be a multiple of {step * factor} pixels for this model, got {pixels}")

@@ -1,41 +1,61 @@
-"""How the published models are run: schedule, window, sink, bank, and what their pipelines do with them.
+"""The published models, one row each: their files, licence and sizes, and how their own pipelines run them.
 
-The checkpoints do not say any of it. Numbers of MemFlow: the published code and configurations, as docs/memory.md
-describes them. LongLive: its window of 12 latent frames and sink of 3 (https://arxiv.org/abs/2509.22622), no bank.
-Self-Forcing: a cache of 21 latent frames (https://arxiv.org/abs/2506.08009), neither sink nor bank.
+Repositories and file names are those of the projects' own READMEs and hub pages (docs/models.md says which). How a
+model is run no checkpoint says. MemFlow: the published code and configurations, as docs/memory.md describes them.
+LongLive: its window of 12 latent frames and sink of 3 (https://arxiv.org/abs/2509.22622), no bank. Self-Forcing: 21
+latent frames are kept (https://arxiv.org/abs/2506.08009), neither sink nor bank.
+
+Neither torch nor diffusers is imported before it is needed: help texts and completion list these names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from diffusers import FlowMatchEulerDiscreteScheduler
+from typing import TYPE_CHECKING
 
 from memflow.errors import MemFlowError
-from memflow.memory.config import MemoryConfig
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from memflow.memory.config import MemoryConfig
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Files of one repository on the Hugging Face hub."""
+
+    name: str  # owner and repository
+    files: tuple[str, ...]  # patterns of file names
+    licence: str  # as far as it is known here; the model card is what counts
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that a pipeline records beside its models.
+    """Everything that a pipeline records beside its models."""
 
-    memory: that of the published pipeline. paper_top_k: what the paper activates (`--top-k`); the released
-    configurations leave activation off. weights: which of the two sets in a checkpoint the published pipeline runs, the
-    trained ones ("generator": `use_ema: false` in its configuration) or their moving average ("generator_ema").
-    denoising_steps: unshifted timesteps. shift: of the flow-matching schedule.
-    """
-
-    memory: MemoryConfig
-    paper_top_k: int | None = None
+    memory: Mapping[str, object] = field(default_factory=dict)  # fields of `MemoryConfig`
+    # Which of the two sets in a checkpoint the published pipeline runs, the trained ones ("generator": `use_ema: false`
+    # in its configuration) or their moving average ("generator_ema").
     weights: str = "generator_ema"
-    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
-    shift: float = 5.0
-    fps: float = 16.0
-    text_length: int = 512
-    size: tuple[int, int] = field(default=(480, 832))  # height and width in pixels
+    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)  # unshifted timesteps
+    shift: float = 5.0  # of the flow-matching schedule
+    fps: float = 16.0  # video frames per second
+    text_length: int = 512  # tokens that a prompt is padded to
+    size: tuple[int, int] = (480, 832)  # height and width of the video in pixels
+
+    @property
+    def memory_config(self) -> MemoryConfig:
+        """The memory of the published pipeline."""
+        from memflow.memory.config import MemoryConfig
+
+        return MemoryConfig(**self.memory)
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """The source of the noise levels."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=self.shift)
 
     def settings(self) -> dict:
@@ -46,20 +66,54 @@ class Preset:
             "text_length": self.text_length,
             "height": self.size[0],
             "width": self.size[1],
-            "memory": self.memory.to_dict(),
+            "memory": self.memory_config.to_dict(),
         }
 
 
-PRESETS: Mapping[str, Preset] = {
-    "memflow-1.3b": Preset(
-        MemoryConfig.published("interactive", record_interval=3), paper_top_k=3, weights="generator"
+_1_3B = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
+_14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+_UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A row of the table."""
+
+    repositories: tuple[Repository, ...]
+    preset: Preset | None = None  # how it is run; None = a base model: diffusers runs it, it is no few-step generator
+    # Configurations, where they differ from the library's defaults.
+    transformer: Mapping[str, int] = field(default_factory=_1_3B.copy)
+    text_encoder: Mapping[str, int] = field(default_factory=_UMT5_XXL.copy)
+    vae: Mapping[str, int] = field(default_factory=dict)
+
+
+_PARTS = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/*")  # the same for both sizes
+_WAN = Repository("Wan-AI/Wan2.1-T2V-1.3B", _PARTS, "Apache-2.0")
+_WHOLE = ("diffusion_pytorch_model*.safetensors", *_PARTS)
+_NONCOMMERCIAL = "CC BY-NC-SA 4.0: no commercial use"
+_LONGLIVE = "Efficient-Large-Model/LongLive-1.3B"
+
+MODELS: Mapping[str, PublishedModel] = {
+    "memflow-1.3b": PublishedModel(
+        (_WAN, Repository("KlingTeam/MemFlow", ("base.pt", "lora.pt"), "not stated on its card")),
+        Preset({"published_mode": "interactive", "record_interval": 3}, weights="generator"),
     ),
-    "longlive-1.3b": Preset(MemoryConfig(policy="none", sink_frames=3, window_frames=9), weights="generator"),
-    "self-forcing-1.3b": Preset(MemoryConfig(policy="none", sink_frames=0, window_frames=21)),
+    "longlive-1.3b": PublishedModel(
+        (_WAN, Repository(_LONGLIVE, ("models/longlive_base.pt", "models/lora.pt"), _NONCOMMERCIAL)),
+        Preset({"policy": "none", "sink_frames": 3, "window_frames": 9}, weights="generator"),
+    ),
+    "self-forcing-1.3b": PublishedModel(
+        (_WAN, Repository("gdhe17/Self-Forcing", ("checkpoints/self_forcing_dmd.pt",), _NONCOMMERCIAL)),
+        Preset({"policy": "none", "sink_frames": 0, "window_frames": 21}),
+    ),
+    "wan2.1-t2v-1.3b": PublishedModel((Repository("Wan-AI/Wan2.1-T2V-1.3B", _WHOLE, "Apache-2.0"),)),
+    "wan2.1-t2v-14b": PublishedModel((Repository("Wan-AI/Wan2.1-T2V-14B", _WHOLE, "Apache-2.0"),), transformer=_14B),
 }
+PRESETS: Mapping[str, Preset] = {name: model.preset for name, model in MODELS.items() if model.preset}
 
 
 def find_preset(name: str) -> Preset:
+    """The preset of this name. Raises MemFlowError, with those that there are, for another name."""
     if name not in PRESETS:
         raise MemFlowError(f"there is no preset {name!r} of a published model; there are {', '.join(PRESETS)}")
     return PRESETS[name]

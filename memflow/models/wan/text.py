@@ -1,12 +1,25 @@
-"""Prompts to embeddings."""
+"""Prompts to text embeddings, as Wan's pipelines make them, and the cache that spares loading the encoder again."""
 
 from __future__ import annotations
 
+import hashlib
 import html
+import os
+import string
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 
 import ftfy
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SMALL = 32 * 2**20  # bytes of a file that is read wholly for its model's identity
+_SAMPLES, _SAMPLE = 16, 2**16
+_SHOWN = 60  # characters of what is cut off
 
 
 def clean_prompt(prompt: str) -> str:
@@ -19,11 +32,14 @@ def clean_prompt(prompt: str) -> str:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel, prompts: list[str], max_length: int
 ) -> tuple[Tensor, Tensor]:
-    """Encodes one prompt per batch row, as Wan's pipelines do.
+    """Encodes one prompt per batch row. Differentiable in the encoder's weights.
 
-    Prompts are cleaned (`clean_prompt`). One of more than `max_length` tokens (bytes with ByT5) is cut, a shorter one
-    padded; the encoder does not see the padding, and its embeddings are zero. Differentiable in the
-    encoder's weights.
+    Args:
+        tokenizer: The encoder's.
+        text_encoder: A T5 family encoder.
+        prompts: Texts; they are cleaned (`clean_prompt`) first.
+        max_length: Tokens (bytes with ByT5) that a prompt is cut or padded to. The encoder does not see the padding,
+            and its embeddings are zero.
 
     Returns:
         embeddings [B, max_length, text_dim] and mask [B, max_length] bool (True = a token, False = padding), both on
@@ -33,8 +49,12 @@ def encode_prompts(
         raise TypeError(f"prompts must be a list of at least one string, got {prompts!r}")
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
+    return _encode(tokenizer, text_encoder, [clean_prompt(prompt) for prompt in prompts], max_length)
+
+
+def _encode(tokenizer, text_encoder, clean: list[str], max_length: int) -> tuple[Tensor, Tensor]:
     tokens = tokenizer(
-        [clean_prompt(prompt) for prompt in prompts],
+        clean,
         padding="max_length",
         max_length=max_length,
         truncation=True,
@@ -44,3 +64,155 @@ def encode_prompts(
     hidden = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     mask = tokens.attention_mask.bool().to(hidden.device)  # under offloading the encoder has moved meanwhile
     return hidden.masked_fill(~mask[..., None], 0), mask
+
+
+def losses(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> list[str]:
+    """What of a prompt does not reach the model, in one sentence each: what is cut off, and words that are not known.
+
+    Args:
+        tokenizer: The encoder's.
+        prompt: A text.
+        max_length: Tokens that a prompt is cut to.
+    """
+    text, found = clean_prompt(prompt), []
+    tokens = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
+    count, first_cut = len(tokens.input_ids), max_length - 1  # the last one used is the end of the text
+    if count > max_length:
+        if tokenizer.is_fast:
+            end = text[tokens.offset_mapping[first_cut][0] :].strip()
+        else:
+            end = tokenizer.decode(tokens.input_ids[first_cut:], skip_special_tokens=True).strip()
+        end = f"{end[:_SHOWN]}..." if len(end) > _SHOWN else end
+        found.append(f"the prompt has {count} tokens, {max_length} are used: {end!r} is cut off")
+    words = dict.fromkeys(text.split())
+    pieces = tokenizer(list(words), add_special_tokens=False).input_ids if words else []
+    unknown = [word for word, ids in zip(words, pieces, strict=True) if tokenizer.unk_token_id in ids]
+    if unknown:
+        found.append(
+            f"the model does not know: {', '.join(word.strip(string.punctuation) or word for word in unknown)}"
+        )
+    return found
+
+
+class PromptCache:
+    """Embeddings of prompts; the encoder (11 GB of a real model) is loaded only for those that are not kept already.
+
+    An entry that is damaged or belongs to something else is made again; a folder that cannot be written to is no error.
+
+    Args:
+        tokenizer: The pipeline's.
+        load_encoder: Is called when the encoder is needed.
+        text_length: Tokens that a prompt is cut to.
+        dtype: Of the embeddings.
+        folder: Where they are kept, one file each; None = in memory only.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        load_encoder: Callable[[], PreTrainedModel],
+        text_length: int,
+        *,
+        dtype: torch.dtype,
+        folder: Path | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.text_length = text_length
+        self.dtype = dtype
+        self.folder = folder
+        self._load_encoder = load_encoder
+        self._encoder: PreTrainedModel | None = None
+        self._known: dict[str, Tensor] = {}
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        """Have the embeddings of `texts` ready and no encoder in memory."""
+        self._prepare([clean_prompt(text) for text in texts])
+
+    def _prepare(self, clean: list[str]) -> None:
+        for text in clean:
+            if text not in self._known:
+                self._known[text] = self._row(text)
+        if self._encoder is not None:
+            self._encoder = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # its room is needed by tensors of quite other sizes
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """As `encode_prompts`, on the CPU: embeddings [B, text_length, text_dim], mask [B, text_length]. Leaves no
+        encoder in memory."""
+        clean = [clean_prompt(text) for text in texts]
+        self._prepare(clean)
+        rows = [self._known[text] for text in clean]
+        embeds = torch.zeros(len(rows), self.text_length, rows[0].shape[1], dtype=self.dtype)
+        mask = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+        for index, row in enumerate(rows):
+            embeds[index, : len(row)] = row
+            mask[index, : len(row)] = True
+        return embeds, mask
+
+    def _row(self, text: str) -> Tensor:
+        """The embeddings of the tokens of a clean text alone, [tokens, text_dim]."""
+        row = self._read(text)
+        if row is None:
+            row = self._encode(text)
+            self._write(text, row)
+        return row
+
+    @torch.no_grad()  # a kept embedding that drags the encoder's graph along would keep the encoder too
+    def _encode(self, text: str) -> Tensor:
+        self._encoder = self._encoder or self._load_encoder()
+        # One by one: what a prompt is encoded together with may change the last bits.
+        embeds, mask = _encode(self.tokenizer, self._encoder, [text], self.text_length)
+        return embeds[0, mask[0]].to("cpu", self.dtype).contiguous()  # parts of the encoder may be in float32
+
+    def _path(self, text: str) -> Path:
+        key = hashlib.sha256(f"{self.text_length} {self.dtype} {text}".encode()).hexdigest()
+        return self.folder / f"{key}.safetensors"
+
+    def _read(self, text: str) -> Tensor | None:
+        if self.folder is None or not (path := self._path(text)).is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                row, known = file.get_tensor("embeds").clone(), (file.metadata() or {}).get("text")
+        except (OSError, SafetensorError):
+            return None
+        fits = row.ndim == 2 and 1 <= len(row) <= self.text_length and row.dtype == self.dtype
+        return row if fits and known == text else None
+
+    def _write(self, text: str, row: Tensor) -> None:
+        if self.folder is None:
+            return
+        path = self._path(text)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({"embeds": row}, partial, metadata={"text": text})
+            partial.replace(path)
+        except (OSError, SafetensorError):
+            with suppress(OSError):
+                partial.unlink()
+
+
+def cache_folder(model: Path) -> Path:
+    """Where the embeddings of a pipeline's prompts are kept: one folder for all equal encoders, under XDG_CACHE_HOME.
+
+    Equal are encoders and tokenizers of the same files: contents of small ones, size and samples of large ones.
+
+    Args:
+        model: The folder of the pipeline.
+    """
+    digest = hashlib.sha256()
+    for part in ("text_encoder", "tokenizer"):
+        for path in sorted(path for path in (model / part).rglob("*") if path.is_file()):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(model)} {size}\n".encode())
+            with path.open("rb") as file:
+                if size <= _SMALL:
+                    digest.update(file.read())
+                    continue
+                for sample in range(_SAMPLES):
+                    file.seek(sample * (size - _SAMPLE) // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE))
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "memflow" / "prompts" / digest.hexdigest()[:32]

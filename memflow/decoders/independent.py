@@ -1,34 +1,64 @@
-"""The storybook's autoencoder: pictures of 128 x 128 to latents of 16 x 8 x 8 and back, every frame on its own."""
+"""Codecs that decode every latent frame on its own, and the one that the storybook's model was trained with."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import ModelMixin  # noqa: F401 (diffusers loads a component by the base classes in its module)
+from diffusers import ConfigMixin, ModelMixin  # diffusers loads a component by the base classes in its module
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from memflow.decoders.codec import IndependentCodec
+
+class IndependentCodec(ModelMixin, ConfigMixin):
+    """A codec whose latent frames are decoded without each other, so that a stream needs no state to decode them.
+
+    A subclass has `temporal_factor` and `spatial_factor`, video frames and pixels (along one side) per latent frame and
+    pixel, and `decode`: latents [B, C, F, h, w] -> uint8 video [B, F * temporal_factor, H, W, 3].
+    """
+
+    temporal_factor: int
+    spatial_factor: int
 
 
-class _Residual(nn.Module):
-    """Two 3 x 3 convolutions around which the input passes."""
+class IndependentDecoder:
+    """Decodes a stream with an `IndependentCodec`: there is no state.
 
-    def __init__(self, channels: int):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1)
-        )
+    Args:
+        codec: The model that decodes.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(nn.functional.silu(x))
+    def __init__(self, codec: IndependentCodec):
+        self.codec = codec
+        self.temporal_factor, self.spatial_factor = codec.temporal_factor, codec.spatial_factor
+
+    def video_frames(self, latent_frames: int) -> int:
+        """Video frames that the next `latent_frames` latent frames decode to."""
+        return latent_frames * self.temporal_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, F, h, w] -> uint8 [B, T, H, W, 3] on the CPU."""
+        return self.codec.decode(latents).cpu()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: every frame is decoded on its own."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError for the state of another kind of decoder, which is any."""
+        if state:
+            raise ValueError(f"{type(self.codec).__name__} has no decoder state, got {sorted(state)}")
 
 
 class StorybookCodec(IndependentCodec):
-    """Autoencoder of single frames, one latent pixel for 16 x 16 picture pixels.
+    """Autoencoder of single pictures, one latent pixel for 16 x 16 picture pixels.
 
-    Latents have zero mean and unit variance per channel over the world's frames. channels: of the latents.
-    width: channels at the latents' size; half as many at twice, a quarter at four times that size, where sub-pixels
-    make the picture. upscale: every pixel of a decoded video becomes a square of so many, so that it stays crisp.
+    Latents have zero mean and unit variance per channel over the frames of the storybook's world.
+
+    Args:
+        channels: Channels of the latents.
+        width: Channels at the latents' size; half as many at twice, a quarter at four times that size, where
+            sub-pixels make the picture. A multiple of 4.
+        upscale: Every pixel of a decoded video becomes a square of so many, so that it stays crisp.
     """
 
     @register_to_config
@@ -64,10 +94,12 @@ class StorybookCodec(IndependentCodec):
 
     @property
     def temporal_factor(self) -> int:
+        """Video frames per latent frame."""
         return 1
 
     @property
     def spatial_factor(self) -> int:
+        """Video pixels per latent pixel, along height and width."""
         return 16 * self.config.upscale
 
     def encode(self, pictures: Tensor) -> Tensor:
@@ -88,6 +120,19 @@ class StorybookCodec(IndependentCodec):
         frames = self.decode_frames(latents.transpose(1, 2).flatten(0, 1).to(self.device)).float()
         frames = frames.mul(255).round().clamp(0, 255).to(torch.uint8).unflatten(0, (latents.shape[0], -1))
         return _upscaled(frames, self.config.upscale)
+
+
+class _Residual(nn.Module):
+    """Two 3 x 3 convolutions around which the input passes."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(nn.functional.silu(x))
 
 
 def _upscaled(frames: Tensor, scale: int) -> Tensor:
