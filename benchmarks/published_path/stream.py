@@ -125,7 +125,7 @@ class PublishedStream:
     @torch.no_grad()
     def switch_text(self, embeds: Tensor, mask: Tensor) -> None:
         """Attend to this prompt from now on, and retrieve by it."""
-        self.prompt = self.encode(embeds, mask)
+        self.prompt = self.encode(embeds.to(self.device, self.dtype), mask.to(self.device))
         self.text_known = True
 
     @torch.no_grad()

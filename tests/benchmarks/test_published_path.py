@@ -91,7 +91,7 @@ def test_a_stream_equals_ours(top_k):
     theirs = PublishedStream(pipeline, config=config, seeds=[0], **size)
     for chunk in ours:
         if chunk.switched:
-            theirs.switch(*ours.pipeline.encode(chunk.prompts))
+            theirs.switch(*pipeline.encode(chunk.prompts))
         assert_close(theirs.chunk(), chunk.latents)
     assert ours.position == 9
 
