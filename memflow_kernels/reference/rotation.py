@@ -24,7 +24,7 @@ def rotate_keys(key: Tensor, places: Tensor, tokens_per_frame: int, channels: in
     new = torch.empty_like(key, memory_format=torch.contiguous_format)
     frames, new_frames = (x.unflatten(1, (-1, tokens_per_frame)) for x in (key, new))
     table = turns_in_time(places, channels // 2, theta, key.dtype)
-    rotate(frames[..., :channels], table, out=new_frames[..., :channels])
+    new_frames[..., :channels] = rotate(frames[..., :channels], table)
     new[..., channels:] = key[..., channels:]
     return new
 
@@ -41,5 +41,5 @@ def rotate_keys_write(
     table = turns_in_time(places, channels // 2, theta, key.dtype)
     for row in range(batch):  # one at a time: what stands between is small
         states, held = (x[row, : count * per_frame].unflatten(0, (count, per_frame)) for x in (key, pool_key))
-        rotate(states, table, out=held[..., :channels])
+        held[..., :channels] = rotate(states, table)
     pool_frame_mean[:, :count] = rotate_keys(frame_mean[:, :count], places, 1, channels, theta)
