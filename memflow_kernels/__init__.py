@@ -10,6 +10,7 @@ from .ops.merge import merge_attention
 from .ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_write
 from .ops.relevance import prompt_relevance
 from .ops.replacement import replace_frame
+from .ops.rotation import rotate_keys, rotate_keys_write
 from .ops.selection import select_frames
 from .pool import Pool
 
@@ -23,6 +24,8 @@ __all__ = [
     "qk_norm_rope",
     "qk_norm_rope_write",
     "replace_frame",
+    "rotate_keys",
+    "rotate_keys_write",
     "select_frames",
     "use_backend",
 ]

@@ -75,6 +75,15 @@ OPERATORS = {
         "qk_norm_rope", f"({_STATES}, {_WEIGHTS}, {_POOL}, Tensor slots, bool query_mean) -> (Tensor, Tensor)"
     ),
     "replace_frame": Operator("replacement", f"({_POOL}, Tensor slot, Tensor source_slot) -> ()"),
+    "rotate_keys": Operator(
+        "rotation",
+        "(Tensor key, Tensor places, SymInt tokens_per_frame, SymInt channels, float theta) -> Tensor",
+    ),
+    "rotate_keys_write": Operator(
+        "rotation",
+        "(Tensor key, Tensor frame_mean, Tensor places, float theta, "
+        "Tensor(a!) pool_key, Tensor(b!) pool_frame_mean) -> ()",
+    ),
     "select_frames": Operator(
         "selection", "(Tensor query, Tensor frame_mean, SymInt top_k, Tensor? valid, SymInt? query_block) -> Tensor"
     ),

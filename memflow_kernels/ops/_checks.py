@@ -73,6 +73,28 @@ def integer(name: str, value: object, at_least: int) -> None:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
+def positive(name: str, value: object) -> None:
+    """A finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be above 0 and finite, got {value}")
+
+
+def axes(value: object, head_dim: int) -> tuple[int, int, int]:
+    """How many of a head's channels turn with frame, row and column; None: as Wan 2.1 divides them."""
+    if value is None:
+        third = 2 * (head_dim // 6)
+        return head_dim - 2 * third, third, third
+    if not isinstance(value, tuple | list) or len(value) != 3:
+        raise TypeError(f"axes must be channels per (frame, row, column), got {value!r}")
+    for count in value:
+        integer("axes", count, 0)
+    if any(count % 2 for count in value) or sum(value) != head_dim:
+        raise ValueError(f"axes must be even numbers that add up to the head size D = {head_dim}, got {tuple(value)}")
+    return tuple(value)
+
+
 def frame_count(name: str, tokens: int, tokens_per_frame: int) -> int:
     """Number of frames in `tokens` tokens, which must be whole frames."""
     integer("tokens_per_frame", tokens_per_frame, 1)

@@ -60,6 +60,8 @@ TABLE: dict[str, dict[str, Config]] = {
     "select": {"any": Config({"BLOCK_TILE": 512}, warps=1)},
     # 16 bytes per thread and load in half precision, two loads each. Compiled.
     "replace": {"any": Config({"BLOCK": 4096}, warps=8)},
+    # Bytes only, once per chunk: 16 bytes per thread and load in half precision. Not timed.
+    "rotation": {"any": Config({"TILE": 1024}, warps=4)},
     # Called once per chunk. In half precision the products of the forward run on the tensor cores; those of the
     # backward, which only training needs, are exact float32 products. Compiled.
     "relevance_score": {"any": Config({"BLOCK_HEADS": 16}, warps=4)},

@@ -50,6 +50,16 @@ def select_frames(kernels, frames, heads=12, head_dim=128, dtype=torch.bfloat16)
     kernels.select_frames(query, means(frames, heads, head_dim), 3, None, 128)
 
 
+@case("rotate_keys bf16")
+@case("rotate_keys fp32 D=20", heads=3, head_dim=20, dtype=torch.float32, gap=3)
+def rotate_keys(kernels, heads=12, head_dim=128, dtype=torch.bfloat16, gap=0):
+    turning = head_dim - 4 * (head_dim // 6)
+    key, still = (states(15 * FULL, heads, size, dtype, 30, gap) for size in (head_dim, turning))
+    kernels.rotate_keys(key, numbers(30, 15), FULL, turning, 10000.0)
+    still_mean, mean = (means(15, heads, head_dim, batch=30) for _ in range(2))
+    kernels.rotate_keys_write(still, still_mean, numbers(9, dtype=torch.int64), 10000.0, key, mean)
+
+
 @case("relevance bf16", heads=12, head_dim=128, dtype=torch.bfloat16)
 @case("relevance fp32", heads=12, head_dim=128, dtype=torch.float32)
 @case("relevance fp16 D=24", heads=3, head_dim=24, dtype=torch.float16)

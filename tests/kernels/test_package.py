@@ -42,6 +42,8 @@ def test_public_names():
         "qk_norm_rope",
         "qk_norm_rope_write",
         "replace_frame",
+        "rotate_keys",
+        "rotate_keys_write",
         "select_frames",
         "use_backend",
     }
