@@ -8,9 +8,11 @@ not timed on that chip.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+
+Entry = TypeVar("Entry")
 
 
 class Config(NamedTuple):
@@ -45,6 +47,9 @@ SHARED_MEMORY = {
 # Who attends: "triton" (our kernel), or torch's "cudnn" or "flash" where those take the format and head size.
 DENSE = {"any": "triton"}  # calls without a frame table
 CHOSEN = {"any": "triton"}  # calls with one; for torch's kernels the chosen frames are first gathered next to the rest
+
+# Where attention in half precision runs with warps of their own for loads and products (gluon/), if its layout allows it.
+SPECIALISED = {"any": False, "sm_90": True}
 
 # kernel -> family -> Config; "any" serves the families that are not named.
 TABLE: dict[str, dict[str, Config]] = {
@@ -97,6 +102,9 @@ TABLE: dict[str, dict[str, Config]] = {
     "attention_forward_float32_64": {"any": Config({"BM": 64, "BN": 32}, warps=8)},
     "attention_forward_float32_128": {"any": Config({"BM": 64, "BN": 32}, warps=8)},
     "attention_forward_float32_256": {"any": Config({"BM": 32, "BN": 16}, warps=4)},
+    # Forward with warps of their own for loads (gluon/), tiles of 128 queries; stages as many as fit. Compiled.
+    "attention_specialised_64": {"any": Config({"BN": 128}, warps=4, stages=4)},
+    "attention_specialised_128": {"any": Config({"BN": 128}, warps=4, stages=3)},
     # Backward: both kernels hold two tiles of results or operands more than the forward. Compiled.
     "attention_backward_query_64": {"any": Config({"BM": 64, "BN": 32}, warps=4, stages=2)},
     "attention_backward_query_128": {
@@ -149,8 +157,8 @@ def multiprocessors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else _gpu_multiprocessors(torch.device(device).index or 0)
 
 
-def of_family(rows: dict[str, str], device: torch.device) -> str:
-    """The entry for `device` of DENSE or CHOSEN."""
+def of_family(rows: dict[str, Entry], device: torch.device) -> Entry:
+    """The entry for `device` of DENSE, CHOSEN or SPECIALISED."""
     return rows.get(family(device), rows["any"])
 
 
