@@ -218,7 +218,7 @@ def memory_attention(
     lse = torch.empty(lse_shape, dtype=statistics_dtype(query.dtype), device=query.device)
     launch = launch_forward
     if gluon.AVAILABLE and configs.of_family(configs.SPECIALISED, query.device):
-        from .gluon import attention as specialised  # noqa: PLC0415 - other releases of Triton cannot import it
+        from .gluon import attention as specialised  # only here: older releases of Triton cannot import it
 
         launch = specialised.launch_forward if specialised.serves(query, key, value, query_block) else launch
     launch(query, key, value, frame_table, *sizes, out, lse)

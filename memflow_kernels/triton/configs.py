@@ -48,7 +48,8 @@ SHARED_MEMORY = {
 DENSE = {"any": "triton"}  # calls without a frame table
 CHOSEN = {"any": "triton"}  # calls with one; for torch's kernels the chosen frames are first gathered next to the rest
 
-# Where attention in half precision runs with warps of their own for loads and products (gluon/), if its layout allows it.
+# Where attention in half precision runs with warps of their own for loads and for products (gluon/). Hopper: chosen by
+# its machine code (docs/kernels.md), not yet timed; another family is named here once it has been.
 SPECIALISED = {"any": False, "sm_90": True}
 
 # kernel -> family -> Config; "any" serves the families that are not named.

@@ -1,12 +1,13 @@
 """What a kernel's loop does on the chip, read from its machine code: `python tests/kernels/machine_code.py CUBIN...`.
 
-No GPU is needed. The loops that count are the innermost ones with products on the tensor cores. Their length is counted
-along a path: the shortest is that of a full tile, the longest that of a tile whose end is masked; where a barrier is not
-yet open the hardware goes round a small loop of its own, which no path counts.
+No GPU is needed. The loops that count are the innermost ones with products on the tensor cores. Their length is
+counted along a path: the shortest is that of a full tile, the longest that of a tile whose end is masked; where a
+barrier is not yet open a warp goes round a small loop of its own, which no path counts.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -72,7 +73,7 @@ class Flow:
     """Where each instruction can go on, and where from it comes."""
 
     def __init__(self, code: list[Instruction]):
-        after = {a.address: {b.address} for a, b in zip(code, code[1:], strict=False)}
+        after = {a.address: {b.address} for a, b in itertools.pairwise(code)}
         self.code = {i.address: i for i in code}
         self.leads = {
             i.address: ({i.target} & self.code.keys()) | (after.get(i.address, set()) if i.falls_through else set())
@@ -175,7 +176,7 @@ class Reading(NamedTuple):
 def _overlapped(path: list[Instruction]) -> int:
     """Exponentials of a loop that has been running for a while at which a group of products is in flight."""
     flying, found = 0, 0
-    for turn in range(2):
+    for _turn in range(2):
         found = 0
         for i in path:
             if PRODUCT.search(i.text) and "gsb0" in i.text:

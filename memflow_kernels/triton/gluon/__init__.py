@@ -1,4 +1,4 @@
-"""Kernels in Gluon, Triton's lower layer, where warps have roles of their own; triton/configs.py says where they run."""
+"""Kernels in Gluon, Triton's lower layer: warps have roles of their own. triton/configs.py says where they run."""
 
 import triton
 
