@@ -1,9 +1,9 @@
-"""memory_attention on Hopper: one warp fetches tiles of keys and values, two groups of four warps multiply.
+"""memory_attention on Hopper: one warp fetches tiles of keys, one those of values, two groups of four warps multiply.
 
 Each group has 64 queries. While it works out the softmax of one tile of keys, its product of shares and values of the
 tile before is in flight, and so are the products of the other group: the two take turns in giving out work to the
-tensor cores, so that one has its softmax while the other multiplies. Tiles lie in a ring of stages; K and V of a stage
-have a barrier each for "arrived" and for "no longer read".
+tensor cores, so that one has its softmax while the other multiplies. Tiles lie in two rings of stages, each stage with
+a barrier for "loaded" and one for "read": keys are needed one tile earlier than values and make room one tile earlier.
 """
 
 from __future__ import annotations
@@ -25,49 +25,32 @@ ROWS = gl.constexpr(64)  # queries of one group of four warps: the height of one
 
 
 @gluon.jit
-def fetch(descriptor, at, tile, full, empty, parity, BYTES: gl.constexpr):
-    """Ask for one tile as soon as nobody reads what lies in its place; `parity` counts the rounds of the ring."""
-    mbarrier.wait(empty, parity ^ 1)
-    mbarrier.expect(full, BYTES)
-    load_tile(descriptor, at, full, tile)
-
-
-@gluon.jit
-def producer(
-    descriptors, tiles, loaded, read, batch, head, first_row, table_row, tokens_per_frame, candidate_frames, places,
+def fetch(
+    by_frame, by_token, tiles, loaded, read, batch, head, table_row, tokens_per_frame, candidate_frames, places,
     first, last, BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """Fetches the queries, then tiles first .. last of this program's keys and values. An empty place has none."""
-    queries, key_frames, value_frames, key_rest, value_rest = descriptors
-    q_tiles, k_tiles, v_tiles = tiles
-    q_loaded, k_loaded, v_loaded = loaded
-    k_read, v_read = read
+    """Tiles first .. last of keys or of values, each as soon as its place is no longer read. An empty place has none."""
     BYTES: gl.constexpr = BN * D * 2
-    mbarrier.expect(q_loaded, 2 * ROWS * D * 2)
-    load_tile(queries, [batch, head, first_row, 0], q_loaded, q_tiles.index(0))
-    load_tile(queries, [batch, head, first_row + ROWS, 0], q_loaded, q_tiles.index(1))
     per_frame = gl.cdiv(tokens_per_frame, BN)
     stage = 0
-    parity = 0
+    parity = 1  # of the round of the ring before
     before = 0  # tiles of the frames so far
     for place in range(places):
         frame = gl.load(table_row + place)
         if (frame >= 0) & (frame < candidate_frames):
             for unit in range(gl.maximum(first, before), gl.minimum(last, before + per_frame)):
+                mbarrier.wait(read.index(stage), parity)
+                mbarrier.expect(loaded.index(stage), BYTES)
                 at = [batch, head, frame, (unit - before) * BN, 0]
-                k_tile = k_tiles.index(stage).reshape([1, 1, 1, BN, D])
-                v_tile = v_tiles.index(stage).reshape([1, 1, 1, BN, D])
-                fetch(key_frames, at, k_tile, k_loaded.index(stage), k_read.index(stage), parity, BYTES)
-                fetch(value_frames, at, v_tile, v_loaded.index(stage), v_read.index(stage), parity, BYTES)
+                load_tile(by_frame, at, loaded.index(stage), tiles.index(stage).reshape([1, 1, 1, BN, D]))
                 stage = gl.where(stage == STAGES - 1, 0, stage + 1)
                 parity = gl.where(stage == 0, parity ^ 1, parity)
             before += per_frame
     for unit in range(gl.maximum(first, before), last):
+        mbarrier.wait(read.index(stage), parity)
+        mbarrier.expect(loaded.index(stage), BYTES)
         at = [batch, head, candidate_frames * tokens_per_frame + (unit - before) * BN, 0]
-        k_tile = k_tiles.index(stage).reshape([1, 1, BN, D])
-        v_tile = v_tiles.index(stage).reshape([1, 1, BN, D])
-        fetch(key_rest, at, k_tile, k_loaded.index(stage), k_read.index(stage), parity, BYTES)
-        fetch(value_rest, at, v_tile, v_loaded.index(stage), v_read.index(stage), parity, BYTES)
+        load_tile(by_token, at, loaded.index(stage), tiles.index(stage).reshape([1, 1, BN, D]))
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         parity = gl.where(stage == 0, parity ^ 1, parity)
 
@@ -200,13 +183,13 @@ def forward_sm90_kernel(
     q_tiles = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, D], query.layout)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BN, D], TILE)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BN, D], TILE)
-    q_loaded = barriers(1)
+    q_loaded = barriers(1).index(0)
     k_loaded = barriers(STAGES)
     v_loaded = barriers(STAGES)
     k_read = barriers(STAGES)
     v_read = barriers(STAGES)
     turns = barriers(2)
-    mbarrier.init(q_loaded.index(0), count=1)
+    mbarrier.init(q_loaded, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_loaded.index(i), count=1)
         mbarrier.init(v_loaded.index(i), count=1)
@@ -215,10 +198,12 @@ def forward_sm90_kernel(
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
+    mbarrier.expect(q_loaded, 2 * ROWS * D * 2)
+    load_tile(query, [batch, head, first_row, 0], q_loaded, q_tiles.index(0))
+    load_tile(query, [batch, head, first_row + ROWS, 0], q_loaded, q_tiles.index(1))
 
-    descriptors = (query, key_frames, value_frames, key_rest, value_rest)
     tiles = (q_tiles, k_tiles, v_tiles)
-    loaded = (q_loaded.index(0), k_loaded, v_loaded)
+    loaded = (q_loaded, k_loaded, v_loaded)
     read = (k_read, v_read)
     results = (out, lse, partial_out, partial_lse)
     place_of = (batch, head, first_row, rows, slot)
@@ -233,11 +218,15 @@ def forward_sm90_kernel(
                 1, tiles, loaded, read, turns.index(1), turns.index(0), results, scale, place_of, sizes, left,
                 tokens_per_frame, rest, table_units, first, last, BN, STAGES, D,
             )),
-            (producer, (
-                descriptors, tiles, loaded, read, batch, head, first_row, table_row, tokens_per_frame,
+            (fetch, (
+                key_frames, key_rest, k_tiles, k_loaded, k_read, batch, head, table_row, tokens_per_frame,
+                candidate_frames, places, first, last, BN, STAGES, D,
+            )),
+            (fetch, (
+                value_frames, value_rest, v_tiles, v_loaded, v_read, batch, head, table_row, tokens_per_frame,
                 candidate_frames, places, first, last, BN, STAGES, D,
             )),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip

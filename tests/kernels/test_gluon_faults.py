@@ -1,0 +1,99 @@
+"""Faults planted in the Gluon kernel of memory_attention: the stand-in reports each, or the result is wrong."""
+
+import pytest
+import torch
+
+from memflow_kernels.backends import available_backends
+
+if available_backends()["triton"] is not None:
+    pytest.skip(f"backend triton: {available_backends()['triton']}", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("the stand-in is for the CPU; on a GPU the kernel itself runs", allow_module_level=True)
+from memflow_kernels.triton import gluon
+
+if not gluon.AVAILABLE:
+    pytest.skip("this release of Triton has another Gluon", allow_module_level=True)
+
+from gluon_attention import Call, small_tiles
+
+from memflow_kernels.testing import AttentionCase
+
+WRONG = "relative error|infinite"
+UNSEEN = "nothing has arrived"
+CHANGED = "changed while its product was in flight"
+EARLY = f"{UNSEEN}|{CHANGED}"
+DEADLOCK = "deadlock: .*waits for"
+MIXED = f"{WRONG}|{DEADLOCK}|under way|expects"
+
+K_RELEASE = "mbarrier.arrive(k_read.index(stage))"
+K_WAIT = "logits = warpgroup_mma_wait(1, deps=[logits_coming])"
+V_RELEASE = "mbarrier.arrive(v_read.index(stage_before))"
+V_WAIT = "acc = warpgroup_mma_wait(0, deps=[acc_coming])"
+INDENT = "\n        "
+TURN = "mbarrier.wait(my_turn, (unit - first & 1) ^ GROUP)"
+FIRST_OF_PIECE = "left = tokens_per_frame - first % per_frame * BN"
+STORED = "acc.to(out.dtype.element_ty), mask=(row < rows)"
+
+# name -> what the source says, what it says with the fault, what is then reported
+FAULTS = {
+    "keys are not waited for": ("mbarrier.wait(k_loaded.index(stage), parity)", "pass", EARLY),
+    "values are not waited for": ("mbarrier.wait(v_loaded.index(stage), parity)", "pass", EARLY),
+    "queries are not waited for": ("mbarrier.wait(q_loaded, 0)", "pass", EARLY),
+    "keys are never given back": (K_RELEASE, "pass", DEADLOCK),
+    "values are never given back": (V_RELEASE, "pass", DEADLOCK),
+    "the turn is not handed on": ("mbarrier.arrive(their_turn)", "pass", DEADLOCK),
+    "one reader counts for both": (
+        "k_read.index(i), count=2",
+        "k_read.index(i), count=1",
+        f"{CHANGED}|more than 1 arr",
+    ),
+    "a reader too many": ("v_read.index(i), count=2", "v_read.index(i), count=3", DEADLOCK),
+    "a barrier is not initialised": ("mbarrier.init(k_loaded.index(i), count=1)", "pass", "not initialised"),
+    "both groups wait for the same turn": (TURN, TURN.replace(" ^ GROUP", ""), DEADLOCK),
+    "the first round waits for one before it": ("parity = 1  #", "parity = 0  #", DEADLOCK),
+    "half the bytes of a tile": ("= BN * D * 2", "= BN * D", f"{DEADLOCK}|{UNSEEN}"),
+    "half the bytes of the queries": ("q_loaded, 2 * ROWS", "q_loaded, ROWS", f"{EARLY}|expects|{DEADLOCK}"),
+    "keys are given back too early": (f"{K_WAIT}{INDENT}{K_RELEASE}", f"{K_RELEASE}{INDENT}{K_WAIT}", CHANGED),
+    "values are given back too early": (f"{V_WAIT}{INDENT}{V_RELEASE}", f"{V_RELEASE}{INDENT}{V_WAIT}", CHANGED),
+    "logits are used before they are there": (K_WAIT, K_WAIT.replace("1", "2"), "before it has been waited for"),
+    "the ends of frames are not masked": ("if left < BN:", "if left < 0:", WRONG),
+    "one key too many at the end of a frame": ("(key < left)", "(key <= left)", WRONG),
+    "every piece begins at the start of a frame": (FIRST_OF_PIECE, "left = tokens_per_frame", WRONG),
+    "the table of the first head": ("* heads + head) * blocks", "* heads) * blocks", MIXED),
+    "an empty place counts": ("((frames >= 0) &", "((frames >= -1) &", MIXED),
+    "an empty place is fetched": ("if (frame >= 0) &", "if (frame >= -1) &", MIXED),
+    "rows behind the last query are written": (STORED, STORED.replace("rows", "128"), f"{WRONG}|outside"),
+    "sums are not made smaller": ("acc = acc * gl.convert_layout(shrink, ROW_OF_SUMS)[:, None]", "pass", WRONG),
+    "a piece is written as a whole tile": (
+        "gl.where(program < whole, -1,",
+        "gl.where(program < pieces, -1,",
+        f"{WRONG}|outside",
+    ),
+}
+
+CASE = AttentionCase("faults", 1, 70, 6, 64, 40, 4, 3, None)
+TABLE = torch.tensor([[[0, 2], [1, -1], [2, 2], [-1, -1], [0, 1], [-1, 0]]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_a_fault(seed):
+    with small_tiles(seed=seed):
+        Call(CASE, frame_table=TABLE).check()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_caught(name):
+    """Within a few orders of events; most at the first."""
+    is_, becomes, message = FAULTS[name]
+    with pytest.raises(AssertionError, match=message) as caught:
+        for seed in range(4):
+            with small_tiles(seed=seed, faults=((is_, becomes),)):
+                Call(CASE, frame_table=TABLE).check()
+    print(name, "->", caught.value)
+
+
+def test_without_turns_the_order_is_another():
+    """The result is right without turns, which only make it fast; the order of products shows it."""
+    with small_tiles(faults=((TURN, "pass"),)) as kernel:
+        Call(AttentionCase("turns", 1, 128, 4, 64, 40, 3, 0, None)).check()
+    assert any(h != ["consumer 0", "consumer 0", "consumer 1", "consumer 1"] * (len(h) // 4) for h in kernel.histories)
