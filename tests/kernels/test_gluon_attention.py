@@ -55,7 +55,7 @@ def random_call(seed: int) -> tuple[Call, int]:
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 60))], ids=str
+    "seed", [*range(20), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(20, 100))], ids=str
 )
 def test_random_calls(seed):
     call, stages = random_call(seed)

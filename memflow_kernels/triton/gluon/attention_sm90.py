@@ -29,7 +29,7 @@ def fetch(
     by_frame, by_token, tiles, loaded, read, batch, head, table_row, tokens_per_frame, candidate_frames, places,
     first, last, BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """Tiles first .. last of keys or of values, each as soon as its place is no longer read. An empty place has none."""
+    """Tiles first .. last of keys or of values, each as soon as its place is free again. Empty places have none."""
     BYTES: gl.constexpr = BN * D * 2
     per_frame = gl.cdiv(tokens_per_frame, BN)
     stage = 0
