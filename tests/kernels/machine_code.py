@@ -100,8 +100,14 @@ class Loop:
     def __init__(self, head: int, latch: int, code: dict[int, Instruction], leads: dict[int, set[int]]):
         self.head, self.latch, self.body = head, latch, code.keys()
         inner = {a: {t for t in leads[a] if t in code and t != head} for a in code}
-        # small loops in which a closed barrier is tried again: whatever leads back to itself
-        self.code = {a: i for a, i in code.items() if a not in reached(inner[a], inner)}
+        comes = {a: set() for a in code}
+        for source, targets in inner.items():
+            for target in targets:
+                comes[target].add(source)
+        # small loops in which a closed barrier is tried again: whatever lies between a jump back and its target
+        back = [(source, target) for source, targets in inner.items() for target in targets if target <= source]
+        waiting = [reached({target}, inner) & reached({source}, comes) for source, target in back]
+        self.code = {a: i for a, i in code.items() if not any(a in loop for loop in waiting)}
         self.leads = {a: inner[a] & self.code.keys() for a in self.code}
 
     def path(self, longest: bool) -> list[Instruction]:
