@@ -217,7 +217,7 @@ def memory_attention(
     lse_shape = (query.shape[0], query.shape[2], query.shape[1])
     lse = torch.empty(lse_shape, dtype=statistics_dtype(query.dtype), device=query.device)
     launch = launch_forward
-    if gluon.AVAILABLE and configs.of_family(configs.SPECIALISED, query.device):
+    if gluon.AVAILABLE and query.shape[3] in configs.of_family(configs.SPECIALISED, query.device):
         from .gluon import attention as specialised  # only here: older releases of Triton cannot import it
 
         launch = specialised.launch_forward if specialised.serves(query, key, value, query_block) else launch

@@ -48,10 +48,6 @@ SHARED_MEMORY = {
 DENSE = {"any": "triton"}  # calls without a frame table
 CHOSEN = {"any": "triton"}  # calls with one; for torch's kernels the chosen frames are first gathered next to the rest
 
-# Where attention in half precision runs with warps of their own for loads and for products (gluon/). Hopper: chosen by
-# its machine code (docs/kernels.md), not yet timed; another family is named here once it has been.
-SPECIALISED = {"any": False, "sm_90": True}
-
 # kernel -> family -> Config; "any" serves the families that are not named.
 TABLE: dict[str, dict[str, Config]] = {
     # Streams of bytes: enough programs for every multiprocessor at one frame of 12 heads x 128 (48 per frame), rows of
@@ -103,9 +99,6 @@ TABLE: dict[str, dict[str, Config]] = {
     "attention_forward_float32_64": {"any": Config({"BM": 64, "BN": 32}, warps=8)},
     "attention_forward_float32_128": {"any": Config({"BM": 64, "BN": 32}, warps=8)},
     "attention_forward_float32_256": {"any": Config({"BM": 32, "BN": 16}, warps=4)},
-    # Forward with warps of their own for loads (gluon/), tiles of 128 queries; stages as many as fit. Compiled.
-    "attention_specialised_64": {"any": Config({"BN": 128}, warps=4, stages=4)},
-    "attention_specialised_128": {"any": Config({"BN": 128}, warps=4, stages=3)},
     # Backward: both kernels hold two tiles of results or operands more than the forward. Compiled.
     "attention_backward_query_64": {"any": Config({"BM": 64, "BN": 32}, warps=4, stages=2)},
     "attention_backward_query_128": {
@@ -130,6 +123,13 @@ TABLE: dict[str, dict[str, Config]] = {
     "attention_backward_key_float32_64": {"any": Config({"BM": 16, "BN": 32}, warps=8)},
     "attention_backward_key_float32_128": {"any": Config({"BM": 16, "BN": 32}, warps=8)},
     "attention_backward_key_float32_256": {"any": Config({"BM": 16, "BN": 16}, warps=8)},
+}
+
+# Attention forward in half precision with warps of their own for loads and for products (gluon/), where that kernel
+# attends: family -> head size -> Config. As many stages as fit. Hopper: chosen by its machine code (docs/kernels.md).
+SPECIALISED: dict[str, dict[int, Config]] = {
+    "any": {},
+    "sm_90": {64: Config({"BN": 128}, stages=4), 128: Config({"BN": 128}, stages=3)},
 }
 
 

@@ -25,9 +25,7 @@ def small_tiles(keys: int = 16, stages: int = 2, seed: int = 0, faults: tuple = 
     config = configs.Config({"BN": keys}, stages=stages)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "forward_sm90_kernel", stand_in)
-        patch.setattr(configs, "SPECIALISED", {"any": True})
-        for head_dim in (64, 128):
-            patch.setitem(configs.TABLE, f"attention_specialised_{head_dim}", {"any": config})
+        patch.setattr(configs, "SPECIALISED", {"any": {64: config, 128: config}})
         yield stand_in
 
 

@@ -23,14 +23,13 @@ def _described(x: Tensor) -> bool:
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, query_block: int | None) -> bool:
-    """Whether these calls are served; the others are left to the kernel of triton/attention.py.
+    """Whether a call, of a head size with a configuration, is served; others go to the kernel of triton/attention.py.
 
-    Those are float32, other head sizes than 64 and 128, tensors that no descriptor describes, and so few queries (of
-    one block) that the second group of warps would have none.
+    Those are float32, tensors that no descriptor describes, and so few queries (of one block) that the second group of
+    warps would have none.
     """
     return (
         query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[3] in (64, 128)
         and min(query_block or query.shape[1], query.shape[1]) > ROWS.value
         and all(_described(x) for x in (query, key, value))
     )
@@ -75,7 +74,7 @@ def launch_forward(
     query_block = min(query_block or queries, queries)
     blocks = triton.cdiv(queries, query_block)
     places = frame_table.shape[-1] if candidate_frames else 0
-    config = configs.config(f"attention_specialised_{head_dim}", query.device)
+    config = configs.of_family(configs.SPECIALISED, query.device)[head_dim]
     rows = config.blocks["BN"]
     if scale <= 0:  # the kernel finds the largest logit before it scales
         query, scale = -query, max(-scale, 1e-30)
@@ -93,7 +92,7 @@ def launch_forward(
         _by_token(key, rows), _by_token(value, rows),
         frame_table.contiguous(), out, lse, partial_out, partial_lse,
         scale * LOG2_E, *sizes, places, tokens_per_frame, candidate_frames, key.shape[1], whole, pieces,
-        D=head_dim, STAGES=config.stages, PLACES_PAD=triton.next_power_of_2(max(places, 1)), **config.blocks,
+        D=head_dim, STAGES=config.stages, PLACES_PAD=max(8, triton.next_power_of_2(max(places, 1))), **config.blocks,
         num_warps=config.warps,
     )  # fmt: skip
     if shared:
