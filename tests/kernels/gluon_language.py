@@ -278,3 +278,11 @@ mbarrier = SimpleNamespace(
     wait=lambda barrier, phase: barrier.wait(phase),
 )
 tma = SimpleNamespace(async_load=load_tile)
+hopper = SimpleNamespace(
+    mbarrier=mbarrier,
+    tma=tma,
+    warpgroup_mma=warpgroup_mma,
+    warpgroup_mma_wait=warpgroup_mma_wait,
+    fence_async_shared=ignored,
+)
+blackwell = SimpleNamespace()

@@ -113,5 +113,5 @@ def test_the_groups_take_turns():
     with small_tiles(stages=3) as kernel:
         Call(case).check()
     for history in kernel.histories:
-        assert history == ["consumer 0", "consumer 0", "consumer 1", "consumer 1"] * (len(history) // 4)
+        assert history == ["attend 0", "attend 0", "attend 1", "attend 1"] * (len(history) // 4)
         assert history

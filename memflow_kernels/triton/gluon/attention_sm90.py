@@ -17,74 +17,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..attention_schedule import share_of_program
-from ..attention_tiles import query_rows
+from .attention_parts import fetch, next_left, next_stage, softmax, work_of_program, write_result
 from .names import barriers, load_tile
 
 ROWS = gl.constexpr(64)  # queries of one group of four warps: the height of one tensor-core product
 
 
 @gluon.jit
-def fetch(
-    by_frame, by_token, tiles, loaded, read, batch, head, table_row, tokens_per_frame, candidate_frames, places,
-    first, last, BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
-    """Tiles first .. last of keys or of values, each as soon as its place is free again. Empty places have none."""
-    BYTES: gl.constexpr = BN * D * 2
-    per_frame = gl.cdiv(tokens_per_frame, BN)
-    stage = 0
-    parity = 1  # of the round of the ring before
-    before = 0  # tiles of the frames so far
-    for place in range(places):
-        frame = gl.load(table_row + place)
-        if (frame >= 0) & (frame < candidate_frames):
-            for unit in range(gl.maximum(first, before), gl.minimum(last, before + per_frame)):
-                mbarrier.wait(read.index(stage), parity)
-                mbarrier.expect(loaded.index(stage), BYTES)
-                at = [batch, head, frame, (unit - before) * BN, 0]
-                load_tile(by_frame, at, loaded.index(stage), tiles.index(stage).reshape([1, 1, 1, BN, D]))
-                stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-                parity = gl.where(stage == 0, parity ^ 1, parity)
-            before += per_frame
-    for unit in range(gl.maximum(first, before), last):
-        mbarrier.wait(read.index(stage), parity)
-        mbarrier.expect(loaded.index(stage), BYTES)
-        at = [batch, head, candidate_frames * tokens_per_frame + (unit - before) * BN, 0]
-        load_tile(by_token, at, loaded.index(stage), tiles.index(stage).reshape([1, 1, BN, D]))
-        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-        parity = gl.where(stage == 0, parity ^ 1, parity)
-
-
-@gluon.jit
-def softmax(logits, top, mass, scale, left, BN: gl.constexpr, LOGITS: gl.constexpr):
-    """Shares of one more tile, of which the first `left` keys exist; top is the largest logit so far, to the base 2.
-
-    The products are written as fused ones: they are what the loop has most of.
-    """
-    if left < BN:  # a branch: most tiles are full and need no masking
-        key = gl.arange(0, BN, layout=gl.SliceLayout(0, LOGITS))
-        logits = gl.where((key < left)[None, :], logits, float("-inf"))
-    new_top = gl.maximum(top, gl.max(logits, 1) * scale)
-    share = gl.exp2(gl.fma(logits, scale, -new_top[:, None]))
-    shrink = gl.exp2(top - new_top)
-    mass = gl.fma(mass, shrink, gl.sum(share, 1))
-    return share, new_top, mass, shrink
-
-
-@gluon.jit
-def consumer(
-    GROUP: gl.constexpr, tiles, loaded, read, my_turn, their_turn, results, scale, place_of, sizes, left,
-    tokens_per_frame, rest, table_units, first, last,
-    BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
+def attend(
+    GROUP: gl.constexpr, tiles, loaded, read, my_turn, their_turn, results, place_of, queries, heads,
+    scale, work, left, tokens_per_frame, BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """The ROWS queries of one group over all tiles of this program; writes their result."""
     q_tiles, k_tiles, v_tiles = tiles
     q_loaded, k_loaded, v_loaded = loaded
     k_read, v_read = read
+    first, last, table_units, rest = work
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    ROW_OF_SUMS: gl.constexpr = gl.SliceLayout(1, SUMS)
     SHARES: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     top = gl.full([ROWS], -3.0e38, gl.float32, layout=ROW)  # finite, so that a row without a key meets no inf - inf
     mass = gl.zeros([ROWS], gl.float32, layout=ROW)
@@ -102,11 +53,8 @@ def consumer(
     mbarrier.wait(v_loaded.index(0), 0)
     for unit in range(first + 1, last):
         stage_before = stage
-        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-        parity = gl.where(stage == 0, parity ^ 1, parity)
-        left -= BN
-        if left <= 0:  # the next frame, or what comes behind the candidates
-            left = gl.where(unit < table_units, tokens_per_frame, rest)
+        stage, parity = next_stage(stage, parity, STAGES)
+        left = next_left(left, unit, table_units, tokens_per_frame, rest, BN)
         mbarrier.wait(k_loaded.index(stage), parity)
         mbarrier.wait(my_turn, (unit - first & 1) ^ GROUP)
         k = k_tiles.index(stage).permute((1, 0))
@@ -116,31 +64,14 @@ def consumer(
         logits = warpgroup_mma_wait(1, deps=[logits_coming])
         mbarrier.arrive(k_read.index(stage))
         share, top, mass, shrink = softmax(logits, top, mass, scale, left, BN, LOGITS)
+        # here, not where the next tile needs it: ptxas moves the wait for a product up, but not past another wait
         mbarrier.wait(v_loaded.index(stage), parity)
         acc = warpgroup_mma_wait(0, deps=[acc_coming])
         mbarrier.arrive(v_read.index(stage_before))
-        acc = acc * gl.convert_layout(shrink, ROW_OF_SUMS)[:, None]
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
         shares = gl.convert_layout(share.to(v_tiles.dtype), SHARES)
     acc = warpgroup_mma(shares, v_tiles.index(stage), acc)
-
-    some = gl.where(mass == 0, 1.0, mass)
-    acc = acc * gl.convert_layout(1.0 / some, ROW_OF_SUMS)[:, None]
-    log_mass = gl.where(mass == 0, float("-inf"), top + gl.log2(some))
-    out, lse, partial_out, partial_lse = results
-    batch, head, first_row, rows, slot = place_of
-    queries, heads = sizes
-    row = GROUP * ROWS + gl.arange(0, ROWS, layout=ROW_OF_SUMS)
-    row_of_lse = GROUP * ROWS + gl.arange(0, ROWS, layout=ROW)
-    channel = gl.arange(0, D, layout=gl.SliceLayout(0, SUMS))
-    if slot < 0:  # a whole tile
-        token = (batch.to(gl.int64) * queries + first_row + row) * heads + head
-        gl.store(out + token[:, None] * D + channel[None, :], acc.to(out.dtype.element_ty), mask=(row < rows)[:, None])
-        number = (batch.to(gl.int64) * heads + head) * queries + first_row + row_of_lse
-        gl.store(lse + number, log_mass * 0.6931471805599453, mask=row_of_lse < rows)
-    else:
-        part = slot.to(gl.int64) * (2 * ROWS)
-        gl.store(partial_out + (part + row)[:, None] * D + channel[None, :], acc, mask=(row < rows)[:, None])
-        gl.store(partial_lse + part + row_of_lse, log_mass, mask=row_of_lse < rows)
+    write_result(acc, top, mass, results, place_of, queries, heads, GROUP, ROWS, D, LOGITS, SUMS)
 
 
 @gluon.jit(
@@ -154,29 +85,16 @@ def forward_sm90_kernel(
     scale, queries, heads, query_block, blocks, places, tokens_per_frame, candidate_frames, tokens, whole, pieces,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, PLACES_PAD: gl.constexpr,
 ):  # fmt: skip
-    """Writes out [B, Lq, H, D] and lse [B, H, Lq] of a whole tile, or partial_* of a piece of one.
+    """Writes out [B, Lq, H, D] and lse [B, H, Lq] of a whole tile of 2 x ROWS queries, or partial_* of a piece of one.
 
-    scale is positive and times log2(e). Empty places have no tiles, and a program without any has one of no key.
+    scale is positive and times log2(e).
     """
-    program = gl.program_id(0)
-    tile, _, _ = share_of_program(program, whole, pieces, 0)
-    batch, head, block, first_row, rows = query_rows(tile, queries, heads, query_block, blocks, 2 * ROWS)
-    table_row = frame_table + ((batch.to(gl.int64) * heads + head) * blocks + block) * places
-    place = gl.arange(0, PLACES_PAD, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    frames = gl.load(table_row + place, mask=place < places, other=-1)
-    filled = gl.sum(((frames >= 0) & (frames < candidate_frames)).to(gl.int32), 0)
-    per_frame = gl.cdiv(tokens_per_frame, BN)
-    table_units = filled * per_frame
-    rest = tokens - candidate_frames * tokens_per_frame
-    units = table_units + gl.cdiv(rest, BN)
-    _, first, last = share_of_program(program, whole, pieces, units)
-    if first >= last:  # behind the end of the keys, so that it adds nothing
-        first = units
-        last = units + 1
-    left = rest - (first - table_units) * BN
-    if first < table_units:
-        left = tokens_per_frame - first % per_frame * BN
-    slot = gl.where(program < whole, -1, program - whole)
+    place_of, table_row, work, left = work_of_program(
+        frame_table, queries, heads, query_block, blocks, places, tokens_per_frame, candidate_frames, tokens, whole,
+        pieces, 2 * ROWS, BN, PLACES_PAD,
+    )  # fmt: skip
+    batch, head, first_row, _, _ = place_of
+    first, last, _, _ = work
 
     dtype: gl.constexpr = query.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -206,17 +124,15 @@ def forward_sm90_kernel(
     loaded = (q_loaded, k_loaded, v_loaded)
     read = (k_read, v_read)
     results = (out, lse, partial_out, partial_lse)
-    place_of = (batch, head, first_row, rows, slot)
-    sizes = (queries, heads)
     gl.warp_specialize(
         [
-            (consumer, (
-                0, tiles, loaded, read, turns.index(0), turns.index(1), results, scale, place_of, sizes, left,
-                tokens_per_frame, rest, table_units, first, last, BN, STAGES, D,
+            (attend, (
+                0, tiles, loaded, read, turns.index(0), turns.index(1), results, place_of, queries, heads,
+                scale, work, left, tokens_per_frame, BN, STAGES, D,
             )),
-            (consumer, (
-                1, tiles, loaded, read, turns.index(1), turns.index(0), results, scale, place_of, sizes, left,
-                tokens_per_frame, rest, table_units, first, last, BN, STAGES, D,
+            (attend, (
+                1, tiles, loaded, read, turns.index(1), turns.index(0), results, place_of, queries, heads,
+                scale, work, left, tokens_per_frame, BN, STAGES, D,
             )),
             (fetch, (
                 key_frames, key_rest, k_tiles, k_loaded, k_read, batch, head, table_row, tokens_per_frame,
