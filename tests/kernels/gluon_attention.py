@@ -15,16 +15,21 @@ from memflow_kernels import reference
 from memflow_kernels.backends import implementation
 from memflow_kernels.testing import AttentionCase, assert_close, attention_inputs, draw, poisoned_memory
 from memflow_kernels.triton import configs
-from memflow_kernels.triton.gluon import attention
+from memflow_kernels.triton.gluon import attention_sm90, attention_sm100
+
+KERNELS = {"sm90": attention_sm90, "sm100": attention_sm100}
 
 
 @contextmanager
-def small_tiles(keys: int = 16, stages: int = 2, seed: int = 0, faults: tuple = ()) -> Iterator[StandIn]:
+def small_tiles(
+    chip: str = "sm90", keys: int = 16, stages: int = 2, seed: int = 0, faults: tuple = ()
+) -> Iterator[StandIn]:
     """Inside the block calls that the kernel serves are run by the stand-in, with tiles of so many keys."""
-    stand_in = StandIn("attention_sm90", "forward_sm90_kernel", seed, faults)
+    stand_in = StandIn(f"attention_{chip}", f"forward_{chip}_kernel", seed, faults)
     config = configs.Config({"BN": keys}, stages=stages)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "forward_sm90_kernel", stand_in)
+        patch.setattr(KERNELS[chip], f"forward_{chip}_kernel", stand_in)
+        patch.setattr(configs, "family", lambda device: chip.replace("sm", "sm_"))
         patch.setattr(configs, "SPECIALISED", {"any": {64: config, 128: config}})
         yield stand_in
 

@@ -285,4 +285,3 @@ hopper = SimpleNamespace(
     warpgroup_mma_wait=warpgroup_mma_wait,
     fence_async_shared=ignored,
 )
-blackwell = SimpleNamespace()

@@ -71,6 +71,7 @@ class Machine:
         self.me = Partition("program", lambda: None)
         self.partitions = [self.me]
         self.flying: list[Callable[[], None]] = []
+        self.queue: list[Callable[[], None]] = []  # what happens one after the other
         self.targets: list[np.ndarray] = []  # of the copies under way
         self.barriers: list[Barrier] = []
         self.history: list[str] = []  # who gave out a product that others run beside
@@ -152,13 +153,25 @@ class Machine:
 
     def _check_end(self) -> None:
         if self.flying:
-            self.fault = Fault("a copy is still under way when the program ends")
+            self.fault = Fault("a copy or a product is still under way when the program ends")
         for partition in self.partitions:
             if partition.products:
                 self.fault = Fault(f"{partition.name} ends with a product in flight: {partition.products[0].line}")
         for barrier in self.barriers:
             if barrier.bytes:
                 self.fault = Fault(f"{barrier.name} still expects {barrier.bytes} bytes when the program ends")
+
+    def in_order(self, run: Callable[[], None]) -> None:
+        """`run` happens at some time behind all that was given here before."""
+        self.queue.append(run)
+        if len(self.queue) == 1:
+            self.flying.append(self._advance)
+
+    def _advance(self) -> None:
+        self.queue[0]()
+        self.queue.pop(0)
+        if self.queue:
+            self.flying.append(self._advance)
 
     def copy(self, data: np.ndarray, target: np.ndarray, barrier: Barrier, size: int) -> None:
         """Bulk copy: lands at some time, all of it together with its bytes on the barrier."""
@@ -189,6 +202,12 @@ class Barrier:
         self.count = self.pending = count
 
     def arrive(self, count: int = 1, expected_bytes: int = 0) -> None:
+        """By the warps of a partition."""
+        self.arrive_alone(count, expected_bytes)
+        Machine.current.pause()
+
+    def arrive_alone(self, count: int = 1, expected_bytes: int = 0) -> None:
+        """By itself, when a product has run."""
         if self.count is None:
             raise Fault(f"{self.name} was not initialised")
         self.pending -= count
@@ -196,7 +215,6 @@ class Barrier:
         if self.pending < 0:
             raise Fault(f"{self.name}: more than {self.count} arrivals in one phase")
         self._end_of_phase()
-        Machine.current.pause()
 
     def complete(self, size: int) -> None:
         """So many bytes have come."""

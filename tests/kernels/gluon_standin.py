@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import gluon_language as simulated
 import torch
+from gluon_blackwell import blackwell
 from gluon_machine import KERNEL, Machine
 
 import memflow_kernels
@@ -27,7 +28,7 @@ REPLACED = {
     "triton.experimental": SimpleNamespace(gluon=GLUON),
     "triton.experimental.gluon": GLUON,
     "triton.experimental.gluon.language.nvidia.hopper": simulated.hopper,
-    "triton.experimental.gluon.language.nvidia.blackwell": simulated.blackwell,
+    "triton.experimental.gluon.language.nvidia.blackwell": blackwell,
 }
 
 

@@ -20,16 +20,18 @@ from gluon_attention import Call, small_tiles, table
 
 from memflow_kernels.testing import AttentionCase
 
+CHIPS = pytest.mark.parametrize("chip", ["sm90", "sm100"])
 
-def random_call(seed: int) -> tuple[Call, int]:
-    """A call that the kernel serves, and a number of stages."""
+
+def random_call(seed: int, fewest: int) -> tuple[Call, int]:
+    """A call with more queries than `fewest` in every block, which the kernel serves, and a number of stages."""
     chosen = random.Random(seed)
     frames = chosen.randint(1, 6)
     candidates = chosen.randint(0, frames)
     case = AttentionCase(
         name=f"seed {seed}",
         batch=chosen.randint(1, 2),
-        queries=chosen.choice([65, 100, 128, 129, 200]),
+        queries=fewest + chosen.choice([1, 36, 64, 65, 136]),
         heads=chosen.randint(1, 3),
         head_dim=chosen.choice([64, 64, 128]),
         tokens_per_frame=chosen.choice([1, 7, 16, 24, 40]),
@@ -37,7 +39,7 @@ def random_call(seed: int) -> tuple[Call, int]:
         candidate_frames=candidates,
         top_k=None,
     )
-    query_block = chosen.choice([None, None, 66, 130])
+    query_block = chosen.choice([None, None, fewest + 2, fewest + 66])
     call = Call(
         case,
         dtype=chosen.choice([torch.bfloat16, torch.float16]),
@@ -54,39 +56,43 @@ def random_call(seed: int) -> tuple[Call, int]:
     return call, chosen.choice([2, 3])
 
 
+@CHIPS
 @pytest.mark.parametrize(
-    "seed", [*range(20), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(20, 100))], ids=str
+    "seed", [*range(15), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(15, 100))], ids=str
 )
-def test_random_calls(seed):
-    call, stages = random_call(seed)
+def test_random_calls(seed, chip):
+    call, stages = random_call(seed, {"sm90": 64, "sm100": 128}[chip])
     print(call)
-    with small_tiles(stages=stages, seed=seed) as kernel:
+    with small_tiles(chip, stages=stages, seed=seed) as kernel:
         call.check()
         assert kernel.histories
 
 
-def test_whole_tiles_and_pieces_with_everything_that_a_table_may_hold():
+@CHIPS
+def test_whole_tiles_and_pieces_with_everything_that_a_table_may_hold(chip):
     """Six tiles on four multiprocessors: two in pieces. Heads with no frame, one twice, an empty place in between."""
-    case = AttentionCase("pieces", 1, 150, 3, 64, 24, 6, 3, None)
+    case = AttentionCase("pieces", 1, {"sm90": 150, "sm100": 300}[chip], 3, 64, 24, 6, 3, None)
     frame_table = torch.tensor([[[-1, -1, -1], [2, 2, 0], [1, -1, 0]]], dtype=torch.int32)
-    with small_tiles() as kernel:
+    with small_tiles(chip) as kernel:
         Call(case, frame_table=frame_table).check()
     assert len(kernel.histories) > 6
 
 
-def test_heads_without_a_key():
+@CHIPS
+def test_heads_without_a_key(chip):
     """No frames behind the candidates: a head with an empty table gives zeros and -inf, also in pieces."""
-    case = AttentionCase("nothing", 2, 70, 2, 64, 40, 2, 2, None)
+    case = AttentionCase("nothing", 2, 140, 2, 64, 40, 2, 2, None)
     frame_table = torch.tensor([[[-1, -1], [0, 1]], [[1, -1], [-1, -1]]], dtype=torch.int32)
-    with small_tiles():
+    with small_tiles(chip):
         Call(case, frame_table=frame_table).check()
         Call(case, frame_table=frame_table[..., :0]).check()
 
 
-def test_frames_of_real_size():
+@CHIPS
+def test_frames_of_real_size(chip):
     """1560 tokens: 12 tiles of 128 keys and one of 24, with the stages that the chip has."""
     case = AttentionCase("real", 1, 150, 1, 128, 1560, 3, 2, None)
-    with small_tiles(keys=128, stages=3) as kernel:
+    with small_tiles(chip, keys=128, stages=3) as kernel:
         Call(case, frame_table=torch.tensor([[[1]]], dtype=torch.int32)).check()
     assert kernel.histories
 

@@ -11,9 +11,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .. import configs
 from ..attention_schedule import combine, schedule
 from ..attention_tiles import LOG2_E
-from .attention_sm90 import ROWS, forward_sm90_kernel
+from . import attention_sm90, attention_sm100
 
-TILE_ROWS = 2 * ROWS.value
+
+def _kernel(device: torch.device) -> tuple[object, int]:
+    """The kernel of the chip, and how many queries each of its two groups of warps has."""
+    if configs.family(device) == "sm_100":
+        return attention_sm100.forward_sm100_kernel, attention_sm100.ROWS.value
+    return attention_sm90.forward_sm90_kernel, attention_sm90.ROWS.value
 
 
 def _described(x: Tensor) -> bool:
@@ -30,7 +35,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, query_block: int | None) -
     """
     return (
         query.dtype in (torch.bfloat16, torch.float16)
-        and min(query_block or query.shape[1], query.shape[1]) > ROWS.value
+        and min(query_block or query.shape[1], query.shape[1]) > _kernel(query.device)[1]
         and all(_described(x) for x in (query, key, value))
     )
 
@@ -75,19 +80,20 @@ def launch_forward(
     blocks = triton.cdiv(queries, query_block)
     places = frame_table.shape[-1] if candidate_frames else 0
     config = configs.of_family(configs.SPECIALISED, query.device)[head_dim]
-    rows = config.blocks["BN"]
+    kernel, group_rows = _kernel(query.device)
+    rows, tile_rows = config.blocks["BN"], 2 * group_rows
     if scale <= 0:  # the kernel finds the largest logit before it scales
         query, scale = -query, max(-scale, 1e-30)
     units = places * triton.cdiv(tokens_per_frame, rows)
     units += triton.cdiv(key.shape[1] - candidate_frames * tokens_per_frame, rows)
-    tiles = batch * heads * blocks * triton.cdiv(query_block, TILE_ROWS)
+    tiles = batch * heads * blocks * triton.cdiv(query_block, tile_rows)
     whole, pieces = schedule(tiles, max(units, 1), config.resident * configs.multiprocessors(query.device))
     shared = (tiles - whole) * pieces
-    partial_out = torch.empty((shared, TILE_ROWS, head_dim), dtype=torch.float32, device=query.device)
-    partial_lse = torch.empty((shared, TILE_ROWS), dtype=torch.float32, device=query.device)
+    partial_out = torch.empty((shared, tile_rows, head_dim), dtype=torch.float32, device=query.device)
+    partial_lse = torch.empty((shared, tile_rows), dtype=torch.float32, device=query.device)
     sizes = (queries, heads, query_block, blocks)
-    forward_sm90_kernel[(whole + shared,)](
-        _by_token(query, ROWS.value),
+    kernel[(whole + shared,)](
+        _by_token(query, group_rows),
         _by_frame(key, tokens_per_frame, rows), _by_frame(value, tokens_per_frame, rows),
         _by_token(key, rows), _by_token(value, rows),
         frame_table.contiguous(), out, lse, partial_out, partial_lse,
@@ -96,4 +102,4 @@ def launch_forward(
         num_warps=config.warps,
     )  # fmt: skip
     if shared:
-        combine(partial_out, partial_lse, out, lse, sizes, TILE_ROWS, tiles, whole, pieces)
+        combine(partial_out, partial_lse, out, lse, sizes, tile_rows, tiles, whole, pieces)
