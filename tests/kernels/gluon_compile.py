@@ -1,8 +1,8 @@
 """Compiles the attention forward for Hopper, without one: `python tests/kernels/gluon_compile.py FOLDER VARIANT...`.
 
-A variant is FORMAT-HEADSIZE, with "-exact" behind it for TRITON_DEFAULT_FP_FUSION=0 and "-pipelined" for the kernel of
-triton/attention.py in place of the one with roles for warps. Every cubin goes to FOLDER; the resources of all are
-printed as JSON. Triton must compile, not interpret.
+A variant is FORMAT-HEADSIZE, with "-exact" behind it for TRITON_DEFAULT_FP_FUSION=0, "-pipelined" for the kernel of
+triton/attention.py in place of the one with roles for warps, and "-blackwell" for the next chip. Every cubin goes to
+FOLDER; the resources of all are printed as JSON. Triton must compile, not interpret.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ FULL = 1560  # tokens of a frame at 480 x 832
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def compile_variant(variant: str, chip: str, folder: Path) -> dict[str, int]:
+def compile_variant(variant: str, folder: Path) -> dict[str, int]:
     """Compile one variant for the shape that counts, 3 of 6 frames and 9 more; resources of its forward kernel."""
     dtype, head_dim, *options = variant.split("-")
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "0" if "exact" in options else "1"
+    chip = "sm_100" if "blackwell" in options else "sm_90"
+    triton.runtime.driver.set_active(aot.Driver(aot.TARGETS[chip]))
+    configs._gpu_family = lambda index: chip
     found, chosen = {}, configs.SPECIALISED
+    configs.SPECIALISED = chosen | configs.SPECIALISED_UNTIMED
     if "pipelined" in options:
         configs.SPECIALISED = {"any": {}}
 
@@ -51,12 +55,10 @@ def compile_variant(variant: str, chip: str, folder: Path) -> dict[str, int]:
     return found
 
 
-def main(folder: str, *variants: str, chip: str = "sm_90") -> None:
-    triton.runtime.driver.set_active(aot.Driver(aot.TARGETS[chip]))
-    configs._gpu_family = lambda index: chip
+def main(folder: str, *variants: str) -> None:
     configs._gpu_multiprocessors = lambda index: 132
     torch.Tensor.data_ptr = lambda x: x.storage_offset() * x.element_size()
-    print(json.dumps({variant: compile_variant(variant, chip, Path(folder)) for variant in variants}))
+    print(json.dumps({variant: compile_variant(variant, Path(folder)) for variant in variants}))
 
 
 if __name__ == "__main__":

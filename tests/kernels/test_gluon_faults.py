@@ -67,24 +67,57 @@ FAULTS = {
     "a piece is written as a whole tile": ("-1, program - whole)", "-1, -1)", WRONG),
 }
 
-CASE = AttentionCase("faults", 1, 70, 6, 64, 40, 4, 3, None)
+UNREADY = "read while a product writes|holds"
+WRITTEN = "written while a product writes"
+WEIGHED = "mbarrier.arrive(weighed)"
+STORED_SHARES = "shares_tile.store(share.to(dtype))"
+
+# the same for the kernel of Blackwell
+FAULTS_BLACKWELL = {
+    "logits are not waited for": ("mbarrier.wait(ready, unit - first & 1)", "pass", UNREADY),
+    "shares are not waited for": ("mbarrier.wait(shares_ready.index(group), unit - first & 1)", "pass", UNREADY),
+    "sums are not waited for": ("mbarrier.wait(ready, last - first & 1)", "pass", UNREADY),
+    "keys are not waited for": ("mbarrier.wait(k_loaded.index(stage), parity)", "pass", EARLY),
+    "values are not waited for": ("mbarrier.wait(v_loaded.index(stage), parity)", "pass", EARLY),
+    "nobody says that the sums are complete": ("tcgen05_commit(logits_ready.index(group))", "pass", DEADLOCK),
+    "shares are never announced": (WEIGHED, "pass", DEADLOCK),
+    "shares are announced too early": (STORED_SHARES, f"{WEIGHED}; {STORED_SHARES}", f"{UNREADY}|{WRITTEN}|more than"),
+    "keys are given back by one product": (
+        "k_read.index(i), count=2",
+        "k_read.index(i), count=1",
+        f"{CHANGED}|{MIXED}",
+    ),
+    "values are never given back": ("mbarriers=[v_read.index(stage_before)]", "mbarriers=[]", DEADLOCK),
+    "sums begin with what lies there": ("use_acc=unit > first", "use_acc=True", "holds nothing"),
+    "sums forget the tiles before": ("use_acc=unit > first", "use_acc=False", WRONG),
+    "sums are not made smaller": ("sums_tile.load(SUMS) * factor[:, None]", "sums_tile.load(SUMS)", WRONG),
+    "the next tile is taken for this": ("next_left(left, unit + 1,", "next_left(left, unit,", WRONG),
+}
+
+CASE = AttentionCase("faults", 1, 70, 6, 64, 40, 5, 3, None)
 TABLE = torch.tensor([[[0, 2], [1, -1], [2, 2], [-1, -1], [0, 1], [-1, 0]]], dtype=torch.int32)
 
 
+CASES = {"sm90": CASE, "sm100": CASE._replace(queries=140)}
+
+
+@pytest.mark.parametrize("chip", CASES)
 @pytest.mark.parametrize("seed", range(3))
-def test_without_a_fault(seed):
-    with small_tiles(seed=seed):
-        Call(CASE, frame_table=TABLE).check()
+def test_without_a_fault(chip, seed):
+    with small_tiles(chip, seed=seed):
+        Call(CASES[chip], frame_table=TABLE).check()
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_caught(name):
+@pytest.mark.parametrize(
+    ("chip", "name"), [*(("sm90", name) for name in FAULTS), *(("sm100", name) for name in FAULTS_BLACKWELL)]
+)
+def test_caught(chip, name):
     """Within a few orders of events; most at the first."""
-    is_, becomes, message = FAULTS[name]
+    is_, becomes, message = {"sm90": FAULTS, "sm100": FAULTS_BLACKWELL}[chip][name]
     with pytest.raises(AssertionError, match=message) as caught:
         for seed in range(4):
-            with small_tiles(seed=seed, faults=((is_, becomes),)):
-                Call(CASE, frame_table=TABLE).check()
+            with small_tiles(chip, seed=seed, faults=((is_, becomes),)):
+                Call(CASES[chip], frame_table=TABLE).check()
     print(name, "->", caught.value)
 
 

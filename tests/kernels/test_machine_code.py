@@ -62,6 +62,20 @@ def test_the_forward_on_hopper(compiled, variant):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not gluon.AVAILABLE, reason="this release of Triton has another Gluon")
+def test_the_forward_on_blackwell_compiles(compiled):
+    """Products by tcgen05, and it fits; a few numbers of a program are kept on the stack, none of a loop's tensors."""
+    variants = ("bf16-128-blackwell", "fp16-64-blackwell")
+    for variant in variants:
+        _, resources = compiled(variant, variants)
+        print(variant, resources)
+        assert resources["kernel"] == "forward_sm100_kernel"
+        assert resources["tcgen05"]
+        assert resources["shared"] <= SHARED_MEMORY["sm_100"]
+        assert resources["spilled"] <= 32
+
+
+@pytest.mark.slow
 def test_the_pipelined_forward_is_read(compiled):
     """The kernel of triton/attention.py: what the bar says of it is printed, for docs/kernels.md."""
     cubin, resources = compiled("bf16-128-pipelined", ("bf16-128-pipelined",))

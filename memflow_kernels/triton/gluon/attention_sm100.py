@@ -80,8 +80,8 @@ def weigh(
         share, top, mass, shrink = softmax(logits_tile.load(LOGITS), top, mass, scale, left, BN, LOGITS)
         shares_tile.store(share.to(dtype))
         if unit > first:  # the products before this tile's logits are complete, the sums among them
-            shrink = gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))
-            sums_tile.store(sums_tile.load(SUMS) * shrink[:, None])
+            factor = gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))
+            sums_tile.store(sums_tile.load(SUMS) * factor[:, None])
         mbarrier.arrive(weighed)
         left = next_left(left, unit + 1, table_units, tokens_per_frame, rest, BN)
     mbarrier.wait(ready, last - first & 1)
