@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dtypes import statistics_dtype
-from . import configs
+from . import configs, gluon
 from .attention_backward import memory_attention_backward
 from .attention_schedule import combine, schedule, share_of_program
 from .attention_tiles import (
@@ -216,5 +216,10 @@ def memory_attention(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse_shape = (query.shape[0], query.shape[2], query.shape[1])
     lse = torch.empty(lse_shape, dtype=statistics_dtype(query.dtype), device=query.device)
-    launch_forward(query, key, value, frame_table, *sizes, out, lse)
+    launch = launch_forward
+    if gluon.AVAILABLE and query.shape[3] in configs.of_family(configs.SPECIALISED, query.device):
+        from .gluon import attention as specialised  # only here: older releases of Triton cannot import it
+
+        launch = specialised.launch_forward if specialised.serves(query, key, value, query_block) else launch
+    launch(query, key, value, frame_table, *sizes, out, lse)
     return out, lse

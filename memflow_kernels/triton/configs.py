@@ -8,9 +8,11 @@ not timed on that chip.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+
+Entry = TypeVar("Entry")
 
 
 class Config(NamedTuple):
@@ -125,6 +127,15 @@ TABLE: dict[str, dict[str, Config]] = {
     "attention_backward_key_float32_256": {"any": Config({"BM": 16, "BN": 16}, warps=8)},
 }
 
+# Attention forward in half precision with warps of their own for loads and for products (gluon/), where that kernel
+# attends: family -> head size -> Config. As many stages as fit. Hopper: chosen by its machine code (docs/kernels.md).
+SPECIALISED: dict[str, dict[int, Config]] = {
+    "any": {},
+    "sm_90": {64: Config({"BN": 128}, stages=4), 128: Config({"BN": 128}, stages=3)},
+}
+# The same for Blackwell: compiled, and run on the CPU by the tests. A committed measurement will move it up.
+SPECIALISED_UNTIMED = {"sm_100": {64: Config({"BN": 128}, stages=4), 128: Config({"BN": 128}, stages=2)}}
+
 
 @functools.cache
 def _gpu_family(index: int) -> str:
@@ -151,8 +162,8 @@ def multiprocessors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else _gpu_multiprocessors(torch.device(device).index or 0)
 
 
-def of_family(rows: dict[str, str], device: torch.device) -> str:
-    """The entry for `device` of DENSE or CHOSEN."""
+def of_family(rows: dict[str, Entry], device: torch.device) -> Entry:
+    """The entry for `device` of DENSE, CHOSEN or SPECIALISED."""
     return rows.get(family(device), rows["any"])
 
 

@@ -1,0 +1,63 @@
+"""memory_attention through a Gluon kernel's source, on the CPU: its launch is the real one, its kernel the stand-in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from gluon_standin import StandIn
+from torch import Tensor
+
+from memflow_kernels import reference
+from memflow_kernels.backends import implementation
+from memflow_kernels.testing import AttentionCase, assert_close, attention_inputs, draw, poisoned_memory
+from memflow_kernels.triton import configs
+from memflow_kernels.triton.gluon import attention_sm90, attention_sm100
+
+KERNELS = {"sm90": attention_sm90, "sm100": attention_sm100}
+
+
+@contextmanager
+def small_tiles(
+    chip: str = "sm90", keys: int = 16, stages: int = 2, seed: int = 0, faults: tuple = ()
+) -> Iterator[StandIn]:
+    """Inside the block calls that the kernel serves are run by the stand-in, with tiles of so many keys."""
+    stand_in = StandIn(f"attention_{chip}", f"forward_{chip}_kernel", seed, faults)
+    config = configs.Config({"BN": keys}, stages=stages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KERNELS[chip], f"forward_{chip}_kernel", stand_in)
+        patch.setattr(configs, "family", lambda device: chip.replace("sm", "sm_"))
+        patch.setattr(configs, "SPECIALISED", {"any": {64: config, 128: config}})
+        yield stand_in
+
+
+@dataclass
+class Call:
+    """Arguments of one call."""
+
+    case: AttentionCase
+    dtype: torch.dtype = torch.bfloat16
+    layout: str = "dense"
+    frame_table: Tensor | None = None
+    scale: float = 0.125
+    query_block: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """The result is that of the specification in float64; nothing is left unwritten."""
+        query, key, value = attention_inputs(self.case, dtype=self.dtype, layout=self.layout, seed=self.seed)
+        sizes = (self.frame_table, self.case.tokens_per_frame, self.case.candidate_frames, self.scale, self.query_block)
+        wide = reference.memory_attention(query.double(), key.double(), value.double(), *sizes)
+        with poisoned_memory():
+            out, lse = implementation("memory_attention", "triton")(query, key, value, *sizes)
+        assert_close(out, wide[0], roundings=2)
+        assert_close(lse, wide[1])
+
+
+def table(case: AttentionCase, places: int, blocks: int | None = None, seed: int = 0) -> Tensor:
+    """Random: with empty places, and with frames named twice."""
+    shape = (case.batch, case.heads, *([] if blocks is None else [blocks]), places)
+    return draw(torch.randint, -1, case.candidate_frames, shape, seed=seed, dtype=torch.int32)

@@ -1,0 +1,123 @@
+"""The Gluon kernel of memory_attention, run from its source on the CPU, against the specification in float64."""
+
+import random
+
+import pytest
+import torch
+
+from memflow_kernels.backends import available_backends
+
+if available_backends()["triton"] is not None:
+    pytest.skip(f"backend triton: {available_backends()['triton']}", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("the stand-in is for the CPU; on a GPU the kernel itself runs", allow_module_level=True)
+from memflow_kernels.triton import gluon
+
+if not gluon.AVAILABLE:
+    pytest.skip("this release of Triton has another Gluon", allow_module_level=True)
+
+from gluon_attention import Call, small_tiles, table
+
+from memflow_kernels.testing import AttentionCase
+
+CHIPS = pytest.mark.parametrize("chip", ["sm90", "sm100"])
+
+
+def random_call(seed: int, fewest: int) -> tuple[Call, int]:
+    """A call with more queries than `fewest` in every block, which the kernel serves, and a number of stages."""
+    chosen = random.Random(seed)
+    frames = chosen.randint(1, 6)
+    candidates = chosen.randint(0, frames)
+    case = AttentionCase(
+        name=f"seed {seed}",
+        batch=chosen.randint(1, 2),
+        queries=fewest + chosen.choice([1, 36, 64, 65, 136]),
+        heads=chosen.randint(1, 3),
+        head_dim=chosen.choice([64, 64, 128]),
+        tokens_per_frame=chosen.choice([1, 7, 16, 24, 40]),
+        frames=frames,
+        candidate_frames=candidates,
+        top_k=None,
+    )
+    query_block = chosen.choice([None, None, fewest + 2, fewest + 66])
+    call = Call(
+        case,
+        dtype=chosen.choice([torch.bfloat16, torch.float16]),
+        layout=chosen.choice(["dense", "sliced", "heads_first", "fused"]),
+        scale=chosen.choice([0.125, 0.125, -0.2, 0.0]),
+        query_block=query_block,
+        seed=seed,
+    )
+    if candidates and chosen.random() < 0.8:
+        blocks = None if query_block is None else -(-case.queries // query_block)
+        call.frame_table = table(case, chosen.randint(0, 4), blocks, seed)
+    else:
+        call.query_block = None
+    return call, chosen.choice([2, 3])
+
+
+@CHIPS
+@pytest.mark.parametrize(
+    "seed", [*range(15), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(15, 100))], ids=str
+)
+def test_random_calls(seed, chip):
+    call, stages = random_call(seed, {"sm90": 64, "sm100": 128}[chip])
+    print(call)
+    with small_tiles(chip, stages=stages, seed=seed) as kernel:
+        call.check()
+        assert kernel.histories
+
+
+@CHIPS
+def test_whole_tiles_and_pieces_with_everything_that_a_table_may_hold(chip):
+    """Six tiles on four multiprocessors: two in pieces. Heads with no frame, one twice, an empty place in between."""
+    case = AttentionCase("pieces", 1, {"sm90": 150, "sm100": 300}[chip], 3, 64, 24, 6, 3, None)
+    frame_table = torch.tensor([[[-1, -1, -1], [2, 2, 0], [1, -1, 0]]], dtype=torch.int32)
+    with small_tiles(chip) as kernel:
+        Call(case, frame_table=frame_table).check()
+    assert len(kernel.histories) > 6
+
+
+@CHIPS
+def test_heads_without_a_key(chip):
+    """No frames behind the candidates: a head with an empty table gives zeros and -inf, also in pieces."""
+    case = AttentionCase("nothing", 2, 140, 2, 64, 40, 2, 2, None)
+    frame_table = torch.tensor([[[-1, -1], [0, 1]], [[1, -1], [-1, -1]]], dtype=torch.int32)
+    with small_tiles(chip):
+        Call(case, frame_table=frame_table).check()
+        Call(case, frame_table=frame_table[..., :0]).check()
+
+
+@CHIPS
+def test_frames_of_real_size(chip):
+    """1560 tokens: 12 tiles of 128 keys and one of 24, with the stages that the chip has."""
+    case = AttentionCase("real", 1, 150, 1, 128, 1560, 3, 2, None)
+    with small_tiles(chip, keys=128, stages=3) as kernel:
+        Call(case, frame_table=torch.tensor([[[1]]], dtype=torch.int32)).check()
+    assert kernel.histories
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (Call(AttentionCase("x", 1, 70, 2, 64, 8, 2, 0, None), layout="padded"), "no descriptor"),
+        (Call(AttentionCase("x", 1, 70, 2, 64, 8, 2, 0, None), dtype=torch.float32), "exact products"),
+        (Call(AttentionCase("x", 1, 70, 2, 32, 8, 2, 0, None)), "another head size"),
+        (Call(AttentionCase("x", 1, 64, 2, 64, 8, 2, 0, None)), "no query for the second group"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_calls_that_are_left_to_the_other_kernel(call, reason):
+    with small_tiles() as kernel:
+        call.check()
+    assert not kernel.histories
+
+
+def test_the_groups_take_turns():
+    """Each gives out both its products of a tile, then it is the other's turn."""
+    case = AttentionCase("turns", 1, 128, 4, 64, 40, 3, 0, None)
+    with small_tiles(stages=3) as kernel:
+        Call(case).check()
+    for history in kernel.histories:
+        assert history == ["attend 0", "attend 0", "attend 1", "attend 1"] * (len(history) // 4)
+        assert history
