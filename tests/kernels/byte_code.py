@@ -41,14 +41,13 @@ def instructions(listing: str) -> list[Instruction]:
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """The innermost loops: the instructions between a branch backwards and its target."""
+    """The instructions between each branch backwards and its target, loops inside of others too."""
     spans = []
     for address, text in code:
         back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if back and int(back[1], 16) < address:
             spans.append((int(back[1], 16), address))
-    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return [[x for x in code if first <= x.address <= last] for first, last in inner]
+    return [[x for x in code if first <= x.address <= last] for first, last in spans]
 
 
 def count(code: list[Instruction], pattern: str) -> int:
@@ -56,8 +55,9 @@ def count(code: list[Instruction], pattern: str) -> int:
 
 
 def hot_loop(code: list[Instruction]) -> list[Instruction]:
-    """The innermost loop that stores most: the one over tokens. All of the code where there is no such loop."""
-    return max((loop for loop in loops(code) if count(loop, r"\bSTG\b")), key=len, default=code)
+    """The loop over tokens: the shortest that stores the most 16 bytes; all of the code where no loop stores any."""
+    storing = [loop for loop in loops(code) if count(loop, r"\bSTG\b\S*\.128")]
+    return min(storing, key=lambda loop: (-count(loop, r"\bSTG\b\S*\.128"), len(loop)), default=code)
 
 
 def described(code: list[Instruction]) -> dict[str, int]:
