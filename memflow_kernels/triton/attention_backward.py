@@ -45,10 +45,13 @@ def _log_mass(first, rows, BM: tl.constexpr):
 
 
 @triton.jit
-def _absorb_query(q, do, k, v, log_mass, offset, count, acc, scale, BN: tl.constexpr, PRECISION: tl.constexpr):
+def _absorb_query(
+    q, do, k, v, log_mass, offset, count, acc, scale,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Adds to acc [BM, D] the gradient of the queries through one tile of keys."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-    share = tl.exp2(logits * (scale * 1.4426950408889634) - log_mass[:, None])
+    share = tl.exp2(tl.fma(logits, scale * 1.4426950408889634, -log_mass[:, None]))
     if count < BN:
         share = tl.where(tl.arange(0, BN)[None, :] < count, share, 0.0)
     grad_share = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -152,7 +155,7 @@ def key_kernel(
                 log_mass = _log_mass(lse + numbers + first_row, rows, BM)
                 row_offset = _row_numbers(offset + numbers + first_row, rows, BM, 0.0)
                 logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
-                share = tl.exp2(logits * (scale * 1.4426950408889634) - log_mass[None, :]) * uses
+                share = tl.exp2(tl.fma(logits, scale * 1.4426950408889634, -log_mass[None, :])) * uses
                 acc_v = tl.dot(share.to(do.dtype), do, acc_v, input_precision=PRECISION)
                 grad_share = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                 grad_logits = share * (grad_share - row_offset[None, :])

@@ -83,7 +83,7 @@ TABLE: dict[str, dict[str, Config]] = {
     "attention_forward_128": {
         "any": Config({"BM": 128, "BN": 64}, warps=8, stages=2),
         "sm_80": Config({"BM": 128, "BN": 64}, warps=8, stages=3),
-        "sm_90": Config({"BM": 128, "BN": 128}, warps=8, stages=2, descriptors=True),
+        "sm_90": Config({"BM": 128, "BN": 128}, warps=8, stages=3, descriptors=True),
         "sm_100": Config({"BM": 128, "BN": 64}, warps=8, stages=3, descriptors=True),  # 128 x 128 spills
         "gfx942": Config({"BM": 128, "BN": 64}, warps=8, stages=1),
     },

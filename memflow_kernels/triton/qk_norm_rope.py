@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import config, family
+from .configs import config
+from .pairs import nvidia
 from .qk_norm_rope_tiles import norm_rope_kernel
 
 
@@ -84,7 +85,7 @@ def _launch_options(query: Tensor) -> dict[str, int]:
         "BLOCK_DIM": dims,
         "PIECES": triton.cdiv(heads, together),
         "LANE": 8 if query.element_size() == 2 and dims >= 8 else 0,
-        "NVIDIA": family(query.device).startswith("sm_") and query.device.type != "cpu",
+        "NVIDIA": nvidia(query.device),
         "STAGES": chosen.stages,
         "num_warps": max(chosen.warps, together * dims // 256),
         "num_stages": chosen.stages,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .pairs import widened
 from .rotary import axis_speeds, rotate, turns_of_phase
 
 
@@ -53,26 +54,6 @@ def zero_pieces(SHAPE: tl.constexpr, PIECES: tl.constexpr):
     for _ in tl.static_range(PIECES):
         tiles += (tl.zeros(SHAPE, tl.float32),)
     return tiles
-
-
-@triton.jit
-def widened(x, NVIDIA: tl.constexpr):
-    """x in float32.
-
-    A half-precision tile that is stored as well: left to the compiler, each of its numbers is rounded by an instruction
-    of its own. Unpacked from pairs in registers, they are rounded in pairs.
-    """
-    if NVIDIA and x.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.float32, is_pure=True, pack=2
-        )
-    elif NVIDIA and x.dtype == tl.float16:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
-            "=r,=r,r", [x], tl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return x.to(tl.float32)
 
 
 @triton.jit
