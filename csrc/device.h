@@ -25,6 +25,18 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { re
 template <>
 __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
 
+// Two numbers rounded to T and written to target[0] and [1]: by one instruction where T has 16 bits.
+template <class T>
+__device__ __forceinline__ void round_two(T* target, float first, float second) {
+  uint32_t pair = pack2(first, second, T());
+  memcpy(target, &pair, sizeof(pair));
+}
+template <>
+__device__ __forceinline__ void round_two<float>(float* target, float first, float second) {
+  target[0] = first;
+  target[1] = second;
+}
+
 // N numbers that are loaded and stored together; 16 bytes of them by one instruction.
 template <class T, int N>
 struct alignas(N * sizeof(T) == 16 ? 16 : alignof(T)) Vector {

@@ -6,6 +6,10 @@ namespace {
 
 constexpr int GATHER_THREADS = 256, COPIES = 4;
 
+__host__ __device__ inline int tiles_of(int64_t tokens, int vectors) {
+  return static_cast<int>((tokens * vectors + GATHER_THREADS * COPIES - 1) / (GATHER_THREADS * COPIES));
+}
+
 struct Gathered {
   const void *key, *value;
   int64_t key_batch, key_token, key_head;
@@ -14,13 +18,14 @@ struct Gathered {
 };
 
 // One block: GATHER_THREADS * COPIES vectors of one frame (or of all frames behind the candidates) of one head.
-// blockIdx: x tile, y place (the last one: the frames behind the candidates), z batch row and head.
+// blockIdx: x tile, those of the chosen frames first, place by place; y batch row and head.
 template <class E, int VEC>
 __global__ void __launch_bounds__(GATHER_THREADS)
 gather_kernel(Gathered g, const int32_t* frame_table, int heads, int places, int64_t tokens_per_frame,
               int64_t candidate_frames, int64_t tokens, int head_dim) {
-  int64_t batch = blockIdx.z / heads, head = blockIdx.z % heads;
-  int place = blockIdx.y, vectors = head_dim / VEC;
+  int64_t batch = blockIdx.y / heads, head = blockIdx.y % heads;
+  int vectors = head_dim / VEC, per_place = tiles_of(tokens_per_frame, vectors);
+  int place = min(static_cast<int>(blockIdx.x) / per_place, places), tile = blockIdx.x - place * per_place;
   int64_t rest = tokens - candidate_frames * tokens_per_frame;
   int64_t packed_tokens = places * tokens_per_frame + rest;
   int64_t count = place < places ? tokens_per_frame : rest;
@@ -29,7 +34,7 @@ gather_kernel(Gathered g, const int32_t* frame_table, int heads, int places, int
   int64_t target = ((batch * heads + head) * packed_tokens + place * tokens_per_frame) * head_dim;
   const E* keys = static_cast<const E*>(g.key) + batch * g.key_batch + head * g.key_head;
   const E* values = static_cast<const E*>(g.value) + batch * g.value_batch + head * g.value_head;
-  int64_t first = blockIdx.x * int64_t(GATHER_THREADS * COPIES) + threadIdx.x;
+  int64_t first = tile * int64_t(GATHER_THREADS * COPIES) + threadIdx.x;
   Vector<E, VEC> key[COPIES] = {}, value[COPIES] = {};
 #pragma unroll
   for (int i = 0; i < COPIES; ++i) {
@@ -54,11 +59,12 @@ template <class E, int VEC>
 int launch_gather(const Gathered& g, const int32_t* frame_table, int64_t batch, int64_t heads, int64_t places,
                   int64_t tokens_per_frame, int64_t candidate_frames, int64_t tokens, int64_t head_dim, void* stream) {
   int64_t rest = tokens - candidate_frames * tokens_per_frame;
-  int64_t longest = max(rest, places ? tokens_per_frame : 0);
-  int64_t blocks = cdiv(longest * (head_dim / VEC), GATHER_THREADS * COPIES);
+  int vectors = static_cast<int>(head_dim / VEC);
+  int64_t blocks = places * int64_t(tiles_of(tokens_per_frame, vectors)) + tiles_of(rest, vectors);
   if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX || places > 65534 || batch * heads > 65535) return MEMFLOW_UNSUPPORTED;
-  dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(places + 1), static_cast<unsigned>(batch * heads));
+  if (max(tokens_per_frame, rest) * vectors > INT32_MAX || blocks > INT32_MAX || batch * heads > 65535)
+    return MEMFLOW_UNSUPPORTED;
+  dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch * heads));
   return launch(gather_kernel<E, VEC>, grid, GATHER_THREADS, 0, stream, g, frame_table, heads, places, tokens_per_frame,
                 candidate_frames, tokens, head_dim);
 }

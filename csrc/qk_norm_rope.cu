@@ -1,4 +1,7 @@
 // qk_norm_rope_write: RMS norm over all heads, 3-axis rotation, and the write into the pool, in one launch.
+#include <algorithm>
+#include <type_traits>
+
 #include "turns.cuh"
 
 namespace memflow {
@@ -53,116 +56,161 @@ __device__ __forceinline__ Vector<float, VEC> add_rows(const float* rows, int pa
   return sum;
 }
 
-// One block of at most THREADS: a run of tokens of one frame of one batch row, AT_ONCE of them at a time. Every thread owns OWN vectors of
-// VEC channels, from thread to thread. Then the sums of the stored keys (and of the new queries) go up a tree: the last
-// block of a group of runs adds up the group, the last group of a frame the frame, the last frame the batch row. Who is
-// last changes from run to run, what is added in which order does not.
+// The weights of VEC channels: where they are loaded 16 bytes at a time, in the format of the states, to save registers.
+template <class T, int VEC>
+using Weights = Vector<std::conditional_t<VEC * sizeof(T) == 16, T, float>, VEC>;
+
+template <class T, int VEC>
+__device__ __forceinline__ Weights<T, VEC> read_weights(const void* address, int dtype, int channel) {
+  if constexpr (VEC * sizeof(T) == 16) {
+    return load<T, VEC>(static_cast<const T*>(address) + channel);
+  } else {
+    Weights<T, VEC> weights;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) weights.x[i] = read_number(address, dtype, channel + i);
+    return weights;
+  }
+}
+
+// The angle, in 2^-64 of a circle, of one channel pair of one token of a frame; where a block's threads have their pairs.
+struct Angle {
+  int axis, row, col;
+  uint64_t speed, of_frame;
+
+  __device__ __forceinline__ uint64_t phase() const {
+    return axis == 0 ? of_frame : static_cast<uint32_t>(axis == 1 ? row : col) * speed;
+  }
+  __device__ __forceinline__ void forward(int tokens, int cols) {
+    for (col += tokens; col >= cols; col -= cols) ++row;
+  }
+};
+
+// Sums of KINDS numbers over the lanes of a warp: lane k of every KINDS lanes gets that of x[k].
+template <int KINDS>
+__device__ __forceinline__ float warp_sums(float (&x)[KINDS], int lane) {
+#pragma unroll
+  for (int half = KINDS / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      bool upper = lane & half;
+      float other = __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + half], half);
+      x[i] = (upper ? x[i + half] : x[i]) + other;
+    }
+  }
+  for (int lanes = 16; lanes >= KINDS; lanes /= 2) x[0] += __shfl_xor_sync(ALL_LANES, x[0], lanes);
+  return x[0];
+}
+
+// One block of at most THREADS: a run of tokens of one frame of one batch row, AT_ONCE of them at a time. Every thread
+// owns OWN vectors of VEC channels, from thread to thread. Then the sums of the stored keys (and of the new queries) go up
+// a tree: the last block of a group of runs adds up the group, the last group of a frame the frame, the last frame the
+// batch row. Who is last changes from run to run, what is added in which order does not.
 template <class T, int VEC, int OWN, int AT_ONCE, int THREADS>
 __global__ void __launch_bounds__(THREADS, THREADS == 192 ? 3 : 1)
 norm_rope_write_kernel(const __grid_constant__ Arguments a) {
+  constexpr int KINDS = 2 * AT_ONCE, WARPS = THREADS / WARP;  // squares: of query and key of each token
   int run = blockIdx.x, frame = blockIdx.y, pairs = a.head_dim / 2, channels = a.heads * a.head_dim;
   int64_t batch = blockIdx.z;
-  int thread = threadIdx.x, threads = blockDim.x, warp = thread / WARP, lane = thread % WARP, warps = threads / WARP;
+  int thread = threadIdx.x, threads = blockDim.x, warp = thread / WARP, lane = thread % WARP;
   int tokens = a.rows * a.cols, vectors = channels / VEC;
-  // shared memory: speeds of the channel pairs, then two of everything, for one barrier per step
-  uint64_t* speeds = reinterpret_cast<uint64_t*>(memflow_shared);              // [pairs]
-  float2* turns = reinterpret_cast<float2*>(speeds + pairs);                   // [2, AT_ONCE, pairs] cos, sin
-  float* squares = reinterpret_cast<float*>(turns + 2 * AT_ONCE * pairs);      // [2, warps, 2 * AT_ONCE]
-  uint32_t* ticket = reinterpret_cast<uint32_t*>(squares + 4 * AT_ONCE * warps);
+  // shared memory: two of everything, for one barrier per step
+  float* squares = reinterpret_cast<float*>(memflow_shared);                   // [2, WARPS, KINDS]
+  float2* turns = reinterpret_cast<float2*>(squares + 2 * WARPS * KINDS);      // [2, AT_ONCE, pairs] cos, sin
+  uint32_t* ticket = reinterpret_cast<uint32_t*>(turns + 2 * AT_ONCE * pairs);
 
-  for (int pair = thread; pair < pairs; pair += threads) speeds[pair] = circle_speed(pair, pairs);
+  for (int i = thread; i < 2 * WARPS * KINDS; i += threads) squares[i] = 0;  // of warps that are not there
   int64_t first_frame = a.start_frame;
   if (a.start) first_frame += a.start_bytes == 8 ? *static_cast<const int64_t*>(a.start)
                                                  : *static_cast<const int32_t*>(a.start);
   int64_t slot = a.slots[frame];
   bool kept = slot >= 0 && slot < a.pool_slots;
 
+  // a block has at least as many threads as it turns pairs of channels at a time
+  int pair = thread % pairs, first = run * RUN + thread / pairs;
+  uint64_t speed = circle_speed(pair, pairs);
+  Angle angle{axis_of(pair, pairs), first / a.cols, first % a.cols, speed, (first_frame + frame) * speed};
   int head[OWN], dim[OWN];
   bool exists[OWN];
-  float weight_q[OWN][VEC], weight_k[OWN][VEC], key_sum[OWN][VEC] = {}, query_sum[OWN][VEC] = {};
+  Weights<T, VEC> weight_q[OWN] = {}, weight_k[OWN] = {};
+  float key_sum[OWN][VEC] = {}, query_sum[OWN][VEC] = {};
 #pragma unroll
   for (int v = 0; v < OWN; ++v) {
     int channel = (thread + v * threads) * VEC;
     exists[v] = thread + v * threads < vectors;
     head[v] = channel / a.head_dim;
     dim[v] = channel % a.head_dim;
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) {
-      weight_q[v][i] = exists[v] ? read_number(a.weight_q, a.weight_q_dtype, channel + i) : 0;
-      weight_k[v][i] = exists[v] ? read_number(a.weight_k, a.weight_k_dtype, channel + i) : 0;
-    }
+    if (!exists[v]) continue;
+    weight_q[v] = read_weights<T, VEC>(a.weight_q, a.weight_q_dtype, channel);
+    weight_k[v] = read_weights<T, VEC>(a.weight_k, a.weight_k_dtype, channel);
   }
-  const T* query = static_cast<const T*>(a.query.data) + batch * a.query.batch;
-  const T* key = static_cast<const T*>(a.key.data) + batch * a.key.batch;
-  const T* value = static_cast<const T*>(a.value.data) + batch * a.value.batch;
-  T* pool_key = static_cast<T*>(a.pool_key.data) + batch * a.pool_key.batch;
-  T* pool_value = static_cast<T*>(a.pool_value.data) + batch * a.pool_value.batch;
-  T* new_query = static_cast<T*>(a.new_query) + batch * a.frames * tokens * channels;
-  __syncthreads();  // speeds
+  // where vector v of token t lies, counted from the run's first token (or its place in the pool)
+  int64_t token = int64_t(frame) * tokens + run * RUN, target = slot * tokens + run * RUN;
+  auto at = [&](const MemflowStates& x, int64_t number, int v) {
+    return static_cast<T*>(x.data) + batch * x.batch + number * x.token + head[v] * x.head + dim[v];
+  };
+  MemflowStates new_query{a.new_query, int64_t(a.frames) * tokens * channels, channels, a.head_dim};
+  __syncthreads();  // squares
 
-  int last = min(run * RUN + RUN, tokens);
-  for (int first = run * RUN, step = 0; first < last; first += AT_ONCE, ++step) {
+  int left = min(RUN, tokens - run * RUN);  // tokens of this block that are still to be done
+  for (int step = 0; left > 0; left -= AT_ONCE, step ^= 1) {
     Vector<T, VEC> q[AT_ONCE][OWN] = {}, k[AT_ONCE][OWN] = {}, stored[AT_ONCE][OWN];
 #pragma unroll
     for (int t = 0; t < AT_ONCE; ++t) {  // all loads first, so that they wait for memory together
-      int64_t token = int64_t(frame) * tokens + first + t;
 #pragma unroll
       for (int v = 0; v < OWN; ++v) {
-        if (!exists[v] || first + t >= last) continue;
-        q[t][v] = load<T, VEC>(query + token * a.query.token + head[v] * a.query.head + dim[v]);
+        if (!exists[v] || t >= left) continue;
+        q[t][v] = load<T, VEC>(at(a.query, token + t, v));
         if (!kept) continue;
-        k[t][v] = load<T, VEC>(key + token * a.key.token + head[v] * a.key.head + dim[v]);
-        stored[t][v] = load<T, VEC>(value + token * a.value.token + head[v] * a.value.head + dim[v]);
+        k[t][v] = load<T, VEC>(at(a.key, token + t, v));
+        stored[t][v] = load<T, VEC>(at(a.value, token + t, v));
       }
     }
-    float2* turn = turns + (step & 1) * AT_ONCE * pairs;
-    for (int i = thread; i < AT_ONCE * pairs; i += threads) {
-      int place = first + i / pairs, pair = i % pairs;
-      turn[i] = circle_turn(position_of(pair, pairs, first_frame + frame, place / a.cols, place % a.cols), speeds[pair]);
-    }
-    float* square = squares + (step & 1) * warps * 2 * AT_ONCE;
+    float2* turn = turns + step * AT_ONCE * pairs;
+    if (thread < AT_ONCE * pairs) turn[thread] = circle_turn(angle.phase());
+    angle.forward(AT_ONCE, a.cols);
+    float square[KINDS] = {};
 #pragma unroll
     for (int t = 0; t < AT_ONCE; ++t) {
-      float of_query = 0, of_key = 0;
 #pragma unroll
       for (int v = 0; v < OWN; ++v) {
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
-          of_query += to_float(q[t][v].x[i]) * to_float(q[t][v].x[i]);
-          of_key += to_float(k[t][v].x[i]) * to_float(k[t][v].x[i]);
+          square[2 * t] += to_float(q[t][v].x[i]) * to_float(q[t][v].x[i]);
+          square[2 * t + 1] += to_float(k[t][v].x[i]) * to_float(k[t][v].x[i]);
         }
       }
-      of_query = warp_sum(of_query);
-      of_key = warp_sum(of_key);
-      if (lane == 0) {
-        square[warp * 2 * AT_ONCE + 2 * t] = of_query;
-        square[warp * 2 * AT_ONCE + 2 * t + 1] = of_key;
-      }
     }
-    __syncthreads();
 #pragma unroll
     for (int t = 0; t < AT_ONCE; ++t) {
-      if (first + t >= last) break;
-      float of_query = 0, of_key = 0;
-      for (int i = 0; i < warps; ++i) {
-        of_query += square[i * 2 * AT_ONCE + 2 * t];
-        of_key += square[i * 2 * AT_ONCE + 2 * t + 1];
-      }
-      float inverse_query = 1.0f / sqrtf(of_query / static_cast<float>(channels) + a.eps);
-      float inverse_key = 1.0f / sqrtf(of_key / static_cast<float>(channels) + a.eps);
-      int64_t token = int64_t(frame) * tokens + first + t, target = slot * tokens + first + t;
+#pragma unroll
+      for (int v = 0; v < OWN; ++v)
+        if (kept && exists[v] && t < left) store<T, VEC>(at(a.pool_value, target + t, v), stored[t][v]);
+    }
+    float* of_warps = squares + step * WARPS * KINDS;
+    float sum = warp_sums<KINDS>(square, lane);
+    if (lane < KINDS) of_warps[warp * KINDS + lane] = sum;
+    __syncthreads();
+    float total = 0;  // lane k: of kind k % KINDS
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) total += of_warps[i * KINDS + lane % KINDS];
+    float inverse = 1.0f / sqrtf(total / static_cast<float>(channels) + a.eps);
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; ++t) {
+      float inverse_query = __shfl_sync(ALL_LANES, inverse, 2 * t);
+      float inverse_key = __shfl_sync(ALL_LANES, inverse, 2 * t + 1);
 #pragma unroll
       for (int v = 0; v < OWN; ++v) {
-        if (!exists[v]) continue;
+        if (!exists[v] || t >= left) continue;
         const float2* own_turn = turn + t * pairs + dim[v] / 2;
-        norm_rotate<T, VEC>(q[t][v], weight_q[v], inverse_query, own_turn, query_sum[v]);
-        store<T, VEC>(new_query + token * channels + head[v] * a.head_dim + dim[v], q[t][v]);
+        norm_rotate(q[t][v], weight_q[v], inverse_query, own_turn, query_sum[v]);
+        store<T, VEC>(at(new_query, token + t, v), q[t][v]);
         if (!kept) continue;
-        norm_rotate<T, VEC>(k[t][v], weight_k[v], inverse_key, own_turn, key_sum[v]);
-        store<T, VEC>(pool_key + target * a.pool_key.token + head[v] * a.pool_key.head + dim[v], k[t][v]);
-        store<T, VEC>(pool_value + target * a.pool_value.token + head[v] * a.pool_value.head + dim[v], stored[t][v]);
+        norm_rotate(k[t][v], weight_k[v], inverse_key, own_turn, key_sum[v]);
+        store<T, VEC>(at(a.pool_key, target + t, v), k[t][v]);
       }
     }
+    token += AT_ONCE;
+    target += AT_ONCE;
   }
 
   if (!kept && !a.query_mean) return;  // the same in all blocks of a frame
@@ -217,9 +265,9 @@ norm_rope_write_kernel(const __grid_constant__ Arguments a) {
 
 template <class T, int VEC, int OWN, int AT_ONCE, int THREADS>
 int launch_write(const Arguments& a, int64_t batch, void* stream) {
-  int vectors = a.heads * a.head_dim / VEC, threads = static_cast<int>(cdiv(cdiv(vectors, OWN), WARP)) * WARP;
-  int64_t pairs = a.head_dim / 2;
-  int64_t shared_bytes = pairs * 8 + 2 * AT_ONCE * pairs * 8 + threads / WARP * 4 * AT_ONCE * 4 + 16;
+  int64_t vectors = a.heads * a.head_dim / VEC, pairs = a.head_dim / 2;
+  int threads = static_cast<int>(cdiv(std::max(cdiv(vectors, OWN), AT_ONCE * pairs), WARP)) * WARP;
+  int64_t shared_bytes = 2 * AT_ONCE * pairs * 8 + THREADS / WARP * 4 * AT_ONCE * 4 + 16;
   dim3 grid(a.runs, a.frames, static_cast<unsigned>(batch));
   return launch(norm_rope_write_kernel<T, VEC, OWN, AT_ONCE, THREADS>, grid, threads, shared_bytes, stream, a);
 }
@@ -271,13 +319,15 @@ extern "C" int memflow_qk_norm_rope_write(MemflowStates query, MemflowStates key
   cudaError_t error = cudaMemsetAsync(counters, 0, sizes.counters * 4, static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) return error;
   MemflowStates written{new_query, 0, 0, 0};
-  bool wide = true;
+  // weights of another format go the way of rows that do not begin at multiples of 16 bytes
+  bool wide = weight_q_dtype == dtype && weight_k_dtype == dtype &&
+              (reinterpret_cast<uintptr_t>(weight_q) | reinterpret_cast<uintptr_t>(weight_k)) % 16 == 0;
   for (const MemflowStates& part : {query, key, value, pool_key, pool_value, written})
     wide = wide && aligned(part, dtype, head_dim);
   return with_format(dtype, [&](auto format) -> int {
     using T = decltype(format);
     constexpr int VEC = 16 / sizeof(T);
-    if (wide && channels <= 192 * VEC) return launch_write<T, VEC, 1, 2, 192>(a, batch, stream);
+    if (wide && channels <= 192 * VEC && head_dim <= 192) return launch_write<T, VEC, 1, 2, 192>(a, batch, stream);
     if (wide && channels <= 2 * 384 * VEC) return launch_write<T, VEC, 2, 1, 384>(a, batch, stream);
     return launch_write<T, 2, 4, 1, 1024>(a, batch, stream);
   });

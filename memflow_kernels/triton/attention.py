@@ -34,15 +34,24 @@ __all__ = ["memory_attention", "memory_attention_backward"]
 
 
 @triton.jit
-def _absorb(q, k, v, count, acc, top, mass, scale, BN: tl.constexpr, PRECISION: tl.constexpr):
-    """Online softmax over one more tile of keys; top is the largest logit so far, in powers of two like scale."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+def _logits(q, k, count, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """[BM, BN], unscaled; -inf for keys past the end of a frame."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if count < BN:  # a branch: most tiles are full and need no masking
         logits = tl.where(tl.arange(0, BN)[None, :] < count, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def _absorb(logits, v, acc, top, mass, scale, PRECISION: tl.constexpr):
+    """Online softmax over one more tile of keys; top is the largest logit so far, in powers of two like scale.
+
+    tl.fma: one rounding and one instruction, whatever the compiler may fuse by itself.
+    """
     new_top = tl.maximum(top, tl.max(logits, 1) * scale)
-    share = tl.exp2(logits * scale - new_top[:, None])
+    share = tl.exp2(tl.fma(logits, scale, -new_top[:, None]))
     shrink = tl.exp2(top - new_top)
-    mass = mass * shrink + tl.sum(share, 1)
+    mass = tl.fma(mass, shrink, tl.sum(share, 1))
     acc = tl.dot(share.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_top, mass
 
@@ -91,24 +100,27 @@ def forward_kernel(
         frame, start, count = chosen_tokens(unit, table_row, tokens_per_frame, candidate_frames, BN)
         if DESCRIPTORS:
             at = [batch.to(tl.int32), head.to(tl.int32), frame, start, 0]
-            k = key_frames.load(at).reshape(BN, D_PAD)
+            logits = _logits(q, key_frames.load(at).reshape(BN, D_PAD), count, BN, PRECISION)
+            # asked for after the first product, so that it does not wait for the values
             v = value_frames.load(at).reshape(BN, D_PAD)
         else:
             token = frame.to(tl.int64) * tokens_per_frame + start
             k = load_rows(keys + token * key_token, key_token, count, BN, D, D_PAD)
+            logits = _logits(q, k, count, BN, PRECISION)
             v = load_rows(values + token * value_token, value_token, count, BN, D, D_PAD)
-        acc, top, mass = _absorb(q, k, v, count, acc, top, mass, scale, BN, PRECISION)
+        acc, top, mass = _absorb(logits, v, acc, top, mass, scale, PRECISION)
     for unit in tl.range(tl.maximum(first, table_units), last):
         token = candidates + (unit - table_units) * BN
         count = (tokens - token).to(tl.int32)
         if DESCRIPTORS:
             at = [batch.to(tl.int32), head.to(tl.int32), token.to(tl.int32), 0]
-            k = key_rest.load(at).reshape(BN, D_PAD)
+            logits = _logits(q, key_rest.load(at).reshape(BN, D_PAD), count, BN, PRECISION)
             v = value_rest.load(at).reshape(BN, D_PAD)
         else:
             k = load_rows(keys + token * key_token, key_token, count, BN, D, D_PAD)
+            logits = _logits(q, k, count, BN, PRECISION)
             v = load_rows(values + token * value_token, value_token, count, BN, D, D_PAD)
-        acc, top, mass = _absorb(q, k, v, count, acc, top, mass, scale, BN, PRECISION)
+        acc, top, mass = _absorb(logits, v, acc, top, mass, scale, PRECISION)
 
     some = tl.where(mass == 0, 1.0, mass)
     acc = acc / some[:, None]

@@ -45,12 +45,18 @@ def _log_mass(first, rows, BM: tl.constexpr):
 
 
 @triton.jit
-def _absorb_query(q, do, k, v, log_mass, offset, count, acc, scale, BN: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds to acc [BM, D] the gradient of the queries through one tile of keys."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-    share = tl.exp2(logits * (scale * 1.4426950408889634) - log_mass[:, None])
+def _shares(q, k, log_mass, count, scale, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """[BM, BN]: the share of each key in each query's attention; 0 for keys past the end of a frame."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    share = tl.exp2(tl.fma(logits, scale * 1.4426950408889634, -log_mass[:, None]))
     if count < BN:
         share = tl.where(tl.arange(0, BN)[None, :] < count, share, 0.0)
+    return share
+
+
+@triton.jit
+def _absorb_query(share, do, k, v, offset, acc, PRECISION: tl.constexpr):
+    """Adds to acc [BM, D] the gradient of the queries through one tile of keys."""
     grad_share = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     grad_logits = share * (grad_share - offset[:, None])
     return tl.dot(grad_logits.to(k.dtype), k, acc, input_precision=PRECISION)
@@ -87,15 +93,18 @@ def query_kernel(
         frame, start, count = chosen_tokens(unit, table_row, tokens_per_frame, candidate_frames, BN)
         token = frame.to(tl.int64) * tokens_per_frame + start
         k = load_rows(keys + token * key_token, key_token, count, BN, D, D_PAD)
+        share = _shares(q, k, log_mass, count, scale, BN, PRECISION)
+        # asked for after the first product, so that it does not wait for the values
         v = load_rows(values + token * value_token, value_token, count, BN, D, D_PAD)
-        acc = _absorb_query(q, do, k, v, log_mass, row_offset, count, acc, scale, BN, PRECISION)
+        acc = _absorb_query(share, do, k, v, row_offset, acc, PRECISION)
     candidates = candidate_frames.to(tl.int64) * tokens_per_frame
     for unit in tl.range(0, tl.cdiv((tokens - candidates).to(tl.int32), BN)):
         token = candidates + unit * BN
         count = (tokens - token).to(tl.int32)
         k = load_rows(keys + token * key_token, key_token, count, BN, D, D_PAD)
+        share = _shares(q, k, log_mass, count, scale, BN, PRECISION)
         v = load_rows(values + token * value_token, value_token, count, BN, D, D_PAD)
-        acc = _absorb_query(q, do, k, v, log_mass, row_offset, count, acc, scale, BN, PRECISION)
+        acc = _absorb_query(share, do, k, v, row_offset, acc, PRECISION)
     store_rows(grad_query + first_out, 0, heads * D, rows, acc * scale, BM, D, D_PAD)
 
 
@@ -148,13 +157,13 @@ def key_kernel(
                 rows = block_end - first_row
                 far = tl.cast(first_row, tl.int64)
                 q = load_rows(queries_of_head + far * query_token, query_token, rows, BM, D, D_PAD)
-                do = load_rows(grads_of_head + far * heads * D, heads * D, rows, BM, D, D_PAD)
                 log_mass = _log_mass(lse + numbers + first_row, rows, BM)
-                row_offset = _row_numbers(offset + numbers + first_row, rows, BM, 0.0)
                 logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
-                share = tl.exp2(logits * (scale * 1.4426950408889634) - log_mass[None, :]) * uses
+                share = tl.exp2(tl.fma(logits, scale * 1.4426950408889634, -log_mass[None, :])) * uses
+                do = load_rows(grads_of_head + far * heads * D, heads * D, rows, BM, D, D_PAD)
                 acc_v = tl.dot(share.to(do.dtype), do, acc_v, input_precision=PRECISION)
                 grad_share = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                row_offset = _row_numbers(offset + numbers + first_row, rows, BM, 0.0)
                 grad_logits = share * (grad_share - row_offset[None, :])
                 acc_k = tl.dot(grad_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
     first_key = (batch * tokens * heads + head) * D  # the gradients are contiguous

@@ -56,7 +56,7 @@ TABLE: dict[str, dict[str, Config]] = {
     # 12 heads x 128 fill a tile of 16 x 128: one token at a time; smaller models take several, up to TILE numbers, and
     # larger ones more warps (32 heads and up: 16). 12 tokens per program are 130 programs for a frame of 1560, 2.95 per
     # multiprocessor of an H100 for three frames. Compiled: 12 heads x 128 spill nowhere, 40 heads 72 bytes on sm_90.
-    "norm_rope": {"any": Config({"TILE": 1024, "RUN": 12}, warps=4, stages=3)},
+    "norm_rope": {"any": Config({"TILE": 1024, "PIECE": 512, "MOST_PIECES": 3, "RUN": 12}, warps=4, stages=2)},
     "norm_rope_backward": {"any": Config({"TILE": 1024, "RUN": 12}, warps=4, stages=2)},
     # A few kilobytes: one warp needs no barrier for its reductions. Compiled.
     "select": {"any": Config({"BLOCK_TILE": 512}, warps=1)},
@@ -87,7 +87,7 @@ TABLE: dict[str, dict[str, Config]] = {
     "attention_forward_128": {
         "any": Config({"BM": 128, "BN": 64}, warps=8, stages=2),
         "sm_80": Config({"BM": 128, "BN": 64}, warps=8, stages=3),
-        "sm_90": Config({"BM": 128, "BN": 128}, warps=8, stages=2, descriptors=True),
+        "sm_90": Config({"BM": 128, "BN": 128}, warps=8, stages=3, descriptors=True),
         "sm_100": Config({"BM": 128, "BN": 64}, warps=8, stages=3, descriptors=True),  # 128 x 128 spills
         "gfx942": Config({"BM": 128, "BN": 64}, warps=8, stages=1),
     },

@@ -13,109 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .rotary import axis_speeds, rotate, token_turns
-
-
-@triton.jit
-def inverse_rms(x, channels, eps):
-    """x [BLOCK_TOKENS, BLOCK_HEADS, BLOCK_DIM] float32, 0 outside -> 1 / sqrt(mean(x^2) + eps) of every token."""
-    mean_square = tl.div_rn(tl.sum(tl.sum(x * x, 2), 1), channels * 1.0)
-    return tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))[:, None, None]
-
-
-@triton.jit
-def norm_rotate(raw, weight, channels, eps, cos, sin):
-    """Tokens [BLOCK_TOKENS, BLOCK_HEADS, BLOCK_DIM], normed, weighted and turned; each step rounds to their dtype."""
-    x = raw.to(tl.float32)
-    normed = (x * inverse_rms(x, channels, eps)).to(raw.dtype).to(tl.float32)
-    weighted = (normed * weight).to(raw.dtype).to(tl.float32)
-    return rotate(weighted, cos, sin).to(raw.dtype)
-
-
-@triton.jit
-def first_number(start_frame, start):
-    """Number of the first frame, int64: start_frame, plus what `start` points to."""
-    first = tl.cast(start_frame, tl.int64)
-    if start is not None:
-        first += tl.load(start).to(tl.int64)
-    return first
-
-
-@triton.jit(do_not_specialize=["start_frame"])
-def norm_rope_kernel(
-    query, key, value,  # [B, L, H, D]; value None: nothing goes to a pool
-    weight_q, weight_k,  # [H*D]
-    new_query,  # [B, L, H, D], contiguous
-    new_key,  # [B, L, H, D], contiguous; with a pool: its key
-    pool_value,
-    key_sums,  # [B, frames * runs, H, D] float32, contiguous: sums of the new keys over each run of tokens
-    query_sums,  # the same of the new queries; None: not wanted
-    slots,  # [frames] int32
-    start,  # one integer or None
-    query_batch, query_token, query_head,
-    key_batch, key_token, key_head,
-    value_batch, value_token, value_head,
-    new_key_batch, new_key_token, new_key_head,
-    pool_value_batch, pool_value_token, pool_value_head,
-    tokens, heads, head_dim, rows, cols, start_frame, places, eps,
-    RUN: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """One program: up to RUN tokens of one frame of one batch row, BLOCK_TOKENS of them at a time."""
-    run, frame, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    per_frame = rows * cols
-    channels = heads * head_dim
-    head, dim = tl.arange(0, BLOCK_HEADS)[None, :, None], tl.arange(0, BLOCK_DIM)[None, None, :]
-    exists = (head < heads) & (dim < head_dim)
-    wide_weight_q = tl.load(weight_q + head * head_dim + dim, exists, other=0.0).to(tl.float32)
-    wide_weight_k = tl.load(weight_k + head * head_dim + dim, exists, other=0.0).to(tl.float32)
-    axis, speed = axis_speeds(tl.arange(0, BLOCK_DIM // 2)[None, None, :], head_dim // 2)
-    first_frame = first_number(start_frame, start)
-    slot = frame.to(tl.int64)
-    if value is not None:
-        slot = tl.load(slots + frame).to(tl.int64)
-    kept_heads = tl.where((slot >= 0) & (slot < places), heads, 0)  # 0: this frame is not stored
-
-    wide_head = head.to(tl.int64)
-    queries = query + batch * query_batch + wide_head * query_head + dim
-    keys = key + batch * key_batch + wide_head * key_head + dim
-    new_queries = new_query + batch * tokens * channels + head * head_dim + dim
-    new_keys = new_key + batch * new_key_batch + wide_head * new_key_head + dim
-    total_key = tl.zeros([BLOCK_TOKENS, BLOCK_HEADS, BLOCK_DIM], tl.float32)
-    total_query = tl.zeros([BLOCK_TOKENS, BLOCK_HEADS, BLOCK_DIM], tl.float32)
-    last = tl.minimum(run * RUN + RUN, per_frame)
-    for first in tl.range(run * RUN, last, BLOCK_TOKENS, num_stages=STAGES):
-        offset = first + tl.arange(0, BLOCK_TOKENS)
-        inside = (offset < last)[:, None, None] & exists
-        kept = inside & (head < kept_heads)
-        token = (frame * per_frame + offset).to(tl.int64)[:, None, None]
-        target = (slot * per_frame + offset)[:, None, None]
-        # all loads first, so that they wait for memory together
-        raw_query = tl.load(queries + token * query_token, inside, other=0.0)
-        raw_key = tl.load(keys + token * key_token, kept, other=0.0)
-        if value is not None:
-            values = value + batch * value_batch + wide_head * value_head + dim
-            raw_value = tl.load(values + token * value_token, kept, other=0.0)
-        cos, sin = token_turns(frame * per_frame + offset, first_frame, rows, cols, axis, speed)
-        turned_query = norm_rotate(raw_query, wide_weight_q, channels, eps, cos, sin)
-        tl.store(new_queries + token * channels, turned_query, inside)
-        if query_sums is not None:
-            total_query += tl.where(inside, turned_query.to(tl.float32), 0.0)
-        turned_key = norm_rotate(raw_key, wide_weight_k, channels, eps, cos, sin)
-        tl.store(new_keys + target * new_key_token, turned_key, kept)
-        if value is not None:
-            held = pool_value + batch * pool_value_batch + wide_head * pool_value_head + dim
-            tl.store(held + target * pool_value_token, raw_value, kept)
-            total_key += tl.where(kept, turned_key.to(tl.float32), 0.0)
-    row = (batch * tl.num_programs(1) + frame) * tl.num_programs(0) + run
-    place = row * channels + head * head_dim + dim
-    if value is not None:
-        tl.store(key_sums + place, tl.sum(total_key, 0)[None, :, :], exists)
-    if query_sums is not None:
-        tl.store(query_sums + place, tl.sum(total_query, 0)[None, :, :], exists)
+from .pairs import nvidia
+from .qk_norm_rope_tiles import norm_rope_kernel
 
 
 @triton.jit
@@ -171,14 +70,26 @@ def norm_rope_means_kernel(
         )  # fmt: skip
 
 
-def launch_options(kernel: str, heads: int, head_dim: int, device: torch.device) -> dict[str, int]:
-    """Options of a launch: as many tokens at a time as make up a tile of TILE numbers, 16 per thread at most."""
-    options = config(kernel, device).options
-    heads, head_dim = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
-    at_once = max(min(options.pop("TILE") // (heads * head_dim), triton.next_power_of_2(options["RUN"])), 1)
-    options["num_warps"] = max(options["num_warps"], at_once * heads * head_dim // 512)
-    blocks = {"BLOCK_TOKENS": at_once, "BLOCK_HEADS": heads, "BLOCK_DIM": head_dim}
-    return {**options, **blocks, "STAGES": options["num_stages"]}
+def _launch_options(query: Tensor) -> dict[str, int]:
+    """A token in at most MOST_PIECES tiles of PIECE numbers or more; so many tokens that a tile has TILE numbers."""
+    chosen = config("norm_rope", query.device)
+    tile, piece, most, run = (chosen.blocks[name] for name in ("TILE", "PIECE", "MOST_PIECES", "RUN"))
+    heads, head_dim = query.shape[2:]
+    dims = triton.next_power_of_2(head_dim)
+    together = max(piece // dims, triton.next_power_of_2(triton.cdiv(heads, most)))
+    together = min(together, triton.next_power_of_2(heads))
+    return {
+        "RUN": run,
+        "BLOCK_TOKENS": min(max(tile // (together * dims), 1), triton.next_power_of_2(run)),
+        "BLOCK_HEADS": together,
+        "BLOCK_DIM": dims,
+        "PIECES": triton.cdiv(heads, together),
+        "LANE": 8 if query.element_size() == 2 and dims >= 8 else 0,
+        "NVIDIA": nvidia(query.device),
+        "STAGES": chosen.stages,
+        "num_warps": max(chosen.warps, together * dims // 256),
+        "num_stages": chosen.stages,
+    }
 
 
 def _launch(states, weights, eps, rows, cols, start_frame, start, new_key, pool=None, slots=None, sums=(None, None)):
@@ -187,7 +98,7 @@ def _launch(states, weights, eps, rows, cols, start_frame, start, new_key, pool=
     value = states[2] if pool else None
     batch, tokens, heads, head_dim = query.shape
     new_query = query.new_empty(query.shape)
-    options = launch_options("norm_rope", heads, head_dim, query.device)
+    options = _launch_options(query)
     frames = tokens // (rows * cols)
     held = pool[1] if pool else new_key
     norm_rope_kernel[(triton.cdiv(rows * cols, options["RUN"]), frames, batch)](

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import config
 from .means import write_means
-from .qk_norm_rope import first_number, inverse_rms, launch_options
-from .rotary import axis_speeds, rotate, token_turns
+from .qk_norm_rope_tiles import first_number, inverse_rms
+from .rotary import axis_speeds, rotate, turns_of_phase
 
 
 @triton.jit(do_not_specialize=["start_frame"])
@@ -51,9 +52,12 @@ def norm_rope_backward_kernel(
         token = place.to(tl.int64)[:, None, None]
         raw_grad = tl.load(grads + token * grad_token, inside, other=0.0)
         wide = tl.load(states + token * x_token, inside, other=0.0).to(tl.float32)
-        cos, sin = token_turns(place, first_frame, rows, cols, axis, speed)
+        row, col = (place // cols % rows)[:, None, None], (place % cols)[:, None, None]
+        frame = first_frame + (place // (rows * cols))[:, None, None]
+        position = tl.where(axis == 0, frame.to(tl.int64), tl.where(axis == 1, row, col).to(tl.int64))
+        cos, sin = turns_of_phase(position * speed)
         back = rotate(raw_grad.to(tl.float32), cos, -sin)
-        inverse = inverse_rms(wide, channels, eps)
+        inverse = inverse_rms(wide * wide, channels, eps)
         normed = wide * inverse
         total += tl.where(inside, back * normed, 0.0)
         back *= wide_weight
@@ -63,12 +67,22 @@ def norm_rope_backward_kernel(
     tl.store(sums + row * channels + head * head_dim + dim, tl.sum(total, 0)[None, :, :], exists)
 
 
+def _launch_options(heads: int, head_dim: int, device: torch.device) -> dict[str, int]:
+    """Options of a launch: as many tokens at a time as make up a tile of TILE numbers, 16 per thread at most."""
+    options = config("norm_rope_backward", device).options
+    heads, head_dim = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
+    at_once = max(min(options.pop("TILE") // (heads * head_dim), triton.next_power_of_2(options["RUN"])), 1)
+    options["num_warps"] = max(options["num_warps"], at_once * heads * head_dim // 512)
+    blocks = {"BLOCK_TOKENS": at_once, "BLOCK_HEADS": heads, "BLOCK_DIM": head_dim}
+    return {**options, **blocks, "STAGES": options["num_stages"]}
+
+
 def _backward(grad, x, weight, eps, rows, cols, start_frame, start):
     """Gradients of one of query and key, and of its weight."""
     batch, tokens, heads, head_dim = x.shape
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grad_x = x.new_empty(x.shape)
-    options = launch_options("norm_rope_backward", heads, head_dim, x.device)
+    options = _launch_options(heads, head_dim, x.device)
     runs = triton.cdiv(tokens, options["RUN"])
     sums = x.new_empty((1, batch * runs, heads, head_dim), dtype=torch.float32)
     norm_rope_backward_kernel[(runs, batch)](

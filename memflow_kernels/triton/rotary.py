@@ -32,39 +32,32 @@ def axis_speeds(pair, pairs):
 
 
 @triton.jit
-def turns(position, speed):
-    """cos and sin, float32, of the angle of `position` (int64) at `speed`."""
-    phase = position * speed
-    quadrant = (phase + (1 << 61)) >> 62  # -2 to 1
-    angle = ((phase - (quadrant << 62)) >> 30).to(tl.int32).to(tl.float32) * RADIAN_PER_UNIT  # [-pi/4, pi/4]
+def turns_of_phase(phase):
+    """cos and sin, float32, of an angle in 2^-64 of a circle (int64)."""
+    # the two upper bits of `quadrant`: in which quarter of the circle, counted from -pi/4, the angle lies
+    quadrant = ((phase + (1 << 61)) >> 32).to(tl.int32)
+    angle = (phase >> 30).to(tl.int32).to(tl.float32) * RADIAN_PER_UNIT  # within that quarter: [-pi/4, pi/4]
     square = angle * angle
-    # Taylor series: the first term left out is below 3e-9
-    sin = angle + angle * square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880))))
-    cos = 1 + square * (
-        -1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320 - square * (1 / 3628800))))
-    )
-    swapped = (quadrant & 1) != 0
-    turned_cos = tl.where(swapped, sin, cos)
-    turned_sin = tl.where(swapped, cos, sin)
-    turned_cos = tl.where(((quadrant + 1) & 2) != 0, -turned_cos, turned_cos)
-    return turned_cos, tl.where((quadrant & 2) != 0, -turned_sin, turned_sin)
+    # Taylor series: the first term left out is below 3e-9. tl.fma: one rounding, whatever the compiler may fuse.
+    sin = tl.fma(square, 1 / 362880, -1 / 5040)
+    sin = tl.fma(square, tl.fma(square, sin, 1 / 120), -1 / 6)
+    sin = tl.fma(angle * square, sin, angle)
+    cos = tl.fma(square, tl.fma(square, -1 / 3628800, 1 / 40320), -1 / 720)
+    cos = tl.fma(square, tl.fma(square, tl.fma(square, cos, 1 / 24), -1 / 2), 1.0)
+    swapped = (quadrant & (1 << 30)) != 0
+    turned_cos, turned_sin = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)
+    return flipped(turned_cos, quadrant + (1 << 30)), flipped(turned_sin, quadrant)
 
 
 @triton.jit
-def token_turns(place, first_frame, rows, cols, axis, speed):
-    """cos and sin [BLOCK_TOKENS, 1, P] of the tokens at `place` of a sequence whose first frame is first_frame.
-
-    Places count frame by frame, then row by row.
-    """
-    place = place[:, None, None]
-    frame = first_frame + place // (rows * cols)
-    row, col = place // cols % rows, place % cols
-    position = tl.where(axis == 0, frame.to(tl.int64), tl.where(axis == 1, row, col).to(tl.int64))
-    return turns(position, speed)
+def flipped(x, sign):
+    """-x where `sign` (int32) is negative."""
+    return (x.to(tl.int32, bitcast=True) ^ ((sign >> 31) << 31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def rotate(x, cos, sin):
     """x [BLOCK_TOKENS, BLOCK_HEADS, BLOCK_DIM] float32: channel pairs (2i, 2i+1) turned by cos and sin."""
     even, odd = tl.split(x.reshape(x.shape[0], x.shape[1], x.shape[2] // 2, 2))
-    return tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(x.shape)
+    turned = tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(even, sin, odd * cos))
+    return turned.reshape(x.shape)

@@ -237,6 +237,8 @@ cudaError_t allow_shared_memory(const void* kernel, int bytes) {
   return cudaSuccess;
 }
 
+int64_t launched = 0;  // threads of all grids since the last question
+
 cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
   auto found = allowed.find(kernel);
   size_t limit = found == allowed.end() ? SHARED_DEFAULT : std::max<size_t>(SHARED_DEFAULT, found->second);
@@ -257,6 +259,7 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel, const
   __asan_unpoison_memory_region(memflow_shared, shared_bytes);
   __asan_poison_memory_region(reinterpret_cast<char*>(memflow_shared) + shared_bytes, sizeof(memflow_shared) - shared_bytes);
   uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  launched += int64_t(blocks * size);
   for (uint64_t i = 0; i < blocks; ++i) {
     uint64_t block = last_block_first ? blocks - 1 - i : i;
     blockIdx = {uint32_t(block % grid.x), uint32_t(block / grid.x % grid.y), uint32_t(block / grid.x / grid.y)};
@@ -288,4 +291,11 @@ extern "C" int cuda_host_set(int multiprocessors, int last_block_first) {
   cuda_host::multiprocessors = multiprocessors;
   cuda_host::last_block_first = last_block_first != 0;
   return 0;
+}
+
+// Threads launched since the last question.
+extern "C" int64_t cuda_host_launched() {
+  int64_t launched = cuda_host::launched;
+  cuda_host::launched = 0;
+  return launched;
 }

@@ -47,6 +47,10 @@ class HostOps:
         finally:
             choose(3, 0)
 
+    def launched(self) -> int:
+        """Threads launched since the last question."""
+        return self.process.call(("cuda_host_launched", [], "int64", []))[0]
+
     def call(self, name: str, *arguments: object, result: str = "int") -> int:
         """A function of launch.h: int, float, None, Tensor or States in; every tensor's memory is brought back."""
         buffers, memories, request = [], [], []
