@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES, cases
 
 from memflow_kernels import frame_means, memory_attention, select_frames
-from memflow_kernels.reference.attention import _attend_plain
+from memflow_kernels.reference.attend import plain
 from memflow_kernels.testing import (
     ATTENTION_CASES,
     Traffic,
@@ -161,7 +161,7 @@ def test_the_path_of_other_devices_equals_the_loop(case, masked):
             for b in range(case.batch)
         ]
     expected, expected_lse = loops.attention(query, key, value, 1, scale, table, tokens)
-    out, lse = _attend_plain(query, key, value, scale, bias if masked else None, keys_per_block=4)
+    out, lse = plain(query, key, value, scale, bias if masked else None, keys_per_block=4)
     assert_close(out, torch.from_numpy(expected))
     assert_close(lse, torch.from_numpy(expected_lse))
 
