@@ -112,9 +112,10 @@ def shown(
     rest = Range(candidate_frames * tokens_per_frame, tokens)
     if query_block is None:
         frame_table, query_block = frame_table.unsqueeze(2), queries
-    numbers = None
+    numbers = None  # [blocks][B*H, or 1][n]
     if frame_table.device.type == "cpu":
-        numbers = frame_table.permute(2, 0, 1, 3).flatten(1, 2).tolist()  # [blocks][B*H][n]
+        same = frame_table.stride()[:2] == (0, 0)  # expanded: all heads share one row
+        numbers = (frame_table[:1, :1] if same else frame_table).permute(2, 0, 1, 3).flatten(1, 2).tolist()
         _check(numbers, candidate_frames)
     found: list[tuple[slice, list[Part]]] = []
     for block, table in enumerate(frame_table.unbind(2)):
