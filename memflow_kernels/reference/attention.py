@@ -8,7 +8,7 @@ from torch import Tensor
 from ..dtypes import statistics_dtype
 from .attend import attend, attend_backward, nothing
 from .merge import merge_attention
-from .shown import Part, shown
+from .shown import Part, Sums, shown
 
 
 def _attend_parts(
@@ -82,17 +82,21 @@ def memory_attention_backward(
     wide = statistics_dtype(query.dtype)
     sizes = (tokens_per_frame, candidate_frames, key.shape[1], query.shape[1], query_block, wide)
     ranges = shown(frame_table, *sizes)
-    grad_query = torch.zeros(query.shape, dtype=wide, device=query.device)
     # keys that several ranges of queries see gather sums, which are rounded once
-    summed = wide if len(ranges) > 1 else key.dtype
-    grad_key, grad_value = (torch.zeros(x.shape, dtype=summed, device=x.device) for x in (key, value))
+    grad_key, grad_value = (Sums(x, key.dtype if len(ranges) == 1 else wide) for x in (key, value))
+    grad_queries = []
     for rows, parts in ranges:
         through_lse = None if grad_lse is None else grad_lse[:, :, rows]
         before = (grad_out[:, rows], through_lse, query[:, rows])
         after = (out[:, rows], lse[:, :, rows], scale)
-        for part in parts:
+        grad_query = None
+        for part in reversed(parts):  # what is always attended to first: it need not be added to zeros
             grads = attend_backward(*before, part.of(key), part.of(value), *after, part.bias)
-            grad_query[:, rows] += grads[0]
-            part.add(grad_key, grads[1])
-            part.add(grad_value, grads[2])
-    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+            grad_query = grads[0].to(wide) if grad_query is None else grad_query.add_(grads[0])
+            grad_key.add(part, grads[1])
+            grad_value.add(part, grads[2])
+        grad_queries.append(torch.zeros_like(query[:, rows]) if grad_query is None else grad_query.to(query.dtype))
+    grad_query = torch.zeros_like(query) if not grad_queries else grad_queries[0]
+    if len(grad_queries) > 1:
+        grad_query = torch.cat(grad_queries, 1)
+    return grad_query.contiguous(), grad_key.result(key.dtype), grad_value.result(value.dtype)

@@ -25,9 +25,9 @@ class Range(NamedTuple):
     def of(self, states: Tensor) -> Tensor:
         return states[:, self.start : self.stop]
 
-    def add(self, total: Tensor, part: Tensor) -> None:
-        """Adds a gradient of what `of` gave to that of all states."""
-        total[:, self.start : self.stop] += part
+    def add(self, total: Tensor, gradient: Tensor) -> None:
+        """Adds the gradient of what `of` gave to that of all states."""
+        total[:, self.start : self.stop] += gradient
 
 
 class Gathered:
@@ -56,19 +56,43 @@ class Gathered:
             chosen = chosen.masked_fill(self.empty.unsqueeze(-1), 0.0)
         return chosen.transpose(1, 2)
 
-    def add(self, total: Tensor, part: Tensor) -> None:
+    def add(self, total: Tensor, gradient: Tensor) -> None:
         """Place by place, in which no frame of a head comes twice: the sums have one order."""
-        part = part.transpose(1, 2)
+        gradient = gradient.transpose(1, 2)
         if self.empty is not None:
-            part = part.masked_fill(self.empty.unsqueeze(-1), 0.0)
-        part = part.unflatten(2, (-1, self.tokens_per_frame))  # [B, H, n, N, D]
+            gradient = gradient.masked_fill(self.empty.unsqueeze(-1), 0.0)
+        gradient = gradient.unflatten(2, (-1, self.tokens_per_frame))  # [B, H, n, N, D]
         frames, rows = self._frames(total), self.rows[..., 0]
         for place in range(self.index.shape[-1]):
             at = (rows, self.columns[:, 0], self.index[..., place])
-            frames[at] += part[:, :, place]
+            frames[at] += gradient[:, :, place]
 
 
 Part = Range | Gathered
+
+
+class Sums:
+    """The gradient of all keys or values [B, L, H, D], to which parts add what they contribute; 0 where none does."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.total: Tensor | None = None
+        self.shape, self.dtype, self.device = like.shape, dtype, like.device
+
+    def add(self, part: Part, gradient: Tensor) -> None:
+        if self.total is not None:
+            part.add(self.total, gradient)
+        elif isinstance(part, Range) and part.stop == self.shape[1]:  # the first part reaches to the end
+            self.total = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            self.total[:, : part.start] = 0
+            self.total[:, part.start :] = gradient
+        else:
+            self.total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            part.add(self.total, gradient)
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        if self.total is None:
+            return torch.zeros(self.shape, dtype=dtype, device=self.device)
+        return self.total.to(dtype)
 
 
 def _runs(row: list[int], tokens_per_frame: int, rest: Range) -> list[Range]:
