@@ -95,7 +95,11 @@ def training(gpu: bool, backends: tuple[str, ...]) -> list[Experiment]:
     peers = tuple(f"ours ({backend})" for backend in backends) + ("SDPA flash",)
     dtypes = ("float32", "bfloat16")
     return [
-        *(Experiment(workload, base, t, budget=25, only=peers) for workload in ("training", "backward") for t in dtypes),
+        *(
+            Experiment(workload, base, t, budget=25, only=peers)
+            for workload in ("training", "backward")
+            for t in dtypes
+        ),
         *(Experiment(workload, tiny, "float32", budget=3, only=peers) for workload in ("training", "attention")),
         *(
             Experiment(workload, base, "float32", budget=25, only=(*peers, "FlexAttention"))

@@ -47,7 +47,7 @@ def block_causal_table(
         share their memory.
 
     Raises:
-        TypeError, ValueError: for numbers that are no int, or too small.
+        TypeError, ValueError: for numbers that are no int, or too small, and for a sink without local.
 
     Source: the masks of CausVid (arXiv 2412.07772), Self Forcing (2506.08009) and LongLive (2509.22622).
 
@@ -71,6 +71,8 @@ def block_causal_table(
         _checks.integer(name, value, least)
     if local is not None:
         _checks.integer("local", local, max(frames_per_block, first))
+    elif sink:
+        raise ValueError(f"sink has no effect without local, which hides frames: got sink = {sink} and local = None")
     rows, noisy = [], []
     for frame in range(frames):
         start = 0 if frame < first else first + (frame - first) // frames_per_block * frames_per_block

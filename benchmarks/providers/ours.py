@@ -122,9 +122,7 @@ def _activated(state: AttentionState) -> Attend:
 
 def _block_causal(state: BlockCausalState) -> Attend:
     case = state.case
-    table = block_causal_table(
-        case.window, case.chunk, batch=case.batch, heads=case.heads, device=state.query.device
-    )
+    table = block_causal_table(case.window, case.chunk, batch=case.batch, heads=case.heads, device=state.query.device)
     sizes = {"tokens_per_frame": case.tokens, "query_block": case.tokens, "candidate_frames": case.window}
     return functools.partial(memory_attention, frame_table=table, **sizes)
 

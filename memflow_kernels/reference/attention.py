@@ -11,9 +11,7 @@ from .merge import merge_attention
 from .shown import Part, Sums, shown
 
 
-def _attend_parts(
-    query: Tensor, key: Tensor, value: Tensor, parts: list[Part], scale: float
-) -> tuple[Tensor, Tensor]:
+def _attend_parts(query: Tensor, key: Tensor, value: Tensor, parts: list[Part], scale: float) -> tuple[Tensor, Tensor]:
     """The parts one by one, merged by their mass; more than two in float32, so that they are rounded once."""
     if not parts:
         return nothing(query)

@@ -28,7 +28,9 @@ def counted(text_key: Tensor, text_mask: Tensor | None) -> Tensor:
 def prompt_relevance_mean(text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float) -> Tensor:
     """text_key [B, T, H, D], frame_mean [B, F, H, D] -> [B, F]: scaled product of the means, averaged over heads."""
     wide = statistics_dtype(text_key.dtype)
-    mean_text = einsum(token_weights(text_key, text_mask), counted(text_key, text_mask).to(wide), "b t, b t h d -> b h d")
+    mean_text = einsum(
+        token_weights(text_key, text_mask), counted(text_key, text_mask).to(wide), "b t, b t h d -> b h d"
+    )
     return einsum(mean_text, frame_mean.to(wide), "b h d, b f h d -> b f") * (scale / text_key.shape[2])
 
 

@@ -107,6 +107,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     """out_* [B, Lq, H, D], lse_* [B, H, Lq] -> out, lse of the same shapes, contiguous."""
     out = torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device)
     lse = torch.empty(lse_a.shape, dtype=lse_a.dtype, device=lse_a.device)
+    if out.numel() == 0:
+        return out, lse
     grid, sizes, options = _launch(out)
     strides = (*out_a.stride()[:3], *out_b.stride()[:3], *lse_a.stride(), *lse_b.stride())
     merge_kernel[grid](out_a, lse_a, out_b, lse_b, out, lse, *strides, *sizes, **options)
@@ -119,6 +121,8 @@ def merge_attention_backward(
     """Gradients of out_a, lse_a, out_b, lse_b."""
     inputs = [x.contiguous() for x in (grad_out, grad_lse, out_a, lse_a, out_b, lse_b)]
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (out_a, lse_a, out_b, lse_b)]
+    if out_a.numel() == 0:
+        return tuple(grads)
     grid, sizes, options = _launch(out_a)
     merge_backward_kernel[grid](*inputs, *grads, *sizes, **options)
     return tuple(grads)

@@ -12,9 +12,7 @@ def test_a_tile_whose_first_share_begins_before_the_share_that_rounding_names(ho
     query, key, value = (states(1, n, 5, 64, dtype=torch.bfloat16, seed=s) for s, n in enumerate((100, 640, 640)))
     with host.machine(multiprocessors=11):
         out, lse = host.memory_attention(query, key, value, None, 64, 0, 0.1)
-    right, right_lse = reference.memory_attention(
-        *(x.double() for x in (query, key, value)), None, 64, 0, 0.1, None
-    )
+    right, right_lse = reference.memory_attention(*(x.double() for x in (query, key, value)), None, 64, 0, 0.1, None)
     assert_close(out, right, roundings=3)
     assert_close(lse, right_lse)
 
@@ -41,7 +39,9 @@ def test_frames_behind_the_candidates_are_not_gathered(host, beyond):
     key, value = (states(1, 4 * 7, 2, 16, seed=s) for s in (0, 1))
     wild = torch.tensor([[[beyond, 1], [0, beyond]]], dtype=torch.int32)
     tame = torch.tensor([[[-1, 1], [0, -1]]], dtype=torch.int32)
-    for a, b in zip(host.gather_frames(key, value, wild, 7, 2), host.gather_frames(key, value, tame, 7, 2), strict=True):
+    for a, b in zip(
+        host.gather_frames(key, value, wild, 7, 2), host.gather_frames(key, value, tame, 7, 2), strict=True
+    ):
         assert torch.equal(a, b)
 
 

@@ -89,9 +89,7 @@ def test_nan_is_not_hidden():
 @pytest.mark.parametrize("offset", [0, 100, 1000, 5000, -5000])
 def test_the_error_does_not_grow_with_the_log_sum_exp(offset):
     """exp(lse_a - lse) would be off by the rounding of lse; shares divided by their sum are not."""
-    (out_a, out_b), (lse_a, lse_b) = (
-        [states(1, 32, 4, d, seed=s + d) for s in (0, 1)] for d in (32, 1)
-    )
+    (out_a, out_b), (lse_a, lse_b) = ([states(1, 32, 4, d, seed=s + d) for s in (0, 1)] for d in (32, 1))
     lse_a, lse_b = ((x[..., 0].transpose(1, 2) + offset).contiguous() for x in (lse_a, lse_b))
     out, lse = merge_attention(out_a, lse_a, out_b, lse_b)
     exact, exact_lse = merge_attention(*(x.double() for x in (out_a, lse_a, out_b, lse_b)))

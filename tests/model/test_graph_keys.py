@@ -1,7 +1,6 @@
 """What a captured pass is known by: all that it fixes, on any machine."""
 
 import torch
-
 from memflow.graphs import _size
 
 SMALL = {"height": 32, "width": 32}
