@@ -92,14 +92,10 @@ def realtime(gpu: bool, backends: tuple[str, ...]) -> list[RealtimeExperiment]:
 
 def training(gpu: bool, backends: tuple[str, ...]) -> list[Experiment]:
     base, tiny = case("wan-1.3b-480p" if gpu else "quarter"), case("tiny")
-    peers = tuple(f"ours ({backend})" for backend in backends) + ("SDPA flash",)
-    dtypes = ("float32", "bfloat16")
+    peers = (*(f"ours ({backend})" for backend in backends), "SDPA flash")
+    kinds = [(workload, dtype) for workload in ("training", "backward") for dtype in ("float32", "bfloat16")]
     return [
-        *(
-            Experiment(workload, base, t, budget=25, only=peers)
-            for workload in ("training", "backward")
-            for t in dtypes
-        ),
+        *(Experiment(workload, base, dtype, budget=25, only=peers) for workload, dtype in kinds),
         *(Experiment(workload, tiny, "float32", budget=3, only=peers) for workload in ("training", "attention")),
         *(
             Experiment(workload, base, "float32", budget=25, only=(*peers, "FlexAttention"))

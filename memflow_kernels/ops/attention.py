@@ -107,7 +107,8 @@ def memory_attention(
 
     Returns out [B, Lq, H, D] in the dtype of query, exact over the chosen keys; with return_lse also lse [B, H, Lq],
     the natural log-sum-exp of the scaled logits, float32 (float64 for float64). A head without any key gives out 0 and
-    lse -inf, and so does an empty memory; Lq and F may be 0. Differentiable in query, key and value, through out and lse; the choice itself is not differentiated.
+    lse -inf, and so does an empty memory; Lq and F may be 0. Differentiable in query, key and value, through out and
+    lse; the choice itself is not differentiated.
     Forward and backward are deterministic. Source: arXiv 2512.14699, equations 2 to 4.
     Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes, and on the CPU for a table value outside
     -1 to candidate_frames - 1 (on a GPU the table is not read on the host).
