@@ -102,3 +102,26 @@ def by_content(frames: Tensor) -> Tensor:
     first = frames.flatten(2)[..., 0]
     order = first.argsort(1)
     return frames[torch.arange(frames.shape[0], device=frames.device)[:, None], order]
+
+
+def attention_and_gradients(
+    query: Tensor, key: Tensor, value: Tensor, upstream: Tensor, visible: Tensor
+) -> list[Tensor]:
+    """out and the gradients of query, key and value for `upstream`, one head at a time, all in float64.
+
+    visible: True where a query sees a key, [B, H, 1 or Lq, Lk] or [Lq, Lk].
+    """
+    batch, queries, heads, head_dim = query.shape
+    visible = visible.expand(batch, heads, queries, key.shape[1])
+    results = [torch.empty_like(x) for x in (query, query, key, value)]
+    for row in range(batch):
+        for head in range(heads):
+            q, k, v, up = (x[row, :, head] for x in (query, key, value, upstream))
+            logits = (q @ k.T * head_dim**-0.5).masked_fill(~visible[row, head], -torch.inf)
+            share = logits.softmax(-1)
+            grad_share = up @ v.T
+            grad_logits = share * (grad_share - (grad_share * share).sum(-1, keepdim=True)) * head_dim**-0.5
+            parts = (share @ v, grad_logits @ k, grad_logits.T @ q, share.T @ up)
+            for result, part in zip(results, parts, strict=True):
+                result[row, :, head] = part
+    return results

@@ -7,7 +7,7 @@ from .realtime import PLAIN, RealtimeExperiment
 from .runner import Experiment
 from .streams import StreamExperiment
 
-SUITES = ("quick", "kernels", "stream", "realtime")
+SUITES = ("quick", "kernels", "stream", "realtime", "training")
 PUBLISHED = "published path"
 
 
@@ -19,13 +19,13 @@ def suite(name: str, device: str, backends: tuple[str, ...]) -> list[AnyExperime
 
     quick: everything at sizes that two CPU cores measure in minutes, the layer at full size. kernels: the ops at full
     size, every variant and sweep. stream: whole layers and streams; on a CPU of the reduced model. realtime: frames per
-    second of loop and decoder, in every way that the loop can be run; on a CPU the reduced model, plainly.
+    second of loop and decoder, in every way that the loop can be run; on a CPU the reduced model, plainly. training:
+    forward and backward beside torch's attention and FlexAttention, dense, activated and under a block-causal mask.
     """
     if name not in SUITES:
         raise ValueError(f"there is no suite {name!r}; suites: {', '.join(SUITES)}")
-    return {"quick": quick, "kernels": kernels, "stream": streams, "realtime": realtime}[name](
-        device == "cuda", backends
-    )
+    makers = {"quick": quick, "kernels": kernels, "stream": streams, "realtime": realtime, "training": training}
+    return makers[name](device == "cuda", backends)
 
 
 def of(sweep: str, like: str) -> list[str]:
@@ -88,3 +88,17 @@ def realtime(gpu: bool, backends: tuple[str, ...]) -> list[RealtimeExperiment]:
         return [RealtimeExperiment(case("wan-1.3b-480p"))]
     small = {"base_dim": 8, "z_dim": 16, "num_res_blocks": 1}
     return [RealtimeExperiment(case("quarter"), "float32", (PLAIN,), vae=small, least=2)]
+
+
+def training(gpu: bool, backends: tuple[str, ...]) -> list[Experiment]:
+    base, tiny = case("wan-1.3b-480p" if gpu else "quarter"), case("tiny")
+    peers = (*(f"ours ({backend})" for backend in backends), "SDPA flash")
+    kinds = [(workload, dtype) for workload in ("training", "backward") for dtype in ("float32", "bfloat16")]
+    return [
+        *(Experiment(workload, base, dtype, budget=25, only=peers) for workload, dtype in kinds),
+        *(Experiment(workload, tiny, "float32", budget=3, only=peers) for workload in ("training", "attention")),
+        *(
+            Experiment(workload, base, "float32", budget=25, only=(*peers, "FlexAttention"))
+            for workload in ("block_causal", "block_causal_step")
+        ),
+    ]

@@ -4,6 +4,7 @@ Layouts: query [B, Lq, H, D], key and value [B, F*N, H, D] with N tokens per fra
 """
 
 from .backends import available_backends, use_backend
+from .masks import block_causal_table
 from .ops.attention import memory_attention
 from .ops.means import frame_means
 from .ops.merge import merge_attention
@@ -17,6 +18,7 @@ from .pool import Pool
 __all__ = [
     "Pool",
     "available_backends",
+    "block_causal_table",
     "frame_means",
     "memory_attention",
     "merge_attention",

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from ..states import AttentionState
+from ..workloads.training import BlockCausalState
 from .base import Provider
 from .gather import choose
+from .steps import Attend, step
 
 BLOCK = 128
 
@@ -33,6 +35,29 @@ class Flex(Provider):
             return compiled(*states, block_mask=mask).transpose(1, 2)
 
         return run
+
+    def block_causal(self, state: BlockCausalState):
+        attend = _block_causal(state)
+        return lambda: attend(state.query, state.key, state.value)
+
+    def block_causal_step(self, state: BlockCausalState):
+        return step(_block_causal(state), state.query, state.key, state.value, state.upstream)
+
+
+def _block_causal(state: BlockCausalState) -> Attend:
+    """Compiled, with a BlockMask that is made once, as a training loop has it."""
+    compiled = torch.compile(flex_attention, dynamic=False)
+    tokens, block = state.query.shape[1], state.case.chunk * state.case.tokens
+
+    def visible(batch, head, query, key):
+        return query // block >= key // block
+
+    mask = create_block_mask(visible, None, None, tokens, tokens, device=state.query.device, BLOCK_SIZE=BLOCK)
+
+    def attend(query, key, value):
+        return compiled(*(x.transpose(1, 2) for x in (query, key, value)), block_mask=mask).transpose(1, 2)
+
+    return attend
 
 
 def block_mask(state: AttentionState) -> BlockMask:

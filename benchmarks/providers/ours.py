@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from memflow.memory.attention import attend
 from memflow.models.wan.attention import MemorySelfAttention
-from memflow_kernels import available_backends, frame_means, memory_attention, qk_norm_rope_write, use_backend
+from memflow_kernels import (
+    available_backends,
+    block_causal_table,
+    frame_means,
+    memory_attention,
+    qk_norm_rope_write,
+    use_backend,
+)
 from memflow_kernels.cuda import extension
 
 from ..states import EPS, AttentionState, LayerState, our_memory
+from ..workloads.training import BlockCausalState, TrainingState
 from ..workloads.whole_layer import PASSES, ChunkState
 from .base import Provider
+from .steps import Attend, backward, step
 
 
 class Ours(Provider):
@@ -37,11 +48,23 @@ class Ours(Provider):
         return forced
 
     def attention(self, state: AttentionState):
-        case = state.case
-        options = {"tokens_per_frame": case.tokens}
-        if state.top_k is not None:
-            options |= {"candidate_frames": case.candidates, "top_k": state.top_k, "frame_mean": state.frame_mean}
-        return lambda: memory_attention(state.query, state.key, state.value, **options)
+        attend = _activated(state)
+        return lambda: attend(state.query, state.key, state.value)
+
+    def training(self, state: TrainingState):
+        call = state.call
+        return step(_activated(call), call.query, call.key, call.value, state.upstream)
+
+    def backward(self, state: TrainingState):
+        call = state.call
+        return backward(_activated(call), call.query, call.key, call.value, state.upstream)
+
+    def block_causal(self, state: BlockCausalState):
+        attend = _block_causal(state)
+        return lambda: attend(state.query, state.key, state.value)
+
+    def block_causal_step(self, state: BlockCausalState):
+        return step(_block_causal(state), state.query, state.key, state.value, state.upstream)
 
     def means(self, state: AttentionState):
         key = state.key[:, : state.case.candidates * state.case.tokens]
@@ -88,6 +111,20 @@ class Ours(Provider):
             return out
 
         return run
+
+
+def _activated(state: AttentionState) -> Attend:
+    options = {"tokens_per_frame": state.case.tokens}
+    if state.top_k is not None:
+        options |= {"candidate_frames": state.case.candidates, "top_k": state.top_k, "frame_mean": state.frame_mean}
+    return functools.partial(memory_attention, **options)
+
+
+def _block_causal(state: BlockCausalState) -> Attend:
+    case = state.case
+    table = block_causal_table(case.window, case.chunk, batch=case.batch, heads=case.heads, device=state.query.device)
+    sizes = {"tokens_per_frame": case.tokens, "query_block": case.tokens, "candidate_frames": case.window}
+    return functools.partial(memory_attention, frame_table=table, **sizes)
 
 
 def _compiled_missing(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..states import AttentionState
+from ..workloads.training import BlockCausalState, TrainingState, block_causal_mask
 from .base import Provider, needs_gpu, needs_half
 from .gather import keys_and_values
+from .steps import Attend, backward, step
 
 SDPA = {  # name -> (backend, needs a GPU, needs half precision on a GPU)
     "flash": (SDPBackend.FLASH_ATTENTION, False, True),
@@ -35,15 +38,35 @@ class Sdpa(Provider):
             return needs_gpu(device)
         return needs_half(dtype) if self.half and device.type == "cuda" else None
 
-    def attention(self, state: AttentionState):
-        def run():
-            key, value = keys_and_values(state)
-            with sdpa_kernel(self.backend):
-                query = state.query.transpose(1, 2)
-                out = F.scaled_dot_product_attention(query, key.transpose(1, 2), value.transpose(1, 2))
-            return out.transpose(1, 2)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        states = (x.transpose(1, 2) for x in (query, key, value))
+        with sdpa_kernel(self.backend):
+            return F.scaled_dot_product_attention(*states, attn_mask=mask).transpose(1, 2)
 
-        return run
+    def attention(self, state: AttentionState):
+        return lambda: self.attend(state.query, *keys_and_values(state))
+
+    def training(self, state: TrainingState):
+        return step(self._chosen(state.call), state.call.query, state.call.key, state.call.value, state.upstream)
+
+    def backward(self, state: TrainingState):
+        return backward(self._chosen(state.call), state.call.query, state.call.key, state.call.value, state.upstream)
+
+    def _chosen(self, call: AttentionState) -> Attend:
+        """What the heads chose is gathered, and its gradient scattered back by autograd."""
+
+        def attend(query, key, value):
+            return self.attend(query, *keys_and_values(call._replace(query=query, key=key, value=value)))
+
+        return attend
+
+    def block_causal(self, state: BlockCausalState):
+        mask = block_causal_mask(state.case, state.query.device)
+        return lambda: self.attend(state.query, state.key, state.value, mask)
+
+    def block_causal_step(self, state: BlockCausalState):
+        attend = functools.partial(self.attend, mask=block_causal_mask(state.case, state.query.device))
+        return step(attend, state.query, state.key, state.value, state.upstream)
 
 
 class FlashAttention(Provider):

@@ -2,8 +2,10 @@
 
 from .base import Verdict, Workload
 from .operations import Attention, Means, Update, Write
+from .training import Backward, BlockCausal, BlockCausalStep, Training
 from .whole_layer import Chunk, Layer
 
-WORKLOADS: dict[str, type[Workload]] = {cls.name: cls for cls in (Attention, Means, Write, Update, Layer, Chunk)}
+KINDS = (Attention, Means, Write, Update, Layer, Chunk, Training, Backward, BlockCausal, BlockCausalStep)
+WORKLOADS: dict[str, type[Workload]] = {kind.name: kind for kind in KINDS}
 
-__all__ = ["WORKLOADS", "Attention", "Chunk", "Layer", "Means", "Update", "Verdict", "Workload", "Write"]
+__all__ = ["WORKLOADS", "Verdict", "Workload", *(kind.__name__ for kind in KINDS)]

@@ -15,7 +15,9 @@ HALF = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (64, 128)
 
 
-def _memory_attention(query: Tensor, *_: object) -> str | None:
+def _memory_attention(query: Tensor, key: Tensor, *_: object) -> str | None:
+    if 0 in query.shape or 0 in key.shape:
+        return "it takes at least one query and one frame"
     if query.dtype in HALF and query.shape[3] in HEAD_SIZES:
         return None
     return f"it takes bfloat16 and float16 with head size D = 64 or 128, not {query.dtype} with D = {query.shape[3]}"

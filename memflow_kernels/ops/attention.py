@@ -38,10 +38,10 @@ def _check(
     query_block: int | None,
     scale: float | None,
 ) -> None:
-    _checks.states("query", query, "[B, Lq, H, D]")
+    _checks.states("query", query, "[B, Lq, H, D]", empty_tokens=True)
     batch, queries, heads, head_dim = query.shape
     for name, x in (("key", key), ("value", value)):
-        _checks.states(name, x, "[B, F*N, H, D]")
+        _checks.states(name, x, "[B, F*N, H, D]", empty_tokens=True)
         _checks.shape(name, x, (batch, key.shape[1], heads, head_dim), "[B, F*N, H, D]")
         _checks.same_kind(name, x, "query", query)
     frames = _checks.frame_count("key", key.shape[1], tokens_per_frame)
@@ -107,7 +107,8 @@ def memory_attention(
 
     Returns out [B, Lq, H, D] in the dtype of query, exact over the chosen keys; with return_lse also lse [B, H, Lq],
     the natural log-sum-exp of the scaled logits, float32 (float64 for float64). A head without any key gives out 0 and
-    lse -inf. Differentiable in query, key and value, through out and lse; the choice itself is not differentiated.
+    lse -inf, and so does an empty memory; Lq and F may be 0. Differentiable in query, key and value, through out and
+    lse; the choice itself is not differentiated.
     Forward and backward are deterministic. Source: arXiv 2512.14699, equations 2 to 4.
     Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes, and on the CPU for a table value outside
     -1 to candidate_frames - 1 (on a GPU the table is not read on the host).
@@ -116,7 +117,7 @@ def memory_attention(
     _check(query, key, value, *frames, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
-    if top_k is not None and top_k < candidate_frames:
+    if top_k is not None and top_k < candidate_frames and query.shape[1]:  # no queries choose nothing
         if frame_mean is None:
             frame_mean = frame_means(key[:, : candidate_frames * tokens_per_frame].detach(), tokens_per_frame)
         choosing = query if query_mean is None else query_mean.unsqueeze(1)

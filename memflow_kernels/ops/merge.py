@@ -22,12 +22,13 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     """Exact attention over the union of two sets of keys, from the attention over each.
 
     out_a, out_b: [B, Lq, H, D], one dtype; lse_a, lse_b: [B, H, Lq], natural log-sum-exp of the scaled logits, float32
-    (float64 for float64); -inf for a set without keys. A key in both sets counts twice.
+    (float64 for float64); -inf for a set without keys, and so is +inf, the mark of flash-attn 2 and vLLM: whatever the
+    result of such a set holds does not count. A key in both sets counts twice.
     Returns (out, lse) of the same shapes and dtypes; out 0 and lse -inf where neither set has a key. Differentiable.
     Raises TypeError or ValueError for wrong dtypes, devices or shapes.
     """
-    _checks.states("out_a", out_a, "[B, Lq, H, D]")
-    _checks.states("out_b", out_b, "[B, Lq, H, D]")
+    _checks.states("out_a", out_a, "[B, Lq, H, D]", empty_tokens=True)
+    _checks.states("out_b", out_b, "[B, Lq, H, D]", empty_tokens=True)
     _checks.shape("out_b", out_b, tuple(out_a.shape), "[B, Lq, H, D] like out_a")
     _checks.same_kind("out_b", out_b, "out_a", out_a)
     batch, queries, heads, _ = out_a.shape

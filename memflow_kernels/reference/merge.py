@@ -5,10 +5,18 @@ from torch import Tensor
 
 
 def merge_weights(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Share of the attention mass in each set, and the log-sum-exp of the union; both shares are 0 where no key is."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    finite = lse.masked_fill(lse == -torch.inf, 0.0)  # -inf - -inf would be NaN
-    return torch.exp(lse_a - finite), torch.exp(lse_b - finite), lse
+    """Share of the attention mass in each set, and the log-sum-exp of the union; both shares are 0 where no key is.
+
+    The masses are divided by their sum: exp(lse_a - lse) would be off by the rounding of lse, which grows with it.
+    A log-sum-exp of +inf is another mark of a set without keys.
+    """
+    lse_a, lse_b = (lse.masked_fill(lse == torch.inf, -torch.inf) for lse in (lse_a, lse_b))
+    top = torch.maximum(lse_a, lse_b)
+    top = top.masked_fill(top == -torch.inf, 0.0)  # -inf - -inf would be NaN
+    mass_a, mass_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
+    mass = mass_a + mass_b
+    divisor = mass.masked_fill(mass == 0, 1.0)
+    return mass_a / divisor, mass_b / divisor, top + mass.log()
 
 
 def per_query(x: Tensor) -> Tensor:
@@ -16,10 +24,16 @@ def per_query(x: Tensor) -> Tensor:
     return x.transpose(1, 2).unsqueeze(-1)
 
 
+def weighed(states: Tensor, share: Tensor) -> Tensor:
+    """states [B, Lq, H, D] times share [B, H, Lq]; 0 where the share is 0, whatever the states hold there."""
+    share = per_query(share)
+    return (states * share).masked_fill(share == 0, 0.0)
+
+
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """out_* [B, Lq, H, D], lse_* [B, H, Lq] -> out, lse of the same shapes."""
     share_a, share_b, lse = merge_weights(lse_a, lse_b)
-    out = out_a * per_query(share_a) + out_b * per_query(share_b)
+    out = weighed(out_a, share_a) + weighed(out_b, share_b)
     return out.to(out_a.dtype).contiguous(), lse.contiguous()
 
 
@@ -28,8 +42,10 @@ def merge_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of out_a, lse_a, out_b, lse_b. With shares a and b = 1 - a: d a / d lse_a = a b = -d a / d lse_b."""
     share_a, share_b, lse = merge_weights(lse_a, lse_b)
-    moved = (grad_out * (out_a.to(lse.dtype) - out_b)).sum(-1).transpose(1, 2) * share_a * share_b  # [B, H, Lq]
-    grad_a = (grad_out * per_query(share_a)).to(out_a.dtype)
-    grad_b = (grad_out * per_query(share_b)).to(out_b.dtype)
+    both = share_a * share_b
+    apart = (grad_out * (out_a.to(lse.dtype) - out_b)).sum(-1).transpose(1, 2)  # [B, H, Lq]
+    moved = (apart * both).masked_fill(both == 0, 0.0)
+    grad_a = weighed(grad_out, share_a).to(out_a.dtype)
+    grad_b = weighed(grad_out, share_b).to(out_b.dtype)
     grads = (grad_a, grad_lse * share_a + moved, grad_b, grad_lse * share_b - moved)
     return tuple(grad.contiguous() for grad in grads)

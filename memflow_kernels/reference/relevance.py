@@ -20,10 +20,17 @@ def token_weights(text_key: Tensor, text_mask: Tensor | None) -> Tensor:
     return text_mask.to(wide) / text_mask.sum(1, keepdim=True).clamp(min=1)
 
 
+def counted(text_key: Tensor, text_mask: Tensor | None) -> Tensor:
+    """text_key [B, T, H, D] with 0 in the tokens that do not count, which may hold anything: 0 times NaN is NaN."""
+    return text_key if text_mask is None else text_key.masked_fill(~text_mask[:, :, None, None], 0.0)
+
+
 def prompt_relevance_mean(text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float) -> Tensor:
     """text_key [B, T, H, D], frame_mean [B, F, H, D] -> [B, F]: scaled product of the means, averaged over heads."""
     wide = statistics_dtype(text_key.dtype)
-    mean_text = einsum(token_weights(text_key, text_mask), text_key.to(wide), "b t, b t h d -> b h d")
+    mean_text = einsum(
+        token_weights(text_key, text_mask), counted(text_key, text_mask).to(wide), "b t, b t h d -> b h d"
+    )
     return einsum(mean_text, frame_mean.to(wide), "b h d, b f h d -> b f") * (scale / text_key.shape[2])
 
 
@@ -34,7 +41,7 @@ def prompt_relevance_mean_backward(
     wide = statistics_dtype(text_key.dtype)
     weights = token_weights(text_key, text_mask)
     grad = grad * (scale / text_key.shape[2])
-    mean_text = einsum(weights, text_key.to(wide), "b t, b t h d -> b h d")
+    mean_text = einsum(weights, counted(text_key, text_mask).to(wide), "b t, b t h d -> b h d")
     wanted = einsum(grad, frame_mean.to(wide), "b f, b f h d -> b h d")
     grad_text = einsum(weights, wanted, "b t, b h d -> b t h d")
     grad_mean = einsum(grad, mean_text, "b f, b h d -> b f h d")
@@ -64,7 +71,7 @@ def prompt_relevance_softmax(
     text_key: Tensor, key: Tensor, text_mask: Tensor | None, tokens_per_frame: int, scale: float
 ) -> Tensor:
     """text_key [B, T, H, D], key [B, F*N, H, D] -> [B, F]: share of the attention mass on each frame."""
-    share = _frame_lse(text_key, key, tokens_per_frame, scale).softmax(-1)  # [B, H, T, F]
+    share = _frame_lse(counted(text_key, text_mask), key, tokens_per_frame, scale).softmax(-1)  # [B, H, T, F]
     return einsum(token_weights(text_key, text_mask), share.mean(1), "b t, b t f -> b f")
 
 
@@ -76,6 +83,7 @@ def prompt_relevance_softmax_backward(
     With p the softmax over all tokens and P_f its sum over frame f: d logit = p (g_f - sum_e g_e P_e) * weight / H.
     """
     wide = statistics_dtype(text_key.dtype)
+    text_key = counted(text_key, text_mask)
     lse = _frame_lse(text_key, key, tokens_per_frame, scale)  # [B, H, T, F]
     total = lse.logsumexp(-1, keepdim=True)  # [B, H, T, 1]
     centred = grad[:, None, None] - einsum(grad, lse.softmax(-1), "b f, b h t f -> b h t").unsqueeze(-1)

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .means import frame_means
 
+PRODUCTS = 2**22  # of queries and frames that exist at a time
+
 
 def mean_queries(query: Tensor, query_block: int) -> Tensor:
     """query [B, Lq, H, D] -> [B, blocks, H, D] means of every query_block tokens; the last block may be shorter."""
@@ -16,6 +18,18 @@ def mean_queries(query: Tensor, query_block: int) -> Tensor:
     return rest if means is None else torch.cat([means, rest], 1)
 
 
+def scores(mean_query: Tensor, frame_mean: Tensor) -> Tensor:
+    """mean_query [B, blocks, H, D], frame_mean [B, F, H, D] -> [B, H, blocks, F].
+
+    Products and sums of their own instead of a matrix product, which adds up some columns in another order than others:
+    equal frames must have equal scores.
+    """
+    queries, means = mean_query.transpose(1, 2).unsqueeze(3), frame_mean.transpose(1, 2).unsqueeze(2)
+    at_a_time = max(PRODUCTS // queries.numel(), 1) if queries.numel() else 1
+    parts = [(queries * some).sum(-1) for some in means.split(at_a_time, 3)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 def select_frames(
     query: Tensor, frame_mean: Tensor, top_k: int, valid: Tensor | None, query_block: int | None
 ) -> Tensor:
@@ -25,7 +39,7 @@ def select_frames(
     """
     frames = frame_mean.shape[1]
     mean_query = mean_queries(query, query.shape[1] if query_block is None else query_block)
-    score = torch.einsum("bqhd,bfhd->bhqf", mean_query, frame_mean.to(mean_query.dtype))
+    score = scores(mean_query, frame_mean.to(mean_query.dtype))
     if valid is not None:
         valid = valid[:, None, None]  # [B, 1, 1, F]
         score = score.masked_fill(~valid, -torch.inf)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dtypes import statistics_dtype
+from ..reference.attend import nothing
 from . import configs, gluon
 from .attention_backward import memory_attention_backward
 from .attention_schedule import combine, schedule, share_of_program
@@ -213,6 +214,8 @@ def memory_attention(
     A table per block of queries, or of no place at all, is always read in place.
     """
     sizes = (tokens_per_frame, candidate_frames, scale, query_block)
+    if 0 in query.shape or 0 in key.shape:
+        return nothing(query)
     if frame_table is None:
         kernel = configs.of_family(configs.DENSE, query.device)
         if kernel != "triton" and serves(kernel, query):

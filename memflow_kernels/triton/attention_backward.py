@@ -188,6 +188,8 @@ def memory_attention_backward(
     """Gradients of query, key and value, contiguous; arguments and meaning as in the reference."""
     batch, queries, heads, head_dim = query.shape
     tokens = key.shape[1]
+    if 0 in query.shape or 0 in key.shape:
+        return tuple(x.new_zeros(x.shape) for x in (query, key, value))
     if frame_table is None:
         frame_table, candidate_frames = torch.empty((batch, heads, 0), dtype=torch.int32, device=query.device), 0
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse

@@ -20,13 +20,21 @@ def _rows(rows_total, queries, heads, ROWS: tl.constexpr):
 
 @triton.jit
 def _shares(lse_a, lse_b):
-    """Share of the mass in each set, 0 where neither has a key, and the log-sum-exp of the union."""
+    """Share of the mass in each set, 0 where neither has a key, and the log-sum-exp of the union; +inf marks no key."""
+    lse_a = tl.where(lse_a == float("inf"), float("-inf"), lse_a)
+    lse_b = tl.where(lse_b == float("inf"), float("-inf"), lse_b)
     top = tl.maximum(lse_a, lse_b)
     some = tl.where(top == float("-inf"), 0.0, top)
     mass_a, mass_b = tl.exp(lse_a - some), tl.exp(lse_b - some)
     mass = mass_a + mass_b
     divisor = tl.where(mass == 0, 1.0, mass)
     return mass_a / divisor, mass_b / divisor, some + tl.log(mass)
+
+
+@triton.jit
+def _weighed(states, share):
+    """states [ROWS, D] times share [ROWS]; 0 where the share is 0, whatever the states hold there."""
+    return tl.where(share[:, None] == 0, 0.0, states * share[:, None])
 
 
 @triton.jit(do_not_specialize=["rows_total", "queries", "heads"])
@@ -52,7 +60,7 @@ def merge_kernel(
     rows_b = (batch * b_batch + query * b_query + head * b_head)[:, None] + channel
     a = tl.load(out_a + rows_a, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(out_b + rows_b, mask=inside, other=0.0).to(tl.float32)
-    merged = a * share_a[:, None] + b * share_b[:, None]
+    merged = _weighed(a, share_a) + _weighed(b, share_b)
     target = ((batch * queries + query) * heads + head)[:, None] * D + channel
     tl.store(out + target, merged.to(out.dtype.element_ty), mask=inside)
 
@@ -77,9 +85,10 @@ def merge_backward_kernel(
     grad = tl.load(grad_out + rows, mask=inside, other=0.0).to(tl.float32)
     a = tl.load(out_a + rows, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(out_b + rows, mask=inside, other=0.0).to(tl.float32)
-    moved = tl.sum(grad * (a - b), 1) * share_a * share_b
-    tl.store(grad_a + rows, (grad * share_a[:, None]).to(grad_a.dtype.element_ty), mask=inside)
-    tl.store(grad_b + rows, (grad * share_b[:, None]).to(grad_b.dtype.element_ty), mask=inside)
+    both = share_a * share_b
+    moved = tl.where(both == 0, 0.0, tl.sum(grad * (a - b), 1) * both)
+    tl.store(grad_a + rows, _weighed(grad, share_a).to(grad_a.dtype.element_ty), mask=inside)
+    tl.store(grad_b + rows, _weighed(grad, share_b).to(grad_b.dtype.element_ty), mask=inside)
     tl.store(grad_lse_a + place, through_lse * share_a + moved, mask=exists)
     tl.store(grad_lse_b + place, through_lse * share_b - moved, mask=exists)
 
@@ -98,6 +107,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     """out_* [B, Lq, H, D], lse_* [B, H, Lq] -> out, lse of the same shapes, contiguous."""
     out = torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device)
     lse = torch.empty(lse_a.shape, dtype=lse_a.dtype, device=lse_a.device)
+    if out.numel() == 0:
+        return out, lse
     grid, sizes, options = _launch(out)
     strides = (*out_a.stride()[:3], *out_b.stride()[:3], *lse_a.stride(), *lse_b.stride())
     merge_kernel[grid](out_a, lse_a, out_b, lse_b, out, lse, *strides, *sizes, **options)
@@ -110,6 +121,8 @@ def merge_attention_backward(
     """Gradients of out_a, lse_a, out_b, lse_b."""
     inputs = [x.contiguous() for x in (grad_out, grad_lse, out_a, lse_a, out_b, lse_b)]
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (out_a, lse_a, out_b, lse_b)]
+    if out_a.numel() == 0:
+        return tuple(grads)
     grid, sizes, options = _launch(out_a)
     merge_backward_kernel[grid](*inputs, *grads, *sizes, **options)
     return tuple(grads)

@@ -132,7 +132,10 @@ def prompt_relevance_softmax_backward(
     grad_text, grad_key = text_key.new_zeros(text_key.shape), key.new_empty(key.shape)
     if not frames:
         return grad_text, grad_key
-    mask = None if text_mask is None else text_mask.contiguous()
+    mask = None
+    if text_mask is not None:
+        mask = text_mask.contiguous()
+        text_key = text_key.masked_fill(~mask[:, :, None, None], 0.0)  # may hold anything, and 0 times NaN is NaN
     lse = frame_lse(text_key, key, tokens_per_frame, scale)
     total = lse.new_empty((batch, heads, tokens))
     centre_kernel[(batch,)](

@@ -38,9 +38,11 @@ def select_kernel(
     if valid is not None:
         free = free & (tl.load(valid + batch * frames + frame, free, other=0) != 0)
     chosen = tl.zeros([BLOCK_FRAMES], tl.int32)
+    nan = score != score  # counts as the largest score, as in a sort
     for _ in range(places):
-        best = tl.max(tl.where(free, score, float("-inf")), 0)
-        winner = tl.min(tl.where(free & (score == best), frame, BLOCK_FRAMES), 0)  # of equal scores, the lower index
+        best = tl.max(tl.where(free & (nan == 0), score, float("-inf")), 0)
+        equal = tl.where(tl.sum((free & nan).to(tl.int32), 0) > 0, nan, score == best)
+        winner = tl.min(tl.where(free & equal, frame, BLOCK_FRAMES), 0)  # of equal scores, the lower index
         chosen = tl.where(frame == winner, 1, chosen)
         free = free & (frame != winner)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference.attention import attend
+from ..reference.attend import attend
 
 aten = torch.ops.aten
 

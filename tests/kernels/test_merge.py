@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from strategies import cases
 
 from memflow_kernels import merge_attention
-from memflow_kernels.testing import assert_close, poisoned_memory, states
+from memflow_kernels.testing import assert_close, poisoned_memory, relative_error, states
 
 KERNELS = settings.get_profile("kernels")
 BACKENDS = pytest.mark.usefixtures("backend")
@@ -52,6 +52,72 @@ def test_a_key_in_both_sets_counts_twice():
     merged, merged_lse = merge_attention(out, lse, out, lse)
     torch.testing.assert_close(merged, out)
     torch.testing.assert_close(merged_lse, torch.full((1, 2, 3), 2.0).log())
+
+
+@BACKENDS
+@pytest.mark.parametrize("mark", [-torch.inf, torch.inf], ids=str)
+@pytest.mark.parametrize("held", [0.0, torch.nan, torch.inf], ids=str)
+def test_a_side_without_keys_does_not_count(mark, held):
+    """Marked by -inf, or by +inf as flash-attn 2 and vLLM do it, whatever its result holds; also on both sides."""
+    out, lse = states(1, 3, 2, 4), states(1, 2, 3, 1, seed=1)[..., 0].contiguous()
+    nothing, no_mass = torch.full_like(out, held), torch.full_like(lse, mark)
+    for sides in ((out, lse, nothing, no_mass), (nothing, no_mass, out, lse)):
+        leaves = [x.detach().clone().requires_grad_() for x in sides]
+        merged, merged_lse = merge_attention(*leaves)
+        assert torch.equal(merged, out)
+        torch.testing.assert_close(merged_lse, lse, rtol=0, atol=1e-6)
+        grads = torch.autograd.grad(merged.sum() + merged_lse.sum(), leaves)
+        for side, grad in zip(sides, grads, strict=True):
+            full = side is out or side is lse
+            assert torch.equal(grad, torch.full_like(side, float(full)))
+    merged, merged_lse = merge_attention(nothing, no_mass, nothing, -no_mass)
+    assert not merged.any()
+    assert torch.equal(merged_lse, torch.full_like(lse, -torch.inf))
+
+
+@BACKENDS
+def test_nan_is_not_hidden():
+    out, lse = torch.ones(1, 1, 2, 4), torch.zeros(1, 2, 1)
+    broken = lse.clone()
+    broken[0, 1] = torch.nan
+    merged, merged_lse = merge_attention(out, lse, out, broken)
+    assert merged.isnan().all(-1).tolist() == [[[False, True]]]
+    assert merged_lse.isnan().tolist() == [[[False], [True]]]
+
+
+@BACKENDS
+@pytest.mark.parametrize("offset", [0, 100, 1000, 5000, -5000])
+def test_the_error_does_not_grow_with_the_log_sum_exp(offset):
+    """exp(lse_a - lse) would be off by the rounding of lse; shares divided by their sum are not."""
+    (out_a, out_b), (lse_a, lse_b) = ([states(1, 32, 4, d, seed=s + d) for s in (0, 1)] for d in (32, 1))
+    lse_a, lse_b = ((x[..., 0].transpose(1, 2) + offset).contiguous() for x in (lse_a, lse_b))
+    out, lse = merge_attention(out_a, lse_a, out_b, lse_b)
+    exact, exact_lse = merge_attention(*(x.double() for x in (out_a, lse_a, out_b, lse_b)))
+    assert relative_error(out, exact) < 2e-7
+    assert relative_error(lse, exact_lse) < 2e-7
+    upstream = states(1, 32, 4, 32, seed=7)
+    grads = []
+    for sides in ((out_a, lse_a, out_b, lse_b), tuple(x.double() for x in (out_a, lse_a, out_b, lse_b))):
+        leaves = [x.detach().requires_grad_() for x in sides]
+        grads.append(torch.autograd.grad(merge_attention(*leaves)[0], leaves, upstream.to(sides[0].dtype)))
+    for ours, right in zip(*grads, strict=True):
+        assert relative_error(ours, right) < 1e-6
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merging_a_result_with_itself_changes_nothing_but_its_mass(dtype):
+    out, lse = states(2, 11, 3, 64, dtype=dtype), 30 * states(2, 3, 11, 1, seed=1)[..., 0].contiguous()
+    merged, merged_lse = merge_attention(out, lse, out, lse)
+    assert torch.equal(merged, out)
+    torch.testing.assert_close(merged_lse, lse + torch.tensor(2.0).log(), rtol=0, atol=1e-5)
+
+
+@BACKENDS
+def test_which_side_is_named_first_changes_no_bit():
+    out_a, lse_a, out_b, lse_b = (x.detach() for x in inputs(torch.float32))
+    there, back = merge_attention(out_a, lse_a, out_b, lse_b), merge_attention(out_b, lse_b, out_a, lse_a)
+    assert all(torch.equal(a, b) for a, b in zip(there, back, strict=True))
 
 
 def inputs(dtype):

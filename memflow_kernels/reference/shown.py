@@ -1,0 +1,162 @@
+"""Which keys a table of frames shows: ranges that are read where they lie, or frames gathered per head.
+
+On the CPU the table is read: where all heads have the same few runs of frames (the masks of training, a choice that is
+the same for all) nothing is copied. On another device the host would have to wait for its numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RUNS = 3  # ranges that are attended to one by one rather than gathered
+
+
+class Range(NamedTuple):
+    """Tokens that every head sees, read in place."""
+
+    start: int
+    stop: int
+
+    bias = None
+
+    def of(self, states: Tensor) -> Tensor:
+        return states[:, self.start : self.stop]
+
+    def add(self, total: Tensor, gradient: Tensor) -> None:
+        """Adds the gradient of what `of` gave to that of all states."""
+        total[:, self.start : self.stop] += gradient
+
+
+class Gathered:
+    """Frames that each head has chosen, copied next to each other: table [B, H, n], -1 is an empty place."""
+
+    def __init__(self, table: Tensor, tokens_per_frame: int, some_empty: bool, dtype: torch.dtype) -> None:
+        batch, heads, _ = table.shape
+        self.tokens_per_frame = tokens_per_frame
+        self.rows = torch.arange(batch, device=table.device)[:, None, None]
+        self.columns = torch.arange(heads, device=table.device)[:, None]
+        self.empty = self.bias = None
+        self.index = table.long()
+        if some_empty:
+            self.empty = (table < 0).repeat_interleave(tokens_per_frame, -1)  # [B, H, n*N]
+            self.index = self.index.clamp(min=0)  # frame 0 stands in, and may hold anything
+            self.bias = torch.zeros(self.empty.shape, dtype=dtype, device=table.device)
+            self.bias = self.bias.masked_fill(self.empty, -torch.inf).unsqueeze(2)  # [B, H, 1, n*N]
+
+    def _frames(self, states: Tensor) -> Tensor:
+        return states.unflatten(1, (-1, self.tokens_per_frame)).permute(0, 3, 1, 2, 4)  # [B, H, F, N, D]
+
+    def of(self, states: Tensor) -> Tensor:
+        """[B, n*N, H, D], a view of [B, H, n*N, D]."""
+        chosen = self._frames(states)[self.rows, self.columns, self.index].flatten(2, 3)
+        if self.empty is not None:
+            chosen = chosen.masked_fill(self.empty.unsqueeze(-1), 0.0)
+        return chosen.transpose(1, 2)
+
+    def add(self, total: Tensor, gradient: Tensor) -> None:
+        """Place by place, in which no frame of a head comes twice: the sums have one order."""
+        gradient = gradient.transpose(1, 2)
+        if self.empty is not None:
+            gradient = gradient.masked_fill(self.empty.unsqueeze(-1), 0.0)
+        gradient = gradient.unflatten(2, (-1, self.tokens_per_frame))  # [B, H, n, N, D]
+        frames, rows = self._frames(total), self.rows[..., 0]
+        for place in range(self.index.shape[-1]):
+            at = (rows, self.columns[:, 0], self.index[..., place])
+            frames[at] += gradient[:, :, place]
+
+
+Part = Range | Gathered
+
+
+class Sums:
+    """The gradient of all keys or values [B, L, H, D], to which parts add what they contribute; 0 where none does."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.total: Tensor | None = None
+        self.shape, self.dtype, self.device = like.shape, dtype, like.device
+
+    def add(self, part: Part, gradient: Tensor) -> None:
+        if self.total is not None:
+            part.add(self.total, gradient)
+        elif isinstance(part, Range) and part.stop == self.shape[1]:  # the first part reaches to the end
+            self.total = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            self.total[:, : part.start] = 0
+            self.total[:, part.start :] = gradient
+        else:
+            self.total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            part.add(self.total, gradient)
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        if self.total is None:
+            return torch.zeros(self.shape, dtype=dtype, device=self.device)
+        return self.total.to(dtype)
+
+
+def _runs(row: list[int], tokens_per_frame: int, rest: Range) -> list[Range]:
+    """Ranges of tokens: the frames of a row of the table, then the rest; neighbours are put together."""
+    ranges: list[Range] = []
+    for start, stop in [*((f * tokens_per_frame, (f + 1) * tokens_per_frame) for f in row if f >= 0), rest]:
+        if start < stop and ranges and ranges[-1].stop == start:
+            ranges[-1] = Range(ranges[-1].start, stop)
+        elif start < stop:
+            ranges.append(Range(start, stop))
+    return ranges
+
+
+def _parts(
+    table: Tensor, rows: list[list[int]] | None, tokens_per_frame: int, rest: Range, dtype: torch.dtype
+) -> list[Part]:
+    """What the heads see by table [B, H, n]; rows: its numbers, where they can be read."""
+    if rows is not None and all(row == rows[0] for row in rows):
+        ranges = _runs(rows[0], tokens_per_frame, rest)
+        if len(ranges) <= RUNS:
+            return ranges
+    some_empty = rows is None or any(frame < 0 for row in rows for frame in row)
+    parts: list[Part] = [Gathered(table, tokens_per_frame, some_empty, dtype)] if table.shape[-1] else []
+    return [*parts, rest] if rest.start < rest.stop else parts
+
+
+def shown(
+    frame_table: Tensor,
+    tokens_per_frame: int,
+    candidate_frames: int,
+    tokens: int,
+    queries: int,
+    query_block: int | None,
+    dtype: torch.dtype,
+) -> list[tuple[slice, list[Part]]]:
+    """For ranges of queries the parts that they see; frame_table [B, H, n], or [B, H, blocks, n] with query_block.
+
+    dtype: of the bias that hides empty places. Neighbouring blocks of queries that see the same are one range. Raises
+    ValueError for a number that is no candidate frame, on the CPU.
+    """
+    rest = Range(candidate_frames * tokens_per_frame, tokens)
+    if query_block is None:
+        frame_table, query_block = frame_table.unsqueeze(2), queries
+    numbers = None  # [blocks][B*H, or 1][n]
+    if frame_table.device.type == "cpu":
+        same = frame_table.stride()[:2] == (0, 0)  # expanded: all heads share one row
+        numbers = (frame_table[:1, :1] if same else frame_table).permute(2, 0, 1, 3).flatten(1, 2).tolist()
+        _check(numbers, candidate_frames)
+    found: list[tuple[slice, list[Part]]] = []
+    for block, table in enumerate(frame_table.unbind(2)):
+        stop = min((block + 1) * query_block, queries)
+        if numbers is not None and block and numbers[block] == numbers[block - 1]:
+            before, parts = found.pop()
+            found.append((slice(before.start, stop), parts))
+        else:
+            rows = None if numbers is None else numbers[block]
+            found.append((slice(block * query_block, stop), _parts(table, rows, tokens_per_frame, rest, dtype)))
+    return found
+
+
+def _check(numbers: list[list[list[int]]], candidate_frames: int) -> None:
+    frames = [frame for rows in numbers for row in rows for frame in row]
+    if frames and (min(frames) < -1 or max(frames) >= candidate_frames):
+        raise ValueError(
+            f"frame_table holds {min(frames)} to {max(frames)}: each place must be -1 (empty) or the index of a "
+            f"candidate frame, below candidate_frames = {candidate_frames}"
+        )
