@@ -26,10 +26,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-_BASE = 10000.0  # of the rotary embedding, as in memflow_kernels
+from memflow_kernels import rotate_keys
 
 
 class Places(NamedTuple):
@@ -80,27 +79,6 @@ def channels_in_time(head_dim: int) -> int:
     return 2 * (pairs - 2 * (pairs // 3))
 
 
-def turns_in_time(places: Tensor, head_dim: int) -> Tensor:
-    """exp(i angle) by which a key at each of `places` [...] is turned: complex128 [..., 1, P], the same for all heads.
-
-    Pair i of P turns by place * 10000^(-i / P), as Wan 2.1 defines it.
-    """
-    count = channels_in_time(head_dim) // 2
-    speed = _BASE ** (-torch.arange(count, dtype=torch.float64, device=places.device) / count)
-    angle = places.to(torch.float64)[..., None, None] * speed
-    return torch.polar(torch.ones_like(angle), angle)
-
-
-def turn(x: Tensor, turns: Tensor) -> Tensor:
-    """Channel pairs of x [..., H, 2P] turned by `turns` [..., 1, P], in float32 (float64 for float64); dtype of x."""
-    wide, turning = (torch.float64, torch.complex128) if x.dtype == torch.float64 else (torch.float32, torch.complex64)
-    pairs = x.to(wide).unflatten(-1, (-1, 2))
-    if pairs.storage_offset() % 2 or pairs.stride(-1) != 1 or any(stride % 2 for stride in pairs.stride()[:-1]):
-        pairs = pairs.contiguous()  # a complex number lies on an even address
-    pairs = torch.view_as_complex(pairs)
-    return torch.view_as_real(pairs * turns.to(turning)).flatten(-2).to(x.dtype)
-
-
 def place_keys(key: Tensor, places: Tensor) -> Tensor:
     """Keys at place 0 -> the same keys at `places`; differentiable. Frame means are placed in the same way.
 
@@ -108,6 +86,8 @@ def place_keys(key: Tensor, places: Tensor) -> Tensor:
     keys [B, F, N, H, D] take places [F, 1] or [B, F, 1]. Arithmetic in float32 (float64 for float64).
     Returns the placed keys, of key's shape and dtype.
     """
-    width = channels_in_time(key.shape[-1])
-    turned = turn(key[..., :width], turns_in_time(places, key.shape[-1]))
-    return torch.cat([turned, key[..., width:]], -1)
+    *leading, heads, head_dim = key.shape
+    tokens = leading[-1] if places.shape[-1] == 1 else 1
+    places = places.squeeze(-1).expand(leading[:-1]) if tokens > 1 else places.expand(leading)
+    placed = rotate_keys(key.reshape(1, -1, heads, head_dim), places.reshape(-1), tokens_per_frame=tokens)
+    return placed.view(key.shape)

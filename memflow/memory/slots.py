@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memflow.memory.places import Unplaced, channels_in_time, place_keys, turn, turns_in_time
-from memflow_kernels import Pool, replace_frame
+from memflow.memory.places import Unplaced, channels_in_time
+from memflow_kernels import Pool, replace_frame, rotate_keys_write
 
 
 class FramePool:
@@ -164,15 +164,9 @@ class RelativeFramePool(FramePool):
         self.still_mean[row][..., slot, :, :].copy_(frame_mean)
 
     def place(self, places: Sequence[int]) -> None:
-        """The arithmetic of `place_keys` in places.py, on the channels that turn alone and a layer at a time."""
-        count = len(places)
         places = torch.tensor(places).to(self.key.device, non_blocking=True)
-        turns = turns_in_time(places, self.key.shape[-1]).unsqueeze(1)  # [count, 1, 1, P], for all tokens of a frame
-        tokens = self.tokens(0, count)
-        for key, still in zip(self.key[:, :, tokens], self.still_key[:, :, tokens], strict=True):
-            key, still = (states.unflatten(1, (count, -1)) for states in (key, still))
-            key[..., : self.channels] = turn(still, turns)
-        self.frame_mean[:, :, :count] = place_keys(self.still_mean[:, :, :count], places)
+        rows = Pool(self.key.flatten(0, 1), self.value.flatten(0, 1), self.frame_mean.flatten(0, 1))
+        rotate_keys_write(self.still_key.flatten(0, 1), self.still_mean.flatten(0, 1), places, pool=rows)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**super().state_dict(), "pool.still_key": self.still_key, "pool.still_mean": self.still_mean}
