@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .rotary import CIRCLE_PER_RADIAN, rotate, turns
+from .rotary import CIRCLE_PER_RADIAN, rotate, turns_of_phase
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def rotate_keys_kernel(
     exponent = pair.to(tl.float64) / (channels // 2).to(tl.float64) * LOG2_THETA
     speed = (tl.exp2(-exponent) * CIRCLE_PER_RADIAN).to(tl.int64)
     place = tl.load(places + batch * places_batch + frame * places_frame).to(tl.int64)
-    cos, sin = turns(place, speed)
+    cos, sin = turns_of_phase(place * speed)
     turned = tl.where(dim < channels, rotate(raw.to(tl.float32), cos, sin).to(raw.dtype), raw)
     tl.store(new + batch * new_batch + token * new_token + head * new_head + dim, turned, inside)
 
