@@ -37,7 +37,8 @@ def attend_with_memory(
         step: the call, from `FrameMemory.pass_over`.
         layer: number of the layer, from 0 on.
         rotated: True: query and key are turned by row, column and time already. False: by row and column only; they are
-            turned by time here, to the place where attention sees the call's frames. Relative positions need False.
+            turned by time here, to the place where attention sees the call's frames. Relative positions need False, and
+            a model without rotation by time needs True.
 
     Returns:
         [B, F*N, H, D] in the dtype of query.
@@ -66,13 +67,15 @@ def attend_with_memory(
     unplaced = step.unplaced[layer] if step.unplaced else None
     if rotated and unplaced is not None:
         raise ValueError("rotated must be False with positions='relative': the memory turns keys by time itself")
+    if not rotated and step.rotation is None:
+        raise ValueError("rotated must be True for a memory whose keys do not turn with time (rotation=None)")
     if not rotated:
         frames = key.unflatten(1, (count, tokens))
         if unplaced is not None:
             unplaced.write(frames, step.slots)
         places = (step.start_frame + torch.arange(count, device=key.device)).unsqueeze(1)
-        key = place_keys(frames, places).flatten(1, 2)
-        query = place_keys(query.unflatten(1, (count, tokens)), places).flatten(1, 2)
+        key = place_keys(frames, places, step.rotation).flatten(1, 2)
+        query = place_keys(query.unflatten(1, (count, tokens)), places, step.rotation).flatten(1, 2)
     write_frames(key, value, pool, step.slots)
     return attend(query, None, pool, step)
 

@@ -7,13 +7,14 @@ the published code exactly. Both speak in absolute latent-frame numbers and neve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memflow.memory.places import Places, Unplaced, place_keys
+from memflow.memory.places import Places, Rotation, Unplaced, place_keys
 from memflow.memory.policies import POLICIES, Held
 from memflow.memory.slots import FramePool, RelativeFramePool
 from memflow_kernels import Pool, prompt_relevance
@@ -42,6 +43,7 @@ class Pass(NamedTuple):
     slots: [n] int32, where the frames of the call are written (-1: nowhere).
     first_slot, end_slot: the slots attended to. candidates: how many of them compete. top_k: places they compete for.
     unplaced: with relative positions, what a clean pass writes beside its keys, by layer.
+    rotation: how keys turn with time.
     """
 
     pools: tuple[Pool, ...]
@@ -54,6 +56,7 @@ class Pass(NamedTuple):
     candidates: int
     top_k: int | None
     unplaced: tuple[Unplaced | None, ...] = ()
+    rotation: Rotation | None = Rotation()
 
     @property
     def chooses(self) -> bool:
@@ -83,8 +86,17 @@ class FrameMemory:
     full bank gives up the frame that the policy names. So a frame is never held twice, a copy never fills the bank,
     and one update moves one frame. Attention sees all that is held; `HeldMemory` (held.py) holds more.
 
-    layers, batch, heads, head_dim: sizes of the model. grid: (rows, columns) of tokens in a frame. seeds: those of the
-    stories in the batch, for the policies that draw.
+    Args:
+        config: what is held, shown and activated.
+        layers, batch, heads, head_dim: sizes of the model.
+        grid: rows and columns of tokens in a frame.
+        dtype: of keys and values.
+        device: where they lie.
+        seeds: one per batch row, for the policies that draw; zeros where not given.
+        rotation: how the model's keys turn with time; None: they do not.
+
+    Raises:
+        ValueError: relative positions for keys that do not turn.
     """
 
     extra_slots = 0
@@ -99,13 +111,28 @@ class FrameMemory:
         return True
 
     def __init__(
-        self, config: MemoryConfig, *, layers, batch, heads, head_dim, grid, dtype, device, seeds: Sequence[int] = ()
+        self,
+        config: MemoryConfig,
+        *,
+        layers: int,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        grid: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        seeds: Sequence[int] = (),
+        rotation: Rotation | None = Rotation(),  # noqa: B008 (immutable)
     ):
         self.config = config
         self.grid = tuple(grid)
+        self.rotation = rotation
         relative = config.positions == "relative"
+        if relative and rotation is None:
+            raise ValueError("positions must be 'absolute' for a model whose keys do not turn with time")
         self.places = Places(config.sink_frames, config.bank_frames, config.window_frames) if relative else None
-        self.pool = (RelativeFramePool if relative else FramePool)(
+        make_pool = partial(RelativeFramePool, rotation=rotation) if relative else FramePool
+        self.pool = make_pool(
             bank=config.bank_frames,
             sink=config.sink_frames,
             window=config.window_frames,
@@ -177,6 +204,7 @@ class FrameMemory:
             candidates=self._candidates(start, stop, bank),
             top_k=config.top_k,
             unplaced=self.unplaced,
+            rotation=self.rotation,
         )
 
     def end_chunk(self, start: int) -> None:
@@ -264,7 +292,8 @@ class FrameMemory:
 
     def _view(self, frames: Tensor, means, relevance) -> Held:
         # Absolute keys are turned by the number of their frame; memories are compared as they were before that.
-        at_zero = means if self.places is not None else lambda: place_keys(means(), -frames)
+        turned = self.places is None and self.rotation is not None
+        at_zero = (lambda: place_keys(means(), -frames, self.rotation)) if turned else means
         return Held(frames, at_zero, relevance, self._vote, self.seeds)
 
     def _vote(self, scores: Tensor) -> Tensor:

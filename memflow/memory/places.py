@@ -72,22 +72,41 @@ class Unplaced(NamedTuple):
         self.frame_mean[:, slots.long()] = key.mean(2, dtype=self.frame_mean.dtype)
 
 
-def channels_in_time(head_dim: int) -> int:
-    """How many channels of a head turn with time, the first ones: two for each of its P = p - 2 floor(p / 3) pairs,
-    p = head_dim / 2, as Wan 2.1 defines it. The others turn with row and column."""
-    pairs = head_dim // 2
-    return 2 * (pairs - 2 * (pairs // 3))
+class Rotation(NamedTuple):
+    """How a model's keys turn with time, in pairs of neighbouring channels (2i, 2i + 1).
+
+    Attributes:
+        channels: of a head that turn with time, the first ones; the others turn with row and column, or not at all.
+            None: as Wan 2.1 divides a head of D channels, 2p - 4 floor(p / 3) of them, p = D / 2.
+        theta: base: pair i of P turns by place * theta^(-i / P).
+    """
+
+    channels: int | None = None
+    theta: float = 10000.0
+
+    def channels_of(self, head_dim: int) -> int:
+        """Channels of a head of `head_dim` that turn with time."""
+        pairs = head_dim // 2
+        return 2 * (pairs - 2 * (pairs // 3)) if self.channels is None else self.channels
 
 
-def place_keys(key: Tensor, places: Tensor) -> Tensor:
+def place_keys(key: Tensor, places: Tensor, rotation: Rotation = Rotation()) -> Tensor:  # noqa: B008 (immutable)
     """Keys at place 0 -> the same keys at `places`; differentiable. Frame means are placed in the same way.
 
-    key: [..., H, D]. places: integers, one per key; of a shape that broadcasts with key's leading dimensions, so that
-    keys [B, F, N, H, D] take places [F, 1] or [B, F, 1]. Arithmetic in float32 (float64 for float64).
-    Returns the placed keys, of key's shape and dtype.
+    Args:
+        key: [..., H, D].
+        places: integers, one per key, of a shape that broadcasts with key's leading dimensions: keys [B, F, N, H, D]
+            take places [F, 1] or [B, F, 1].
+        rotation: how the model's keys turn.
+
+    Returns:
+        The placed keys, of key's shape and dtype; arithmetic in float32 (float64 for float64).
     """
     *leading, heads, head_dim = key.shape
+    channels, theta = rotation.channels_of(head_dim), rotation.theta
     tokens = leading[-1] if places.shape[-1] == 1 else 1
     places = places.squeeze(-1).expand(leading[:-1]) if tokens > 1 else places.expand(leading)
-    placed = rotate_keys(key.reshape(1, -1, heads, head_dim), places.reshape(-1), tokens_per_frame=tokens)
-    return placed.view(key.shape)
+    flat = key.reshape(1, -1, heads, head_dim)
+    return rotate_keys(flat, places.reshape(-1), tokens_per_frame=tokens, channels=channels, theta=theta).view(
+        key.shape
+    )

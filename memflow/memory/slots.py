@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memflow.memory.places import Unplaced, channels_in_time
+from memflow.memory.places import Rotation, Unplaced
 from memflow_kernels import Pool, replace_frame, rotate_keys_write
 
 
@@ -124,9 +124,10 @@ class RelativeFramePool(FramePool):
     Both are written by clean passes alone.
     """
 
-    def __init__(self, **sizes) -> None:
+    def __init__(self, *, rotation: Rotation, **sizes) -> None:
         super().__init__(**sizes)
-        self.channels = channels_in_time(self.key.shape[-1])
+        self.rotation = rotation
+        self.channels = rotation.channels_of(self.key.shape[-1])
         layers, batch, tokens, heads, _ = self.key.shape
         still = self.key.new_zeros((layers, batch, heads, tokens, self.channels))
         self.still_key = still.transpose(2, 3)
@@ -145,13 +146,10 @@ class RelativeFramePool(FramePool):
 
     def _replace(self, slot: Tensor, source: Tensor) -> None:
         super()._replace(slot, source)
-        rows = torch.arange(slot.shape[0], device=slot.device)
-        still = (slot < 0) | (source < 0)
-        source = source.clamp(min=0).long()
-        target = torch.where(still, source, slot.long())  # a row that stays copies a frame onto itself
-        slots = self.still_mean.shape[2]
-        for frames in (self.still_key.flatten(0, 1).unflatten(1, (slots, -1)), self.still_mean.flatten(0, 1)):
-            frames[rows, target] = frames[rows, source]
+        key, mean = self.still_key.flatten(0, 1), self.still_mean.flatten(0, 1)
+        # The op moves a key, a value and a mean: what has no value goes in its place once more, where it is anyway.
+        replace_frame(Pool(key, key, mean[..., : self.channels]), slot, source)
+        replace_frame(Pool(mean, mean, mean), slot, source)
 
     def frame(self, slot: int) -> tuple[Tensor, Tensor]:
         tokens = self.tokens(slot, 1)
@@ -166,7 +164,8 @@ class RelativeFramePool(FramePool):
     def place(self, places: Sequence[int]) -> None:
         places = torch.tensor(places).to(self.key.device, non_blocking=True)
         rows = Pool(self.key.flatten(0, 1), self.value.flatten(0, 1), self.frame_mean.flatten(0, 1))
-        rotate_keys_write(self.still_key.flatten(0, 1), self.still_mean.flatten(0, 1), places, pool=rows)
+        theta = self.rotation.theta
+        rotate_keys_write(self.still_key.flatten(0, 1), self.still_mean.flatten(0, 1), places, pool=rows, theta=theta)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**super().state_dict(), "pool.still_key": self.still_key, "pool.still_mean": self.still_mean}

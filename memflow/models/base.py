@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from memflow.memory.frames import Pass, Prompt
+    from memflow.memory.places import Rotation
 
 
 class VideoModel(Protocol):
@@ -26,6 +27,7 @@ class VideoModel(Protocol):
         head_dim: channels of a head.
         channels: channels of the latents.
         text_dim: channels of a text embedding.
+        rotation: how its keys turn with time; None: they do not.
         dtype: of the keys and values in the memory.
         device: where the model computes.
     """
@@ -35,6 +37,7 @@ class VideoModel(Protocol):
     head_dim: int
     channels: int
     text_dim: int
+    rotation: Rotation | None
     dtype: torch.dtype
     device: torch.device
 

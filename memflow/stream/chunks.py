@@ -92,9 +92,8 @@ class ChunkDriver:
             raise MemFlowError(f"latents: {error}") from None
         sizes = {"layers": model.layers, "heads": model.heads, "head_dim": model.head_dim, "batch": batch}
         with own_modes():
-            self.memory = make_memory(
-                self.config, **sizes, grid=grid, dtype=model.dtype, device=model.device, seeds=self.seeds
-            )
+            sizes |= {"grid": grid, "dtype": model.dtype, "device": model.device, "seeds": self.seeds}
+            self.memory = make_memory(self.config, **sizes, rotation=model.rotation)
         self.size = size
 
     def prompt(self, embeds: Tensor, mask: Tensor | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from memflow.memory import MemoryConfig, Prompt
+from memflow.memory.places import Rotation
 from memflow.stream.chunks import ChunkDriver
 
 TOKENS, HEADS, DIM = 2, 2, 4
@@ -14,7 +15,7 @@ class NumberedModel:
     """A `VideoModel` whose latents are frame numbers. `frame_keys` maps a number to its tokens' key vector, [DIM]."""
 
     heads, head_dim, channels, text_dim = HEADS, DIM, 1, 1
-    dtype, device = torch.float32, torch.device("cpu")
+    dtype, device, rotation = torch.float32, torch.device("cpu"), Rotation()
 
     def __init__(self, layers: int, frame_keys):
         self.layers, self.frame_keys = layers, frame_keys

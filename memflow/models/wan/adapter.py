@@ -10,6 +10,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from memflow.memory.frames import Pass, Prompt
+from memflow.memory.places import Rotation
 from memflow.models.base import weights_digest
 from memflow.models.wan.attention import CleanPassDone, install, uninstall
 from memflow.models.wan.graphs import GraphedDenoiser
@@ -28,6 +29,8 @@ class WanModel:
     Raises:
         MemFlowError: the transformer cannot have a memory (image to video, layers that are moved one by one).
     """
+
+    rotation = Rotation()
 
     def __init__(self, transformer: WanTransformer3DModel, *, cuda_graphs: bool = False):
         self.context = install(transformer)
