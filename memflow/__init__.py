@@ -21,7 +21,15 @@ __all__ = ["__version__", *_HOME]
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        from memflow.errors import missing_package
+
+        message = missing_package(error)
+        if message is None:
+            raise
+        raise ModuleNotFoundError(f"memflow.{name}: {message}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,6 @@
-"""The error whose message is written for the person at the keyboard."""
+"""What is said to the person at the keyboard: the error, the warning, and how to install what is missing."""
+
+from __future__ import annotations
 
 
 class MemFlowError(ValueError):
@@ -6,3 +8,49 @@ class MemFlowError(ValueError):
 
     The command line prints the message and ends with exit code 2; everything else is a defect and keeps its traceback.
     """
+
+
+class MemFlowWarning(UserWarning):
+    """Something the user gave is not used as it stands: a prompt that is cut, a word that the model does not know."""
+
+
+def install_command(extra: str) -> str:
+    """The command that adds an extra to this very installation.
+
+    Args:
+        extra: name of the extra in pyproject.toml, "model" for example.
+
+    Returns:
+        A line for a shell. It names the checkout or the file that the package was installed from, so that it works
+        without the package being on an index.
+    """
+    # Rarely needed, and this file is imported by everything.
+    import json
+    import sys
+    from importlib import metadata
+    from importlib.util import find_spec
+    from pathlib import Path
+    from urllib.parse import unquote, urlsplit
+
+    pip = f"{sys.executable} -m pip install" if find_spec("pip") else f"uv pip install --python {sys.executable}"
+    checkout = Path(__file__).parents[1]
+    try:
+        origin = json.loads(metadata.distribution("memflow-kernels").read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:  # run from a checkout without being installed
+        origin = {"url": checkout.as_uri(), "dir_info": {"editable": True}}
+    url = origin.get("url", "")
+    if "dir_info" in origin:
+        editable = "-e " if origin["dir_info"].get("editable") else ""
+        return f"{pip} {editable}'{unquote(urlsplit(url).path)}[{extra}]'"
+    if url:
+        kind = origin.get("vcs_info", {}).get("vcs")
+        return f"{pip} 'memflow-kernels[{extra}] @ {f'{kind}+' if kind else ''}{url}'"
+    return f"{pip} 'memflow-kernels[{extra}]'"
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """What to install, as one sentence; None if what is missing is a part of this package, which is a defect."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "memflow", "memflow_kernels"):
+        return None
+    return f"this needs the package {package!r}: {install_command('model')}"

@@ -106,6 +106,6 @@ def sheet(
 
 
 if __name__ == "__main__":
-    from memflow.cli.main import run_app
+    from memflow.cli import run_app
 
     raise SystemExit(run_app(app, None, "python -m examples.storybook"))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
+import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,55 +13,74 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from memflow.cli.interrupt import Interrupt
-from memflow.cli.request import Job, Request, check
+from memflow.cli import Interrupt, shown
+from memflow.cli.options import Request
+from memflow.cli.story import Job, jobs
 from memflow.errors import MemFlowError
 from memflow.output.video import VideoWriter
 
 
 @dataclass
-class Result:
-    """What became of a job. frames: made in this run, of `total` in the file. loop, wall: seconds."""
+class Film:
+    """A video in the making. before: frames that were in it. stop: chunks after which this run ends. saved: chunks in
+    the last state that was written. size: (height, width). loop, wall: seconds."""
 
     job: Job
-    frames: int
-    total: int
-    fps: float
-    size: tuple[int, int]
-    loop: float
-    wall: float
-    position: int
+    video: VideoWriter
+    before: int
+    stop: int
     length: int
-    interrupted: bool
     state: Path | None
+    saved: int | None = None
+    position: int = 0
+    size: tuple[int, int] = (0, 0)
+    loop: float = 0.0
+    wall: float = 0.0
+
+    @property
+    def interrupted(self) -> bool:
+        return self.position < self.stop
+
+    def kept(self) -> str:
+        """What is there if nothing more comes."""
+        said = [f"{self.job.output} keeps the {self.video.frames} frames made before"] if self.video.frames else []
+        if self.saved is not None:
+            said.append(f"{self.state} keeps the state after chunk {self.saved} of {self.length}")
+        elif self.state:
+            said.append(f"{self.state} was not written")
+        return "; ".join(said)
+
+    def save(self, stream, extra: dict[str, str]) -> None:
+        known = {"video_frames": str(self.video.frames), "video_checksum": str(self.video.checksum)}
+        stream.save(os.path.realpath(self.state), extra | known)  # a link stays one
+        self.saved = stream.position
 
 
 def generate(request: Request) -> int:
     """Make the videos of `request`; returns the exit code, 0 or (after Ctrl-C) 130. MemFlowError says what is wrong."""
-    jobs = check(request)
+    todo = jobs(request)
     console = Console(stderr=True, highlight=False, markup=False)
-    results: list[Result] = []
+    films: list[Film] = []
     try:
-        _run(request, jobs, results, console)
-    except KeyboardInterrupt:
-        lost = f"; {request.save_state} was not written" if request.save_state else ""
-        console.print(f"stopped at once{lost}", soft_wrap=True)
+        with Interrupt() as interrupt:
+            _run(request, todo, films, console, interrupt)
+    except KeyboardInterrupt as stopped:
+        _say(console, "; ".join(["stopped at once", *filter(None, stopped.args)]))
         return 130
     finally:
-        gc.unfreeze()
-        _show(results)
-    return 130 if results[-1].interrupted else 0
+        _show(films)
+    return 130 if films[-1].interrupted else 0
 
 
-def _run(request: Request, jobs: list[Job], results: list[Result], console: Console) -> None:
-    """Load the model and tell one story after the other, up to Ctrl-C; what is done is added to `results`."""
-    with console.status("loading"), _uncollected():
+def _run(request: Request, todo: list[Job], films: list[Film], console: Console, interrupt: Interrupt) -> None:
+    """Load the model and make one film after the other, up to Ctrl-C; those that are done are added to `films`."""
+    with console.status("loading"):
         import torch
 
         from memflow.cli import loading
         from memflow.decoders import use_decoder
 
-        known = jobs[0].state
+        known = todo[0].state
         device = loading.choose_device(request.device)
         dtype = loading.choose_dtype(known.get("dtype", request.dtype), device)
         model = request.model or known.get("model", "storybook")
@@ -73,40 +91,35 @@ def _run(request: Request, jobs: list[Job], results: list[Result], console: Cons
             decoder = request.decoder or known.get("decoder")
             if decoder:
                 use_decoder(pipe, decoder)
-            _prepare(pipe, [prompt for job in jobs if job.story for prompt in job.story.prompts])
+            _prepare(pipe, [prompt for job in todo if job.story for prompt in job.story.prompts])
     dtype_name = str(dtype).removeprefix("torch.")
     with loading.backend(request.backend, device):
-        for number, job in enumerate(jobs, start=1):
+        for number, job in enumerate(todo, start=1):
             extra = {"name": job.name, "model": _lasting(model), "dtype": dtype_name}
             extra |= {"preset": preset} if preset else {}
             if decoder:
                 extra["decoder"] = str(Path(decoder).absolute())
+            title = f"{number}/{len(todo)} {job.name}" if len(todo) > 1 else job.name
+            film = None
             try:
                 stream = _stream(pipe, job, request)
-                title = f"{number}/{len(jobs)} {job.name}" if len(jobs) > 1 else job.name
-                console.print(f"{title}: {model} on {device}, {dtype_name}", style="dim", soft_wrap=True)
-                results.append(_tell(stream, job, request, extra, title, console))
+                _say(console, f"{title}: {model} on {device}, {dtype_name}", style="dim")
+                film = _film(stream, job, request, console)
+                _make(film, stream, request, extra, title, console, interrupt)
                 del stream  # its memory makes room for that of the next one
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "alloc" not in str(error) and "memory" not in str(error):
-                    raise
-                raise MemFlowError(f"{device} is out of memory, --height and --width can be less: {error}") from error
-            if results[-1].interrupted:
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(film.kept() if film else "") from None
+            except (MemFlowError, MemoryError, torch.OutOfMemoryError) as error:
+                short = (
+                    ""
+                    if isinstance(error, MemFlowError)
+                    else f"{device} is out of memory, --height and --width can be less: "
+                )
+                kept = f" ({film.kept()})" if film and film.kept() else ""
+                raise MemFlowError(f"{short}{error}{kept}") from error
+            films.append(film)
+            if film.interrupted:
                 return
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection of what is made here: a million objects that stay, and looking through them takes a second.
-
-    Up to gc.unfreeze().
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _prepare(pipe, prompts: list[str]) -> None:
@@ -132,71 +145,60 @@ def _stream(pipe, job: Job, request: Request):
     )
 
 
-def _tell(stream, job: Job, request: Request, extra: dict[str, str], title: str, console: Console) -> Result:
-    """Run `stream` into its video until its end, --chunks or Ctrl-C."""
-    fps = stream.pipeline.fps
-    video, fresh = _open_video(job, fps)
-    if job.story is None and fresh:
-        note = f"{job.output} is not there: it will hold the rest alone, from chunk {stream.position + 1} on"
-        console.print(note, soft_wrap=True)
-    before, loop_before = video.frames, stream.timings["loop"]
+def _film(stream, job: Job, request: Request, console: Console) -> Film:
+    """The film that `stream` makes: a new one, or one that goes on."""
+    if job.story is not None or not job.output.exists():
+        video = VideoWriter(job.output, stream.pipeline.fps)
+        if job.story is None:
+            rest = f"it will hold the rest alone, from chunk {stream.position + 1} on"
+            _say(console, f"{job.output} is not there: {rest}")
+    else:
+        frames, checksum = int(job.state["video_frames"]), int(job.state["video_checksum"])
+        video = VideoWriter.resume(job.output, stream.pipeline.fps, frames, checksum)
     stop = len(stream) if request.chunks is None else min(len(stream), stream.position + request.chunks)
-    report = _report(job, stream) if job.report else None
+    return Film(job, video, video.frames, stop, len(stream), request.save_state, position=stream.position)
+
+
+def _make(
+    film: Film, stream, request: Request, extra: dict, title: str, console: Console, interrupt: Interrupt
+) -> None:
+    """Run `stream` into its video until its end, --chunks or Ctrl-C."""
+    video, fps, loop_before = film.video, stream.pipeline.fps, stream.timings["loop"]
+    report = _report(film.job, stream) if film.job.report else None
     with ExitStack() as stack:
         stack.enter_context(video)
         if report is not None:
-            # Also when the run ends early, if there is anything to draw.
-            stack.callback(lambda: report.save(job.report) if len(report) else None)
+            stack.push(lambda kind, *_: _draw(report, film.job.report, kind is not None))
         bar = stack.enter_context(_progress(console))
-        task = bar.add_task(title, total=len(stream), completed=stream.position, rate="")
-        notify = lambda: bar.console.print("stopping after this chunk; Ctrl-C again to stop at once")  # noqa: E731
-        interrupt = stack.enter_context(Interrupt(notify))
-        begin, size = time.perf_counter(), (0, 0)
+        task = bar.add_task(shown(title), total=len(stream), completed=stream.position, rate="")
+        interrupt.notify = lambda: bar.console.print("stopping after this chunk; once more stops at once")
+        stack.callback(setattr, interrupt, "notify", None)
+        begin = time.perf_counter()
         # A chunk is written while the next one is made; left before `video` is, so that all is written by then.
         writer, writing = stack.enter_context(ThreadPoolExecutor(1)), Future()
+        stack.callback(lambda: wait([writing]))
         writing.set_result(None)
-        while stream.position < stop and not interrupt.requested:
-            try:
-                chunk = next(stream)
-            except MemFlowError as error:
-                writing.result()
-                kept = f" ({job.output} keeps the {video.frames} frames made before)" if video.frames else ""
-                raise MemFlowError(f"{error}{kept}") from error
+        while stream.position < film.stop and not interrupt.requested:
+            chunk = next(stream)
             writing.result()
             if chunk.switched:
-                bar.console.print(_prompt_line(video.frames / fps, chunk.prompts[0], bar.console.width), style="dim")
+                line = Text(f"{_clock(video.frames / fps)}  {shown(' '.join(chunk.prompts[0].split()))}")
+                line.truncate(bar.console.width, overflow="ellipsis")
+                bar.console.print(line, style="dim")
             writing = writer.submit(video.write, chunk.frames[0].numpy())
             if report is not None:
                 report.add(chunk, stream.snapshot())
-            size = tuple(chunk.frames.shape[2:4])
-            rate = (video.frames - before) / (time.perf_counter() - begin)
+            film.size = tuple(chunk.frames.shape[2:4])
+            if request.save_every and stream.position % request.save_every == 0:
+                writing.result()
+                film.save(stream, extra)
+            rate = (video.frames - film.before) / (time.perf_counter() - begin)
             bar.update(task, completed=stream.position, rate=f"{rate:.1f} frames/s")
         writing.result()
-        wall = time.perf_counter() - begin
-        if request.save_state:
-            known = {"video_frames": str(video.frames), "video_checksum": str(video.checksum)}
-            stream.save(request.save_state, extra | known)
-    return Result(
-        job=job,
-        frames=video.frames - before,
-        total=video.frames,
-        fps=fps,
-        size=size,
-        loop=stream.timings["loop"] - loop_before,
-        wall=wall,
-        position=stream.position,
-        length=len(stream),
-        interrupted=interrupt.requested and stream.position < stop,
-        state=request.save_state,
-    )
-
-
-def _open_video(job: Job, fps: float) -> tuple[VideoWriter, bool]:
-    """The writer, and whether it begins a new file."""
-    if job.story is not None or not job.output.exists():
-        return VideoWriter(job.output, fps), True
-    frames, checksum = int(job.state["video_frames"]), int(job.state["video_checksum"])
-    return VideoWriter.resume(job.output, fps, frames, checksum), False
+        film.position, film.wall = stream.position, time.perf_counter() - begin
+        film.loop = stream.timings["loop"] - loop_before
+        if film.state and film.saved != stream.position:
+            film.save(stream, extra)
 
 
 def _report(job: Job, stream):
@@ -215,6 +217,16 @@ def _report(job: Job, stream):
     return MemoryReport(title, fps=stream.pipeline.fps, subtitle="   ·   ".join(facts))
 
 
+def _draw(report, path: Path, failed: bool) -> None:
+    """Also when the run ends early, if there is anything to draw; what ended it is more important then."""
+    try:
+        if len(report):
+            report.save(path)
+    except MemFlowError:
+        if not failed:
+            raise
+
+
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}", style="bold", markup=False),
@@ -227,33 +239,33 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _prompt_line(seconds: float, prompt: str, width: int) -> Text:
-    line = Text(f"{_clock(seconds)}  {' '.join(prompt.split())}")
-    line.truncate(width, overflow="ellipsis")
-    return line
+def _say(console: Console, text: str, style: str = "") -> None:
+    """One line. Long paths are not wrapped, so that they can be copied."""
+    console.print(Text(shown(text), style), soft_wrap=True)
 
 
-def _show(results: list[Result]) -> None:
-    """The numbers, on stdout. Long paths are not wrapped, so that they can be copied."""
+def _show(films: list[Film]) -> None:
+    """The numbers, on stdout."""
     console = Console(highlight=False, markup=False)
-    for result in results:
-        height, width = result.size
-        seconds = result.total / result.fps
+    for film in films:
+        height, width = film.size
+        count, fps = film.video.frames, float(film.video.fps)
+        made = count - film.before
         lines = [
-            ("video", str(result.job.output)),
-            ("", f"{result.total} frames, {seconds:.1f} s at {result.fps:g} frames/s, {width} x {height}"),
+            ("video", str(film.job.output)),
+            ("", f"{count} frames, {count / fps:.1f} s at {fps:g} frames/s, {width} x {height}"),
         ]
-        if result.job.report:
-            lines.append(("report", str(result.job.report)))
-        if result.state:
-            lines.append(("state", f"{result.state}, after chunk {result.position} of {result.length}"))
-        if result.frames:
-            lines.append(("loop", f"{result.frames / result.loop:.1f} frames/s in the denoising loop alone"))
-            lines.append(("all", f"{result.frames / result.wall:.1f} frames/s from text to file"))
+        if film.job.report:
+            lines.append(("report", str(film.job.report)))
+        if film.state:
+            lines.append(("state", f"{film.state}, after chunk {film.position} of {film.length}"))
+        if made:
+            lines.append(("loop", f"{made / film.loop:.1f} frames/s in the denoising loop alone"))
+            lines.append(("all", f"{made / film.wall:.1f} frames/s from text to file"))
         for label, text in lines:
-            console.print(Text.assemble((f"{label:<8}", "dim"), text), soft_wrap=True)
-        if result.interrupted:
-            console.print(f"stopped by Ctrl-C after chunk {result.position} of {result.length}")
+            console.print(Text.assemble((f"{label:<8}", "dim"), shown(text)), soft_wrap=True)
+        if film.interrupted:
+            console.print(f"stopped by Ctrl-C after chunk {film.position} of {film.length}")
 
 
 def _clock(seconds: float) -> str:
@@ -262,4 +274,4 @@ def _clock(seconds: float) -> str:
 
 def _lasting(model: str) -> str:
     """`model` so that it is found again from another folder."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    return str(Path(model).resolve()) if os.path.isdir(model) else model

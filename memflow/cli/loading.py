@@ -66,12 +66,12 @@ def load_pipeline(
     keep them, on disk. A LoRA that `memflow convert --keep-lora` left in the folder is loaded too. preset: run it as
     that published model, whatever the folder recorded.
     """
-    folder = Path(model)
+    folder, there = Path(model), os.path.exists(model)  # Path.exists() fails for a name that is too long
     if preset is not None:
         find_preset(preset)
-    if not folder.exists() and (os.sep in model or model.startswith(".")):
+    if not there and (os.sep in model or model.startswith(".")):
         raise MemFlowError(f"--model {model}: there is no such folder")
-    if folder.exists() and not (folder / "model_index.json").is_file():
+    if there and not (folder / "model_index.json").is_file():
         raise MemFlowError(f"--model {model}: not the folder of a saved pipeline, it has no model_index.json")
     from diffusers.utils import logging
 
@@ -80,7 +80,7 @@ def load_pipeline(
     logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     logging.set_verbosity_error()
-    if not folder.exists():
+    if not there:
         if preset is not None:
             raise MemFlowError("--preset is for --model FOLDER: the embedded model has settings of its own")
         pipeline = MemFlowPipeline.from_preset(model, dtype=dtype)
@@ -120,10 +120,10 @@ def choose_memory(policy: str | None, held: int | None, top_k: int | None, train
         changes["held_frames"] = held
     bank = trained.bank_frames or MemoryConfig.bank_frames
     try:
-        if policy == "reference":
+        if policy == "published":
             if trained.positions != "absolute":
                 raise MemFlowError(
-                    f"--memory reference: the published code has absolute positions, this model {trained.positions}"
+                    f"--memory published: the published code has absolute positions, this model {trained.positions}"
                 )
             if trained.published_mode:
                 return replace(trained, **changes)

@@ -1,13 +1,28 @@
-"""Stories: lists of prompts, read from a JSONL file or from plain text."""
+"""Stories: lists of prompts, read from files; and the videos that a request makes of them, checked before anything that
+takes long."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from memflow.cli.options import MEMORIES, Request
 from memflow.errors import MemFlowError
+from memflow.output import check_regular, check_writable
+
+_FILE, _LINE = 4 * 2**20, 2**20  # bytes of a story file and of a line in it
+_TEXT, _LINES, _JSON, _YAML = (".txt", ".text", ""), (".jsonl", ".ndjson"), (".json",), (".yaml", ".yml")
+# First lines of a text that is no list of prompts: of YAML, and the header of a table.
+_SYNTAX = re.compile(
+    r"---|%YAML.*|-?\s*[\"']?prompts?[\"']?\s*:.*|(\"?\w*\"?[,;\t])*\"?prompts?\"?([,;\t]\"?\w*\"?)*", re.I
+)
 
 
 class Story(NamedTuple):
@@ -17,72 +32,257 @@ class Story(NamedTuple):
     prompts: list[str]
 
 
-def read_stories(path: str | Path) -> list[Story]:
-    """Read the stories of a file, at least one.
+@dataclass(frozen=True)
+class Job:
+    """One video. story: None = the one in the state that is resumed. state: what that state's file says of it."""
 
-    A `.jsonl` file has one story per line, `{"prompts": ["...", ...]}`, with an optional `"name"`; other keys are
-    left alone. Any other file is plain text with one prompt per line and makes one story. Blank lines do not count.
+    story: Story | None
+    output: Path
+    report: Path | None
+    state: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.story.name if self.story else self.state["name"]
+
+
+def read_stories(path: str | Path) -> list[Story]:
+    """Read the stories of a file.
+
+    Args:
+        path: a `.jsonl` file has one story per line, `{"prompts": ["...", ...]}`, with an optional `"name"`; other keys
+            are left alone. A `.json` or `.yaml` file is a list of prompts, such an object or a list of them. A `.txt`
+            file, or one without a suffix, has one prompt per line and makes one story. Blank lines do not count.
+
+    Returns:
+        At least one story.
 
     Raises:
-        MemFlowError: the file cannot be read or holds no story, or a line is broken (the message names file and line).
+        MemFlowError: the file is of another kind, cannot be read or holds no story; the message names file and line.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except IsADirectoryError:
-        raise MemFlowError(f"{path}: is a folder, a story file is needed") from None
-    except OSError as error:
-        raise MemFlowError(f"{path}: cannot read the story: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise MemFlowError(f"{path}: not a text file in UTF-8") from None
+    check_regular(path)
+    kind = path.suffix.lower()
+    if kind not in (*_TEXT, *_LINES, *_JSON, *_YAML):
+        raise MemFlowError(f"{path}: no story file: .txt has one prompt per line, .json and .yaml are lists of prompts")
+    text = _read(path)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise MemFlowError(f"{path}: the file is empty, at least one prompt is needed")
-    if path.suffix.lower() != ".jsonl":
-        return [Story(_file_name(path.stem), [line.strip() for _, line in lines])]
+    if kind in _TEXT:
+        if _SYNTAX.fullmatch(lines[0][1].strip()) or _is_json(text) or _is_json(lines[0][1]):
+            raise MemFlowError(
+                f"{path}: holds JSON, YAML or CSV, not one prompt per line; its name must say so (.jsonl)"
+            )
+        return [Story(_file_name(path.stem), _prompts([line.strip() for _, line in lines], str(path)))]
+    if kind in _LINES:
+        records = [(f"{path}, line {number}", _json(line, f"{path}, line {number}")) for number, line in lines]
+    else:
+        content = _json(text, str(path)) if kind in _JSON else _yaml(text, str(path))
+        several = isinstance(content, list) and any(isinstance(entry, dict) for entry in content)
+        content = {"prompts": content} if isinstance(content, list) and not several else content
+        records = (
+            [(f"{path}, story {n}", entry) for n, entry in enumerate(content, 1)] if several else [(str(path), content)]
+        )
     stories: dict[str, Story] = {}
-    for count, (number, line) in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        record = _record(line, where)
-        default = path.stem if len(lines) == 1 else f"{path.stem}-{count:0{len(str(len(lines)))}d}"
-        story = Story(_file_name(_name(record, where) or default), check_prompts(record["prompts"], where))
+    for count, (where, record) in enumerate(records, start=1):
+        default = path.stem if len(records) == 1 else f"{path.stem}-{count:0{len(str(len(records)))}d}"
+        story = _story(record, default, where)
         if story.name in stories:
             raise MemFlowError(f"{where}: a second story with the name {story.name!r}")
         stories[story.name] = story
     return list(stories.values())
 
 
-def check_prompts(prompts: Any, where: str) -> list[str]:
-    """The prompts without surrounding white space; MemFlowError, beginning with `where`, if they make no story."""
+def jobs(request: Request) -> list[Job]:
+    """The videos to make. MemFlowError for what cannot work and can be seen without loading a model."""
+    if request.output is None:
+        raise MemFlowError("where to? -o OUT.mp4 is needed (a folder if the story file holds several stories)")
+    seconds = request.seconds_per_prompt
+    if seconds is not None and not (seconds > 0 and math.isfinite(seconds)):
+        raise MemFlowError(f"--seconds-per-prompt must be above 0, got {seconds}")
+    if request.memory == "reference":
+        raise MemFlowError("--memory reference is called --memory published now")
+    if request.memory not in (None, *MEMORIES):
+        raise MemFlowError(f"--memory {request.memory}: there is no such memory; there are {', '.join(MEMORIES)}")
+    if request.save_every is not None and request.save_state is None:
+        raise MemFlowError("--save-every says how often the state is written, --save-state FILE where: it is missing")
+    if request.decoder is not None:
+        check_regular(request.decoder)
+    found = _resumed(request) if request.resume else _told(request)
+    _check_files(request, found)
+    return found
+
+
+def _resumed(request: Request) -> list[Job]:
+    if given := request.given_again():
+        raise MemFlowError(f"--resume takes story, seed and settings from the state: leave out {', '.join(given)}")
+    if request.overwrite and not request.report:
+        raise MemFlowError("--overwrite does nothing with --resume: an OUT that is there is continued")
+    from memflow.stream.saved import read_header
+
+    check_regular(request.resume)
+    header = read_header(request.resume)
+    missing = {"name", "model", "dtype", "video_frames", "video_checksum"} - set(header["extra"])
+    if missing:
+        raise MemFlowError(
+            f"{request.resume}: not saved by `memflow generate` (it does not tell {', '.join(sorted(missing))})"
+        )
+    if header["plan"]["remaining"] == 0 and not header["plan"]["queue"]:
+        raise MemFlowError(f"{request.resume}: this story has been told to its end, nothing is left to generate")
+    return [_job(request, None, request.output, header["extra"])]
+
+
+def _told(request: Request) -> list[Job]:
+    if request.story is not None and request.prompts:
+        raise MemFlowError("give the story either as a file or with -p, not both")
+    if request.story is None and not request.prompts:
+        raise MemFlowError("which story? Give a story file, or prompts with -p")
+    if request.prompts:
+        return [_job(request, Story(request.output.stem, _prompts(list(request.prompts), "-p")), request.output)]
+    stories = read_stories(request.story)
+    if len(stories) == 1:
+        return [_job(request, stories[0], request.output)]
+    if request.output.suffix.lower() == ".mp4":
+        raise MemFlowError(f"{request.story} holds {len(stories)} stories: -o must be a folder, not {request.output}")
+    if request.save_state is not None:
+        raise MemFlowError(f"--save-state is for one story, {request.story} holds {len(stories)}")
+    return [_job(request, story, request.output / f"{story.name}.mp4") for story in stories]
+
+
+def _job(request: Request, story: Story | None, output: Path, state: dict[str, str] | None = None) -> Job:
+    return Job(story, output, output.with_suffix(".png") if request.report else None, state or {})
+
+
+def _check_files(request: Request, jobs: list[Job]) -> None:
+    from memflow.output.video import check_output, is_ours
+
+    written = [path for job in jobs for path in (job.output, job.report) if path]
+    written += [request.save_state] if request.save_state else []
+    names = [os.path.realpath(path) for path in (request.story, request.decoder, *written) if path]
+    for path in written:
+        if names.count(os.path.realpath(path)) > 1:
+            raise MemFlowError(f"{path}: is named twice, and one of its contents would overwrite the other")
+    with _folder(request.output) if len(jobs) > 1 else nullcontext():
+        for job in jobs:
+            check_output(job.output)
+            _keep_foreign(job.output, is_ours, request.overwrite or request.resume)
+            if job.report is not None:
+                check_writable(job.report)
+                _keep_foreign(job.report, _is_report, request.overwrite)
+        if request.save_state is not None:
+            check_writable(request.save_state, ".partial")
+            _keep_foreign(request.save_state, _is_state, request.overwrite)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make the folder, unless it is there; where the block fails it is as if nothing had been."""
+    try:
+        there = path.is_dir()
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise MemFlowError(f"{path}: the folder cannot be made: {error.strerror}") from None
+    try:
+        yield
+    except MemFlowError:
+        if not there:
+            path.rmdir()
+        raise
+
+
+def _keep_foreign(path: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
+    if not overwrite and path.exists() and path.stat().st_size and not is_ours(path):
+        raise MemFlowError(f"{path}: is there and memflow did not make it; --overwrite replaces it")
+
+
+def _is_report(path: Path) -> bool:
+    from memflow.output.report import is_ours
+
+    return is_ours(path)
+
+
+def _is_state(path: Path) -> bool:
+    from memflow.stream.saved import read_header
+
+    try:
+        read_header(path)
+    except MemFlowError:
+        return False
+    return True
+
+
+def _read(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_FILE + 1)
+    except OSError as error:
+        raise MemFlowError(f"{path}: cannot read the story: {error.strerror}") from None
+    if len(data) > _FILE:
+        raise MemFlowError(f"{path}: a story file has at most {_FILE // 2**20} MiB")
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if len(line) > _LINE:
+            raise MemFlowError(
+                f"{path}, line {number}: a line has at most {_LINE // 2**20} MiB, got {len(line):,} bytes"
+            )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise MemFlowError(f"{path}: not a text file in UTF-8") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), (list, dict))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _without_twins(pairs, where))
+    except json.JSONDecodeError as error:
+        raise MemFlowError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise MemFlowError(f"{where}: broken JSON: nested too deeply") from None
+
+
+def _without_twins(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise MemFlowError(f"{where}: a key stands twice in one object, only one of its values would count")
+    return record
+
+
+def _yaml(text: str, where: str) -> Any:
+    import yaml  # comes with huggingface_hub
+
+    try:
+        return yaml.load(text, yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise MemFlowError(f"{where}: broken YAML: {error}") from None
+
+
+def _story(record: Any, default: str, where: str) -> Story:
+    if not isinstance(record, dict) or "prompts" not in record:
+        raise MemFlowError(f'{where}: an object with a list of "prompts" is needed')
+    name = record.get("name")
+    if name is not None and not isinstance(name, str):
+        raise MemFlowError(f'{where}: "name" must be a string, not {type(name).__name__}')
+    return Story(_file_name(name or default), _prompts(record["prompts"], where))
+
+
+def _prompts(prompts: Any, where: str) -> list[str]:
+    """`prompts`, if they make a story; MemFlowError, beginning with `where`, if not."""
+    from memflow.stream.plan import check_text
+
     if not isinstance(prompts, list):
         raise MemFlowError(f'{where}: "prompts" must be a list of strings, not {type(prompts).__name__}')
     if not prompts:
         raise MemFlowError(f"{where}: the story has no prompts, at least one is needed")
     for number, prompt in enumerate(prompts, start=1):
-        if not isinstance(prompt, str):
-            raise MemFlowError(f"{where}: prompt {number} must be a string, not {type(prompt).__name__}")
-        if not prompt.strip():
-            raise MemFlowError(f"{where}: prompt {number} is blank")
-    return [prompt.strip() for prompt in prompts]
-
-
-def _record(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise MemFlowError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise MemFlowError(f"{where}: broken JSON: nested too deeply") from None
-    if not isinstance(record, dict) or "prompts" not in record:
-        raise MemFlowError(f'{where}: an object with a list of "prompts" is needed')
-    return record
-
-
-def _name(record: dict[str, Any], where: str) -> str | None:
-    name = record.get("name")
-    if name is not None and not isinstance(name, str):
-        raise MemFlowError(f'{where}: "name" must be a string, not {type(name).__name__}')
-    return name
+        check_text(prompt, f"{where}: prompt {number}")
+    return prompts
 
 
 def _file_name(name: str) -> str:

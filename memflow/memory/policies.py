@@ -7,10 +7,10 @@ A policy is a class with one method of its own, `victim` (who leaves) or `worth`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # imported where it computes: the command line lists POLICIES in its help
+    from torch import Tensor
 
 
 class Held(NamedTuple):
@@ -33,10 +33,11 @@ class Held(NamedTuple):
 class PromptPolicy:
     """The frame that the coming prompt calls for least is given up, those that it calls for most are shown.
 
-    keeps_all: every past frame is held, in host memory, and `victim` is never asked.
+    keeps_all: every past frame is held, in host memory, and `victim` is never asked. by_hand: the caller says what is
+    shown, so that the command line does not offer it.
     """
 
-    keeps_all = False
+    keeps_all = by_hand = False
 
     def victim(self, held: Held, newcomer: Held) -> Tensor:
         """[layers, B] index of the frame that gives its place to the newcomer (n = 1); -1: the newcomer is not held."""
@@ -62,6 +63,8 @@ class DiversePolicy(PromptPolicy):
     """
 
     def victim(self, held: Held, newcomer: Held) -> Tensor:
+        import torch
+
         frames = torch.cat([held.frames, newcomer.frames], 2)
         means = torch.cat([held.frame_mean(), newcomer.frame_mean()], 2).flatten(3)  # [layers, B, n + 1, H*D]
         distance = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
@@ -95,6 +98,8 @@ class RandomPolicy(PromptPolicy):
     """
 
     def victim(self, held: Held, newcomer: Held) -> Tensor:
+        import torch
+
         lowest, index = self.worth(held).min(-1)
         return torch.where(self.worth(newcomer).squeeze(-1) < lowest, -1, index)
 
@@ -115,12 +120,14 @@ class OraclePolicy(PromptPolicy):
     that have left the window. Places that are left over show the newest of the others. `Stream.save` does not keep it.
     """
 
-    keeps_all = True
+    keeps_all = by_hand = True
 
     def __init__(self):
         self.wanted: Sequence[Sequence[int]] = ()
 
     def worth(self, held: Held) -> Tensor:
+        import torch
+
         worth = held.frames.double()
         if not self.wanted:
             return worth

@@ -6,6 +6,7 @@ contiguous range of slots: attention reads a view. Softmax does not care for the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,8 +33,12 @@ class FramePool:
         slots = bank + sink + window + extra
         heads_first = (layers, batch, heads, slots * tokens_per_frame, head_dim)
         mean_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.key = torch.zeros(heads_first, dtype=dtype, device=device).transpose(2, 3)
-        self.value = torch.zeros(heads_first, dtype=dtype, device=device).transpose(2, 3)
+        try:
+            self.key = torch.zeros(heads_first, dtype=dtype, device=device).transpose(2, 3)
+            self.value = torch.zeros(heads_first, dtype=dtype, device=device).transpose(2, 3)
+        except RuntimeError as error:  # on a CPU torch has no class of its own for it
+            size = 2 * math.prod(heads_first) * dtype.itemsize / 2**30
+            raise MemoryError(f"the keys and values that a stream remembers take {size:,.1f} GiB") from error
         self.frame_mean = torch.zeros((layers, batch, slots, heads, head_dim), dtype=mean_dtype, device=device)
 
     @property

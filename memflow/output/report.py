@@ -13,6 +13,16 @@ from memflow.errors import MemFlowError
 from memflow.output.timeline import Entry, Held, Timeline
 
 _THUMBNAIL = (192, 108)  # pixels at most
+_MARK = {"Software": "memflow"}  # in the picture's file
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether a file is the picture of a MemoryReport."""
+    try:
+        with Image.open(path) as picture:
+            return picture.info.items() >= _MARK.items()
+    except OSError:
+        return False
 
 
 class MemoryReport:
@@ -61,7 +71,7 @@ class MemoryReport:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as a box; prompts come in every script
-                figure.savefig(path, format="png", dpi=130)
+                figure.savefig(path, format="png", dpi=130, metadata=_MARK)
         except OSError as error:
             raise MemFlowError(f"{path}: cannot be written: {error.strerror}") from None
 

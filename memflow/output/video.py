@@ -1,23 +1,27 @@
 """A video that is written while it is made, playable at any moment, and continued as if it had never stopped.
 
-The file is a fragmented MP4: a header, then one fragment per chunk, each a closed group of pictures from an encoder of
-its own. Nothing written is touched again but the total duration, so a run that is killed leaves a playable file, memory
-use does not grow with its length, and a file cut after a fragment and continued equals the one never interrupted.
+The file is a fragmented MP4 (ISO/IEC 14496-12): `ftyp moov`, the header, then `moof mdat` per chunk, each a closed
+group of pictures from an encoder of its own. Nothing written is touched again but the total duration, so a run that is
+killed leaves a playable file, memory use does not grow with its length, and a file cut after a fragment and continued
+equals the one never interrupted. The muxer leaves out the duration, which it cannot know; `mehd`, the box for it, is
+inserted here at the size it needs and filled in as the file grows.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import zlib
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
 
 from memflow.errors import MemFlowError
-from memflow.output import mp4
+from memflow.output import check_writable
 
 # No state may cross from chunk to chunk: constant quality (no rate control history), no frames out of order; one
 # thread, because x264 decides differently with another number of threads and hosts differ in it.
@@ -27,17 +31,16 @@ _MUXER = {
     "avoid_negative_ts": "disabled",  # keeps a later chunk's timestamps instead of moving them to zero
     "fflags": "bitexact",  # no library versions in the header
 }
-_BT709, _LIMITED_RANGE = (
-    1,
-    1,
-)  # of libavutil's AVColorSpace, AVColorPrimaries and AVColorTransferCharacteristic; AVColorRange
+_BT709 = 1  # of libavutil's AVColorSpace, AVColorPrimaries and AVColorTransferCharacteristic
+_LIMITED_RANGE = 1  # of its AVColorRange
+_MOVIE_TIMESCALE = 1000  # units per second of durations in the header, as libavformat writes it
+_PADDING_TO_END = bytes(4) + b"free"  # the head of a box of padding; size 0 = up to the end of the file
+_MEHD = (20).to_bytes(4, "big") + b"mehd" + bytes([1, 0, 0, 0]) + bytes(8)  # version 1: 64 bits of duration, 0 here
 
 
 def check_output(path: str | Path) -> Path:
     """Raise MemFlowError, naming the path, unless a video can be written there; an existing file is left as it is."""
     path = Path(path)
-    if path.is_dir():
-        raise MemFlowError(f"{path}: is a folder, the name of an .mp4 file is needed")
     if path.suffix.lower() != ".mp4":
         raise MemFlowError(f"{path}: only .mp4 can be written, not {path.suffix or 'a name without .mp4'}")
     check_writable(path)
@@ -46,55 +49,57 @@ def check_output(path: str | Path) -> Path:
     return path
 
 
-def check_writable(path: Path) -> None:
-    """Raise MemFlowError, naming the path, unless the file can be opened for writing; leaves everything as it was."""
-    existed = path.exists()
-    try:
-        with open(path, "ab"):
-            pass
-    except FileNotFoundError:
-        raise MemFlowError(f"{path}: the folder {path.parent} does not exist") from None
-    except OSError as error:
-        raise MemFlowError(f"{path}: cannot be written: {error.strerror}") from None
-    if not existed:
-        path.unlink()
+def is_ours(path: str | Path) -> bool:
+    """Whether the file was written by a VideoWriter, from its header alone."""
+    with open(path, "rb") as file:
+        header = _read_header(file)
+    return _duration_field(header) is not None
 
 
 class VideoWriter:
-    """Writes H.264 in MP4, one closed group of pictures per `write`.
-
-        with VideoWriter("story.mp4", fps=16) as video:
-            for chunk in stream:
-                video.write(chunk.frames[0])
+    """Writes H.264 in MP4, one closed group of pictures per `write`, to a file or to whoever takes the bytes.
 
     Args:
-        path: an .mp4 file in an existing folder. A file that is there is replaced by the first `write`.
+        path: an .mp4 file in an existing folder; a file that is there is replaced by the first `write`. None: there is
+            no file, the bytes that `write` returns are for the caller to send.
         fps: frames per second.
 
     Attributes:
-        frames: number of frames in the file.
-        checksum: CRC-32 of what follows the header of the file; equal for equal videos.
+        frames: number of frames written.
+        checksum: CRC-32 of what follows the header; equal for equal videos.
+        header: the bytes that a player needs before any of those that `write` returns; known after the first `write`.
 
     Raises:
         MemFlowError: the path cannot be written, or is no .mp4.
+
+    Example:
+        >>> import numpy as np
+        >>> video = VideoWriter(None, fps=16)
+        >>> chunk = video.write(np.zeros((12, 64, 64, 3), np.uint8))
+        >>> video.frames, video.codec, video.header[4:8], chunk[4:8]
+        (12, 'avc1.64000A', b'ftyp', b'moof')
     """
 
-    def __init__(self, path: str | Path, fps: float):
+    def __init__(self, path: str | Path | None, fps: float):
         if not fps > 0:
             raise ValueError(f"fps must be positive, got {fps}")
-        self.path = check_output(path)
+        self.path = None if path is None else check_output(path)
         self.fps = Fraction(fps).limit_denominator(1001)
         self.frames = self.checksum = self._fragments = 0
-        self._header = b""
+        self.header = b""
         self._end = 0  # of the last whole fragment; 0 = nothing there that is kept
         self._shape: tuple[int, ...] | None = None
         self._file: BinaryIO | None = None
 
     @classmethod
     def resume(cls, path: str | Path, fps: float, frames: int, checksum: int | None = None) -> VideoWriter:
-        """Continue a video of a VideoWriter after its first `frames` frames; the first `write` replaces later ones.
+        """Continue a video of a VideoWriter; the first `write` replaces what comes after the frames that are kept.
 
-        `checksum`, the attribute of the writer when it had written `frames` frames, makes sure that it is that video.
+        Args:
+            path: of the video.
+            fps: frames per second.
+            frames: how many of its frames are kept.
+            checksum: the attribute of the writer when it had written them, which makes sure that it is that video.
 
         Raises:
             MemFlowError: the file is no such video, or its first `frames` frames are not there or not the right ones.
@@ -111,10 +116,20 @@ class VideoWriter:
             raise MemFlowError(f"{path}: its first {frames} frames are not those that are to be continued")
         return video
 
-    def write(self, frames: np.ndarray) -> None:
-        """Append `frames`, uint8 [T, H, W, 3] with T >= 1, and flush.
+    @property
+    def codec(self) -> str:
+        """The codec as browsers and playlists name it (RFC 6381), "avc1.640028" for example; known after `write`."""
+        record = self.header.index(b"avcC") + 4  # version, then profile, compatibility and level
+        return f"avc1.{self.header[record + 1 : record + 4].hex().upper()}"
 
-        An odd H or W grows by one: its last row or column is repeated.
+    def write(self, frames: np.ndarray) -> bytes:
+        """Append frames, and flush.
+
+        Args:
+            frames: uint8 [T, H, W, 3] with T >= 1. An odd H or W grows by one: its last row or column is repeated.
+
+        Returns:
+            The bytes that were appended: the fragments of these frames.
 
         Raises:
             MemFlowError: the disk is full or the like; what was written before stays playable.
@@ -124,16 +139,18 @@ class VideoWriter:
         if self._shape not in (None, frames.shape[1:]):
             raise ValueError(f"frames must be {list(self._shape)} as before, got {list(frames.shape[1:])}")
         header, added, fragments = self._encode(frames)
-        if self._header and self._header != header:
+        if self.header and self.header != header:
             raise MemFlowError(f"{self.path}: has another frame size or rate than the frames that are to follow")
-        self._header, self._shape = header, frames.shape[1:]
+        self.header, self._shape = header, frames.shape[1:]
         try:
-            self._append(added, self.frames + len(frames))
+            if self.path is not None:
+                self._append(added, self.frames + len(frames))
         except OSError as error:
             raise MemFlowError(f"{self.path}: cannot be written: {error.strerror}") from None
         self.frames += len(frames)
         self._fragments += fragments
         self.checksum = zlib.crc32(added, self.checksum)
+        return added
 
     def close(self) -> None:
         """Close the file. It was playable before and stays so."""
@@ -149,13 +166,13 @@ class VideoWriter:
 
     def _keep(self, file: BinaryIO, frames: int) -> None:
         """Take over the header and the fragments of the first `frames` frames; reads one fragment at a time."""
-        header = mp4.read_header(file)
-        field = mp4.duration_field(header)
+        header = _read_header(file)
+        field = _duration_field(header)
         if field is None:
             raise MemFlowError(f"{self.path}: not a video that memflow wrote, it cannot be continued")
-        self._header = header[: field.start] + bytes(8) + header[field.stop :]
+        self.header = header[: field.start] + bytes(8) + header[field.stop :]
         self._end = len(header)
-        for fragment in mp4.fragments(file, self._end):
+        for fragment in _fragments(file, self._end):
             if self.frames >= frames:
                 break
             file.seek(fragment.start)
@@ -184,29 +201,95 @@ class VideoWriter:
                 picture.pts, picture.time_base = index, encoder.time_base
                 output.mux(stream.encode(picture))
             output.mux(stream.encode(None))
-        header = mp4.read_header(file)
+        header = _read_header(file)
         added = file.getvalue()[len(header) :]
-        return mp4.with_duration_box(header), added, sum(1 for _ in mp4.fragments(file, len(header)))
+        return _with_duration_box(header), added, sum(1 for _ in _fragments(file, len(header)))
 
     def _append(self, added: bytes, frames: int) -> None:
         """Write fragments that bring the file to `frames` frames, then its new duration: readable after each step."""
-        if self._file is None:
-            self._file = open(self.path, "r+b" if self._end else "wb")  # noqa: SIM115 (close() closes it)
-        file = self._file
-        file.truncate(self._end)
-        if not self._end:
-            file.seek(0)
-            file.write(self._header)
-            self._end = len(self._header)
-        # Whoever kills the process now leaves a box of padding up to the end of the file, which readers skip ...
-        file.seek(self._end)
-        file.write(mp4.PADDING_TO_END + added[len(mp4.PADDING_TO_END) :])
-        file.flush()
-        # ... and these eight bytes, written at once, make it a fragment.
-        file.seek(self._end)
-        file.write(added[: len(mp4.PADDING_TO_END)])
-        file.flush()
+        if self._file is None:  # unbuffered: what could not be written must not be tried again when it is closed
+            self._file = open(self.path, "r+b" if self._end else "wb", buffering=0)  # noqa: SIM115 (close() closes it)
+        try:
+            self._file.truncate(self._end)
+            if not self._end:
+                self._write_at(0, self.header)
+                self._end = len(self.header)
+            # Whoever kills the process now leaves a box of padding up to the end of the file, which readers skip ...
+            self._write_at(self._end, _PADDING_TO_END + added[len(_PADDING_TO_END) :])
+            # ... and these eight bytes, written at once, make it a fragment.
+            self._write_at(self._end, added[: len(_PADDING_TO_END)])
+        except OSError:
+            self._file.truncate(self._end)  # a full disk has room for something else again
+            raise
         self._end += len(added)
-        file.seek(mp4.duration_field(self._header).start)
-        file.write(round(frames / self.fps * mp4.MOVIE_TIMESCALE).to_bytes(8, "big"))
-        file.flush()
+        duration = round(frames / self.fps * _MOVIE_TIMESCALE).to_bytes(8, "big")
+        self._write_at(_duration_field(self.header).start, duration)
+
+    def _write_at(self, position: int, data: bytes) -> None:
+        self._file.seek(position)
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
+
+
+class _Fragment(NamedTuple):
+    """Bytes `start` to `end` of a file, the boxes moof and mdat with `frames` frames."""
+
+    start: int
+    end: int
+    frames: int
+
+
+def _boxes(file: BinaryIO, start: int = 0) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and end of the whole boxes from `start` on; ends where the file ends or the first box is cut off."""
+    length = file.seek(0, os.SEEK_END)
+    while start + 8 <= length:
+        file.seek(start)
+        head = file.read(8)
+        end = start + int.from_bytes(head[:4], "big")
+        if end < start + 8 or end > length:
+            return
+        yield head[4:], start, end
+        start = end
+
+
+def _read_header(file: BinaryIO) -> bytes:
+    """`ftyp moov` at the beginning of `file`; empty if it begins otherwise."""
+    found = [(kind, end) for (kind, _, end), _ in zip(_boxes(file), range(2), strict=False)]
+    if [kind for kind, _ in found] != [b"ftyp", b"moov"]:
+        return b""
+    file.seek(0)
+    return file.read(found[1][1])
+
+
+def _fragments(file: BinaryIO, start: int) -> Iterator[_Fragment]:
+    """The whole fragments from `start` on."""
+    moof = None
+    for kind, begin, end in _boxes(file, start):
+        if kind == b"moof":
+            file.seek(begin)
+            content = file.read(end - begin)
+            run = content.find(b"trun")  # one track, one run
+            moof = (begin, int.from_bytes(content[run + 8 : run + 12], "big")) if run >= 0 else None
+        elif kind == b"mdat" and moof is not None:
+            yield _Fragment(moof[0], end, moof[1])
+            moof = None
+        else:
+            return
+
+
+def _with_duration_box(header: bytes) -> bytes:
+    """`ftyp moov` with an `mehd` box, of duration 0, put in front of moov/mvex/trex."""
+    header = bytearray(header)
+    moov = int.from_bytes(header[:4], "big")
+    mvex = header.rindex(b"mvex") - 4
+    for box in (moov, mvex):
+        header[box : box + 4] = (int.from_bytes(header[box : box + 4], "big") + len(_MEHD)).to_bytes(4, "big")
+    header[mvex + 8 : mvex + 8] = _MEHD
+    return bytes(header)
+
+
+def _duration_field(header: bytes) -> slice | None:
+    """Where in `header` the eight bytes of the total duration are; None if it has no `mehd` box as written here."""
+    at = header.rfind(b"mvex" + _MEHD[:12]) + len(b"mvex")
+    return None if at < len(b"mvex") else slice(at + 12, at + 20)

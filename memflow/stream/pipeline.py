@@ -23,7 +23,7 @@ from memflow.models.wan.graphs import require_gpu
 from memflow.models.wan.published import PRESETS, find_preset
 from memflow.models.wan.text import PromptCache, encode_prompts
 from memflow.stream.chunks import ChunkDriver
-from memflow.stream.plan import Plan
+from memflow.stream.plan import Plan, check_text
 from memflow.stream.sampler import DistilledSchedule
 from memflow.stream.saved import load_stream
 from memflow.stream.stream import Stream
@@ -251,12 +251,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if not texts or len(texts) != batch:
             raise MemFlowError(f"prompt must have one text per story ({batch}), got {len(texts)}")
         for text in texts:
-            if not isinstance(text, str) or not text.strip():
-                raise MemFlowError(f"prompt must be a text that is not blank, got {text!r}")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise MemFlowError(f"prompt must be valid Unicode, got {text!r}: {error.reason}") from None
+            check_text(text)
         return texts
 
     def _check_size(self, name: str, pixels: int, axis: int) -> int:

@@ -4,6 +4,24 @@ from __future__ import annotations
 
 from collections import deque
 
+from memflow.errors import MemFlowError
+
+_CHARACTERS = 20_000  # of a prompt, at most: what any text encoder takes is a fraction
+
+
+def check_text(text: object, name: str = "prompt") -> None:
+    """Raise MemFlowError, beginning with `name`, unless `text` can be a prompt."""
+    if not isinstance(text, str):
+        raise MemFlowError(f"{name} must be a text, got {type(text).__name__}: {text!r:.80}")
+    if not text.strip():
+        raise MemFlowError(f"{name} must be a text that is not blank, got {text!r:.80}")
+    if len(text) > _CHARACTERS:
+        raise MemFlowError(f"{name} must have at most {_CHARACTERS:,} characters, got {len(text):,}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MemFlowError(f"{name} must be valid Unicode, got {text!r:.80}: {error.reason}") from None
+
 
 class Plan:
     """Prompts in order, each for a number of chunks. A prompt is a tuple of texts, one per batch row.

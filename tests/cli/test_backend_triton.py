@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from films import NOISE, decode
 
-from memflow.cli.main import main
+from memflow.cli import main
 from memflow_kernels import available_backends, backends
 from memflow_kernels.backends import interpreting
 

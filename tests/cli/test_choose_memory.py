@@ -26,12 +26,12 @@ def test_another_policy_keeps_positions_votes_and_places():
     assert choose_memory("prompt", None, None, MemoryConfig(policy="none")).bank_frames == 3
 
 
-def test_reference_keeps_what_the_model_recorded():
+def test_published_keeps_what_the_model_recorded():
     published = MemoryConfig.published("single", record_interval=2, top_k=3, global_sink=False)
-    assert choose_memory("reference", None, None, published) == published
-    assert choose_memory("reference", None, 2, published) == replace(published, top_k=2)
+    assert choose_memory("published", None, None, published) == published
+    assert choose_memory("published", None, 2, published) == replace(published, top_k=2)
     assert choose_memory("prompt", None, None, published).global_sink
-    other = choose_memory("reference", None, None, MemoryConfig(sink_frames=2, bank_frames=4, top_k=5))
+    other = choose_memory("published", None, None, MemoryConfig(sink_frames=2, bank_frames=4, top_k=5))
     assert other == MemoryConfig.published(local_frames=11, sink_frames=2, bank_frames=4, top_k=5)
 
 
@@ -40,16 +40,16 @@ def test_reference_keeps_what_the_model_recorded():
     [
         ("prompt", 3, TRAINED, "--held 3: held_frames must be a whole number of at least 4, got 3"),
         ("archive", 12, TRAINED, "--held 12: held_frames must be None with policy='archive'"),
-        ("reference", None, TRAINED, "--memory reference: the published code has absolute positions"),
+        ("published", None, TRAINED, "--memory published: the published code has absolute positions"),
         ("none", 9, TRAINED, "--held 9: held_frames must be None with policy='none'"),
         (None, 9, MemoryConfig(policy="none"), "--held 9: held_frames must be None with policy='none'"),
         (
-            "reference",
+            "published",
             9,
             MemoryConfig.published(),
             "--held 9: held_frames must be None with published_mode",
         ),
-        ("reference", 9, MemoryConfig(), "--held 9: held_frames must be None with published_mode"),
+        ("published", 9, MemoryConfig(), "--held 9: held_frames must be None with published_mode"),
         (None, 9, MemoryConfig.published(), "--held 9: held_frames must be None"),
         ("archive", None, MemoryConfig(aggregate="softmax"), "--memory archive: aggregate must be 'mean'"),
     ],

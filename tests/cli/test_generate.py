@@ -14,14 +14,14 @@ from PIL import Image
 
 from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowPipeline
-from memflow.cli.main import main
+from memflow.cli import main
 from memflow.stream.chunks import ChunkDriver
 
 # Three prompts of four chunks: the window is full after three, so that the bank fills and then has to choose.
 STORY = ["A keeper with a red scarf climbs the stairs.", "A cat on the rail, alone.", "The keeper finds the cat."]
 SMALL = ["--model", NOISE, "--height", "32", "--width", "32", "--device", "cpu", "--seconds-per-prompt", "3"]
 SHORT = [*SMALL[:-1], "1.5"]  # two chunks each
-POLICIES = ["prompt", "fifo", "none", "reference"]
+POLICIES = ["prompt", "fifo", "none", "published"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,7 +144,7 @@ def test_every_policy_resumes_to_the_same_video_in_another_process(story, tmp_pa
         assert len(decode(parts)) == 7 * 12
         rest.append(["generate", "--resume", str(state), "-o", str(parts)])
     rest[0].append("--report")
-    code = "import benchmarks.untrained; from memflow.cli.main import main\n"
+    code = "import benchmarks.untrained; from memflow.cli import main\n"
     code += f"assert [main(arguments) for arguments in {rest!r}] == [0] * {len(rest)}"
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}

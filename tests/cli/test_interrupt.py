@@ -12,7 +12,7 @@ import pytest
 import torch
 from films import NOISE, decode
 
-from memflow.cli.main import main
+from memflow.cli import main
 from memflow.stream.chunks import ChunkDriver
 
 SETTINGS = [
@@ -30,7 +30,7 @@ SETTINGS = [
     "32",
 ]
 # diffusers loads only classes whose module has been imported.
-PROGRAM = "import benchmarks.untrained; from memflow.cli.main import run; run()"
+PROGRAM = "import benchmarks.untrained; from memflow.cli import run; run()"
 LONG = [*SETTINGS, "--seconds-per-prompt", "1200"]
 
 
@@ -108,7 +108,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, capsys, monkeypatch):
     assert main(["generate", *LONG, "-o", str(output), "--save-state", str(state)]) == 130
     assert signal.getsignal(signal.SIGINT) is before
     error = capsys.readouterr().err
-    assert "stopping after this chunk" in error and f"stopped at once; {state} was not written" in error
+    kept = f"{output} keeps the 24 frames made before; {state} was not written"
+    assert "stopping after this chunk" in error and f"stopped at once; {kept}" in error
     assert len(decode(output)) == 24
     assert not state.exists()
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -125,8 +126,8 @@ class Dying:
         self.file.write(data[: self.count])
         self.count -= len(data)
         if self.count < 0:
-            self.file.flush()
             raise KeyboardInterrupt
+        return len(data)
 
     def __getattr__(self, name):
         return getattr(self.file, name)
@@ -212,19 +213,48 @@ def test_a_path_that_cannot_be_written(tmp_path):
         assert str(path) in str(error.value)
 
 
-def test_a_full_disk_is_said_and_the_frames_before_it_stay(tmp_path, monkeypatch):
-    path = tmp_path / "a.mp4"
-    with VideoWriter(path, 16) as video:
-        video.write(clip(0))
-
-        def full(*_):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(video, "_append", full)
-        with pytest.raises(MemFlowError, match=r"a.mp4: cannot be written: No space left"):
+FULL = """
+import resource, sys
+from films import clip
+from memflow.output.video import VideoWriter
+with VideoWriter(sys.argv[1], 16) as video:
+    video.write(clip(0))
+    room = video._end + 1000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    for _ in range(2):
+        try:
             video.write(clip(1))
-        assert video.frames == 12
-    assert len(decode(path)) == 12
+        except ValueError as error:
+            print(video.frames, error)
+"""
+
+
+def test_a_full_disk_is_said_and_the_frames_before_it_stay(tmp_path):
+    """The file may not grow beyond 1,000 bytes more, in a process of its own."""
+    path = tmp_path / "a.mp4"
+    environment = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
+    code = [sys.executable, "-c", FULL, str(path)]
+    result = subprocess.run(code, capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    assert result.stdout == f"12 {path}: cannot be written: File too large\n" * 2
+    write(tmp_path / "b.mp4", [0])
+    assert path.read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_without_a_file_the_bytes_are_those_of_the_file(tmp_path):
+    write(tmp_path / "a.mp4", range(3))
+    video = VideoWriter(None, 16)
+    sent = [video.write(clip(number)) for number in range(3)]
+    content = (tmp_path / "a.mp4").read_bytes()
+    assert content[len(video.header) :] == b"".join(sent)
+    field = content.index(b"mehd") + 8
+    assert content[: len(video.header)] == video.header[:field] + content[field : field + 8] + video.header[field + 8 :]
+    (tmp_path / "sent.mp4").write_bytes(video.header + b"".join(sent))
+    assert np.array_equal(decode(tmp_path / "sent.mp4"), decode(tmp_path / "a.mp4"))
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        context = file.streams.video[0].codec_context
+    high = {"High": "64", "Main": "4D", "Constrained Baseline": "42"}[context.profile]
+    assert video.codec.startswith(f"avc1.{high}") and len(video.codec) == 11
 
 
 @pytest.mark.parametrize(

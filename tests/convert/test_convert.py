@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from written import HEADS, text_encoder, tokenizer, transformer, umt5_name, vae, vae_table
 
 from memflow import MemFlowPipeline
-from memflow.cli.main import main
+from memflow.cli import main
 from memflow.models.wan.checkpoints import load_transformer
 
 

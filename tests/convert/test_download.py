@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 
-from memflow.cli.main import main
+from memflow.cli import main
 from memflow.convert import download as hub
 
 CONTENT = {
@@ -127,7 +127,7 @@ def test_what_cannot_work_is_said_before_asking(tmp_path, capsys, fake):
 
 def test_offline_the_real_client_says_so_too(tmp_path):
     """No fake here: offline mode is what huggingface_hub itself refuses in."""
-    code = "import sys; from memflow.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from memflow.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "download", "memflow-1.3b", "-o", str(tmp_path / "files"), "--yes"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert result.returncode == 2, result.stderr

@@ -14,8 +14,8 @@ from test_convert import convert
 from written import HEADS, lora
 
 from memflow import MemFlowPipeline, MemoryConfig
+from memflow.cli import main
 from memflow.cli.loading import load_pipeline
-from memflow.cli.main import main
 from memflow.models.wan.published import PRESETS
 
 STORY = ["-p", "a fox runs", "-p", "the owl sleeps"]

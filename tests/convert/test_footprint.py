@@ -9,10 +9,8 @@ from written import HEADS, LISTS
 
 from benchmarks.untrained import noise_pipeline
 from memflow import MemoryConfig
-from memflow.cli import model_doctor
+from memflow.cli import doctor as model_doctor
 from memflow.cli.loading import load_pipeline
-from memflow.cli.main import main
-from memflow.cli.model_doctor import GIB, describe, options
 from memflow.models.wan.float8 import float8_linears
 from memflow.models.wan.footprint import _Peak
 from memflow.models.wan.published import PRESETS

@@ -112,7 +112,7 @@ def test_other_files_or_options_do_not_continue_it(wan, tmp_path, capsys):
 
 MEASURE = """
 import sys
-from memflow.cli.main import main
+from memflow.cli import main
 code = main(["convert", *sys.argv[1:]])
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(code, int(peak) * 1024)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowError, MemFlowPipeline
-from memflow.cli.main import main
+from memflow.cli import main
 from memflow.decoders import stream_decoder, use_decoder
 from memflow.decoders.taehv import TinyVideoDecoder
 

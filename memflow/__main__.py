@@ -1,0 +1,5 @@
+"""`python -m memflow`: the command `memflow`."""
+
+from memflow.cli import run
+
+run()
