@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import NoReturn
 
 from memflow.errors import MemFlowError, MemFlowWarning, missing_package
@@ -30,12 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["toy"]:
         return _fail("`memflow toy` is `python -m examples.storybook` now, in the repository of the project")
     try:
-        from memflow.cli.options import app
+        app = import_module("memflow.cli.options").app
     except ModuleNotFoundError as error:
         if arguments == ["doctor"]:  # says which packages are missing, without those that read options
-            from memflow.cli.doctor import doctor
-
-            return doctor() or 0
+            return import_module("memflow.cli.doctor").doctor() or 0
         return _missing(error)
     return run_app(app, arguments, "memflow")
 

@@ -224,7 +224,7 @@ def describe(model: str, height: int | None = None, width: int | None = None) ->
         settings, configs = _read(folder)
     return Model(
         **configs,
-        memory=MemoryConfig(**(settings.get("memory") or {})),
+        memory=MemoryConfig.from_dict(settings.get("memory") or {}),
         text_length=settings.get("text_length", 512),
         height=height or settings.get("height", 480),
         width=width or settings.get("width", 832),

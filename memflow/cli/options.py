@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import dataclass, fields
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -168,6 +169,12 @@ def _reads(options: type):
     return command
 
 
+def _late(place: str):
+    """The function at "module:name", imported when its command runs, so that options are read without it."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from memflow import __version__
@@ -189,9 +196,7 @@ def _memflow(
 @_reads(Request)
 def generate(request: Request) -> int:
     """Make the video of a story, written chunk by chunk while it is made."""
-    from memflow.cli.generate import generate as run
-
-    return run(request)
+    return _late("memflow.cli.generate:generate")(request)
 
 
 @app.command()
@@ -240,11 +245,8 @@ def convert(
     ] = 4.0,
 ) -> None:
     """Turn original checkpoint files into a folder for --model; an interrupted conversion continues."""
-    from memflow.convert.convert import Conversion
-    from memflow.convert.convert import convert as run
-
-    run(
-        Conversion(
+    _late("memflow.convert.convert:convert")(
+        _late("memflow.convert.convert:Conversion")(
             sources=sources,
             output=output,
             preset=preset,
@@ -266,9 +268,7 @@ def download(
     yes: Annotated[bool, typer.Option("--yes", help="Accept the licences without being asked.")] = False,
 ) -> None:
     """Fetch published files from the Hugging Face hub, after showing licences and sizes; what is there stays."""
-    from memflow.convert.download import download as run
-
-    run(name, output, yes=yes)
+    _late("memflow.convert.download:download")(name, output, yes=yes)
 
 
 @app.command()
@@ -285,6 +285,5 @@ def doctor(
     ] = None,
 ) -> None:
     """Show what this machine can run, and why not the rest; with --model, what a model needs."""
-    from memflow.cli.doctor import doctor as run
-
-    run(model, height=height, width=width, dtype=dtype and dtype.value, gpu=gpu)
+    about = {"height": height, "width": width, "dtype": dtype and dtype.value, "gpu": gpu}
+    _late("memflow.cli.doctor:doctor")(model, **about)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
@@ -356,5 +357,7 @@ def make_memory(config: MemoryConfig, **sizes) -> FrameMemory:
         >>> memory.pool.key.shape  # layers, batch, tokens of all slots, heads, head_dim
         torch.Size([2, 1, 108, 2, 24])
     """
+    for name in ("held", "published"):  # they build on this module and enter themselves in `kinds`
+        import_module(f"memflow.memory.{name}")
     kind = next((kind for kind in FrameMemory.kinds if kind.serves(config)), FrameMemory)
     return kind(config, **sizes)
