@@ -23,9 +23,6 @@ GIB = 2**30
 GPUS = {"rtx-3060": 12, "rtx-4080": 16, "rtx-4090": 24, "rtx-5090": 32, "a100-40gb": 40, "a100": 80, "h100": 80}
 GPUS |= {"h200": 141, "b200": 180}
 _RESERVE = 1.0  # GiB for the CUDA context and what libraries take
-# Of the published 1.3B models (Wan-AI/Wan2.1-T2V-1.3B); the VAE is AutoencoderKLWan's default.
-_TRANSFORMER = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
-_UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 
 
 def doctor(model: str | None = None, **about) -> None:
@@ -212,14 +209,15 @@ def examine(
 
 def describe(model: str, height: int | None = None, width: int | None = None) -> Model:
     """The configurations in the folder `model`, or those of the published models of that preset."""
-    from memflow.memory import MemoryConfig
+    from memflow.memory.config import MemoryConfig
     from memflow.models.wan.footprint import Model
-    from memflow.models.wan.published import PRESETS, find_preset
+    from memflow.models.wan.published import MODELS, Preset
 
     folder = Path(model)
-    if not os.path.exists(folder) and model in PRESETS:
-        preset = find_preset(model)
-        settings, configs = preset.settings(), {"transformer": _TRANSFORMER, "vae": {}, "text_encoder": _UMT5_XXL}
+    if not os.path.exists(folder) and model in MODELS:
+        row = MODELS[model]
+        settings = (row.preset or Preset()).settings()
+        configs = {"transformer": row.transformer, "vae": row.vae, "text_encoder": row.text_encoder}
     else:
         settings, configs = _read(folder)
     return Model(
@@ -260,10 +258,10 @@ def _parts(found: Footprint, model: Model) -> list[tuple[str, str, int]]:
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, dict]]:
-    from memflow.models.wan.published import PRESETS
+    from memflow.models.wan.published import MODELS
 
     if not os.path.isfile(folder / "model_index.json"):
-        raise MemFlowError(f"--model {folder}: neither the folder of a pipeline nor one of {', '.join(PRESETS)}")
+        raise MemFlowError(f"--model {folder}: neither the folder of a pipeline nor one of {', '.join(MODELS)}")
     try:
         index = json.loads((folder / "model_index.json").read_text())
         parts = ("transformer", "vae", "text_encoder")

@@ -10,6 +10,7 @@ from typing import Annotated, get_args
 import typer
 
 from memflow.memory.policies import POLICIES
+from memflow.models.wan.published import MODELS, PRESETS
 
 app = typer.Typer(
     help="Stories that stream out as video and remember who was in them.",
@@ -97,7 +98,7 @@ class Request:
     ] = None
     preset: Annotated[
         str | None,
-        _run(metavar="NAME", help="Run the model as this published one. \\[default: what its folder says]"),
+        _run(metavar="NAME", help=f"Run the model as {', '.join(PRESETS)}. \\[default: what its folder says]"),
         "Story",
     ] = None
     decoder: Annotated[
@@ -212,7 +213,7 @@ def convert(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="How the model is run, recorded in FOLDER: the name of a published one."),
+        typer.Option(metavar="NAME", help=f"How the model is run, recorded in FOLDER: {', '.join(PRESETS)}."),
     ] = None,
     weights: Annotated[
         Weights | None,
@@ -245,8 +246,8 @@ def convert(
     ] = 4.0,
 ) -> None:
     """Turn original checkpoint files into a folder for --model; an interrupted conversion continues."""
-    _late("memflow.convert.convert:convert")(
-        _late("memflow.convert.convert:Conversion")(
+    _late("memflow.convert:convert")(
+        _late("memflow.convert:Conversion")(
             sources=sources,
             output=output,
             preset=preset,
@@ -263,7 +264,7 @@ def convert(
 
 @app.command()
 def download(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of a published model.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(MODELS)}.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where to put the files.")],
     yes: Annotated[bool, typer.Option("--yes", help="Accept the licences without being asked.")] = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -14,14 +15,14 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from memflow.decoders import current_class, stream_decoder
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.memory.config import MemoryConfig
 from memflow.models.base import weights_digest
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.float8 import to_float8
 from memflow.models.wan.graphs import require_gpu
 from memflow.models.wan.published import PRESETS, find_preset
-from memflow.models.wan.text import PromptCache, encode_prompts
+from memflow.models.wan.text import PromptCache, encode_prompts, losses
 from memflow.stream.chunks import ChunkDriver
 from memflow.stream.plan import Plan, check_text
 from memflow.stream.sampler import DistilledSchedule
@@ -246,12 +247,16 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
 
     def check_prompt(self, prompt: str | Sequence[str], batch: int) -> tuple[str, ...]:
-        """`prompt` as one text per batch row, or an error that says what is wrong with it."""
+        """`prompt` as one text per batch row, or an error that says what is wrong with it; a MemFlowWarning says what of it
+        does not reach the model."""
         texts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,) * batch
         if not texts or len(texts) != batch:
             raise MemFlowError(f"prompt must have one text per story ({batch}), got {len(texts)}")
         for text in texts:
             check_text(text)
+        for text in dict.fromkeys(texts):
+            for loss in losses(self.tokenizer, text, self.config.text_length):
+                warnings.warn(f"prompt {text!r:.70}: {loss}", MemFlowWarning, stacklevel=3)
         return texts
 
     def _check_size(self, name: str, pixels: int, axis: int) -> int:

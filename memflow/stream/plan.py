@@ -11,9 +11,7 @@ _CHARACTERS = 20_000  # of a prompt, at most: what any text encoder takes is a f
 
 def check_text(text: object, name: str = "prompt") -> None:
     """Raise MemFlowError, beginning with `name`, unless `text` can be a prompt."""
-    if not isinstance(text, str):
-        raise MemFlowError(f"{name} must be a text, got {type(text).__name__}: {text!r:.80}")
-    if not text.strip():
+    if not isinstance(text, str) or not text.strip():
         raise MemFlowError(f"{name} must be a text that is not blank, got {text!r:.80}")
     if len(text) > _CHARACTERS:
         raise MemFlowError(f"{name} must have at most {_CHARACTERS:,} characters, got {len(text):,}")

@@ -50,7 +50,7 @@ BROKEN = {
     "no prompts": (('{"prompt": "a"}',), "line 1: an object"),
     "prompts a string": (('{"prompts": "a"}',), 'line 1: "prompts" must be a list of strings, not str'),
     "no prompt in it": (('{"prompts": []}',), "line 1: the story has no prompts"),
-    "a number": (('{"prompts": ["a", 7]}',), "line 1: prompt 2 must be a text, got int: 7"),
+    "a number": (('{"prompts": ["a", 7]}',), "line 1: prompt 2 must be a text that is not blank, got 7"),
     "a blank prompt": (('{"prompts": ["a", "  "]}',), "line 1: prompt 2 must be a text that is not blank"),
     "a name that is none": (('{"prompts": ["a"], "name": 1}',), 'line 1: "name" must be a string'),
     "the same name twice": (

@@ -9,7 +9,8 @@ from written import HEADS, LISTS
 
 from benchmarks.untrained import noise_pipeline
 from memflow import MemoryConfig
-from memflow.cli import doctor as model_doctor
+from memflow.cli import main
+from memflow.cli.doctor import GIB, describe, options
 from memflow.cli.loading import load_pipeline
 from memflow.models.wan.float8 import float8_linears
 from memflow.models.wan.footprint import _Peak
@@ -104,7 +105,8 @@ def test_published_sizes(capsys):
 
 def test_what_fits_depends_on_the_card(model, found, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(model_doctor, "footprint", lambda described, dtype: asked.append((described, dtype)) or found)
+    known = lambda described, dtype: asked.append((described, dtype)) or found  # noqa: E731
+    monkeypatch.setattr("memflow.models.wan.footprint.footprint", known)
     small = ["--height", 32, "--width", 48]
     code, told, _ = doctor(capsys, model, *small, "--gpu", "1.01gb", "--dtype", "float32")
     assert code == 0 and "1.01 GiB" in told and told.count("fits\n") == 4 and "float32" in told
