@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from diffusers import DiffusionPipeline
@@ -247,8 +248,8 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
 
     def check_prompt(self, prompt: str | Sequence[str], batch: int) -> tuple[str, ...]:
-        """`prompt` as one text per batch row, or an error that says what is wrong with it; a MemFlowWarning says what of it
-        does not reach the model."""
+        """`prompt` as one text per batch row, or an error that says what is wrong with it. A MemFlowWarning says what
+        of it does not reach the model."""
         texts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,) * batch
         if not texts or len(texts) != batch:
             raise MemFlowError(f"prompt must have one text per story ({batch}), got {len(texts)}")
@@ -256,7 +257,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             check_text(text)
         for text in dict.fromkeys(texts):
             for loss in losses(self.tokenizer, text, self.config.text_length):
-                warnings.warn(f"prompt {text!r:.70}: {loss}", MemFlowWarning, stacklevel=3)
+                warnings.warn(f"prompt {shorten(text, 60, placeholder=' …')!r}: {loss}", MemFlowWarning, stacklevel=3)
         return texts
 
     def _check_size(self, name: str, pixels: int, axis: int) -> int:
