@@ -75,3 +75,110 @@ def test_a_file_that_cannot_be_read(tmp_path):
     for path, message in (("none.txt", "No such file"), ("latin.txt", "not a text file"), (".", "is a folder")):
         with pytest.raises(MemFlowError, match=message):
             read_stories(tmp_path / path)
+
+
+AB = ["A fox: red, #1.", "A hare"]
+LISTS = {
+    "a.json": json.dumps(AB),
+    "b.json": json.dumps({"prompts": AB}, indent=2),
+    "c.JSON": "\ufeff" + json.dumps([{"prompts": AB}]),
+    "a.yaml": "prompts:\n  - 'A fox: red, #1.'\n  - A hare\n",
+    "b.yml": "- 'A fox: red, #1.'\n- A hare\n",
+    "c.yaml": "# a comment\n- name: c\n  prompts: ['A fox: red, #1.', A hare]\n",
+    "a.ndjson": json.dumps({"prompts": AB}),
+    "a": "A fox: red, #1.\nA hare\n",
+    "a.text": "A fox: red, #1.\n\nA hare",
+}
+
+
+@pytest.mark.parametrize(("name", "content"), LISTS.items(), ids=LISTS)
+def test_lists_of_prompts_are_read(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_stories(tmp_path / name) == [Story(name[0], AB)]
+
+
+def test_several_stories_in_one_list(tmp_path):
+    (tmp_path / "two.json").write_text('[{"prompts": ["a"]}, {"name": "x/y", "prompts": ["b"]}]')
+    assert read_stories(tmp_path / "two.json") == [Story("two-1", ["a"]), Story("x-y", ["b"])]
+
+
+JSON = '{"prompts": ["a fox", "a hare"]}'
+REFUSED = {
+    "s.csv": ("prompt\na fox\n", "no story file"),
+    "s.md": ("# A fox\n", "no story file"),
+    "s.toml": ('prompts = ["a"]', "no story file"),
+    "s.jsonl.bak": (JSON, "no story file"),
+    "s.docx": ("PK", "no story file"),
+    "s.txt": (JSON, "holds JSON"),
+    "s.jsonl.txt": (f"{JSON}\n{JSON}\n", "holds JSON"),
+    "pretty.txt": (json.dumps(json.loads(JSON), indent=2), "holds JSON"),
+    "list.txt": ('["a fox", "a hare"]', "holds JSON"),
+    "noname": ("prompts:\n  - a fox\n", "holds JSON, YAML or CSV"),
+    "marker.txt": ("---\n- a fox\n", "holds JSON, YAML or CSV"),
+    "table.txt": ('name,"prompt"\n1,a fox\n', "holds JSON, YAML or CSV"),
+    "tabs.txt": ("id\tPrompt\tseconds\n1\ta fox\t3\n", "holds JSON, YAML or CSV"),
+    "twice.json": ('{"prompts": ["a"], "prompts": ["b"]}', "a key stands twice"),
+    "twice.jsonl": ('{"prompts": ["a"], "name": "x", "name": "y"}', "line 1: a key stands twice"),
+    "number.json": ("7", "an object with a list"),
+    "mixed.json": ('["a fox", {"prompts": ["a hare"]}]', "story 1: an object with a list"),
+    "deep.json": ("[" * 100_000, "nested too deeply"),
+    "constant.json": ('{"prompts": [NaN]}', "prompt 1 must be a text"),
+    "cut.yaml": ("prompts: [a fox", "broken YAML"),
+    "object.yaml": ("prompts: !!python/object/apply:os.getcwd []", "broken YAML"),
+    "colon.yaml": ("- a fox: red", "an object with a list"),
+    "yes.yaml": ("- yes", "prompt 1 must be a text"),
+    "two.yaml": ("- a\n---\n- b\n", "broken YAML"),
+    "deep.yaml": ("[" * 3000, "broken YAML"),
+    "zero.txt": ("a\0fox\n" * 3, None),
+    "speech.txt": ("[Scene 1] a fox {red}\n", None),
+    "words.txt": ("A prompt, kind fox\nprompts are read", None),
+}
+
+
+@pytest.mark.parametrize(("name", "case"), REFUSED.items(), ids=REFUSED)
+def test_syntax_is_never_told_as_a_prompt(tmp_path, name, case):
+    (tmp_path / name).write_text(case[0])
+    if case[1] is None:
+        assert read_stories(tmp_path / name)
+        return
+    with pytest.raises(MemFlowError, match=case[1]) as error:
+        read_stories(tmp_path / name)
+    assert str(error.value).startswith(str(tmp_path / name)) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"x" * (2**20 + 1), "line 1: a line has at most 1 MiB, got 1,048,577 bytes"),
+        ("a.jsonl", b"\n" + b"[" * (2**20 + 1), "line 2: a line has at most 1 MiB"),
+        ("a.json", b'["' + b"x\n" * 2**21 + b'"]', "a story file has at most 4 MiB"),
+        ("a.txt", b"x" * 20_001, "prompt 1 must have at most 20,000 characters, got 20,001"),
+        ("a.jsonl", json.dumps({"prompts": ["a", "x" * 20_001]}).encode(), "line 1: prompt 2 must have at most 20,000"),
+        ("a.json", b'["\\ud800"]', "prompt 1 must be valid Unicode"),
+    ],
+)
+def test_sizes_are_bounded_and_the_bound_is_said(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MemFlowError, match=message):
+        read_stories(tmp_path / name)
+
+
+def test_a_file_of_a_gigabyte_is_refused_at_once(tmp_path):
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(MemFlowError, match="a story file has at most 4 MiB"):
+        read_stories(tmp_path / "a.txt")
+
+
+def test_a_list_that_unfolds_for_ever_is_refused(tmp_path):
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]
+    for name, content in {"a.yaml": "\n".join([*lines, "prompts: [*a11]"]), "b.yaml": "&a [*a, *a]"}.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(MemFlowError, match="prompt 1 must be a text"):
+            read_stories(tmp_path / name)
+
+
+def test_what_is_given_is_not_changed(tmp_path):
+    """Prompts are cleaned in one place, where they are encoded."""
+    (tmp_path / "a.json").write_text(json.dumps(["  two  blanks\t", "a&amp;b"]))
+    assert read_stories(tmp_path / "a.json")[0].prompts == ["  two  blanks\t", "a&amp;b"]
