@@ -7,8 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-LEVELS = 16
-CIRCLES = 3
+LEVELS = 10
 
 Graph = dict[str, set[str]]
 
@@ -54,7 +53,7 @@ def test_the_checks_find_circles_and_chains():
 
 def test_there_are_no_circles(imports):
     found = circles({module: set(others) for module, others in imports.items()})
-    assert len(found) <= CIRCLES, [" -> ".join(circle) for circle in found]
+    assert not found, [" -> ".join(circle) for circle in found]
 
 
 def test_there_are_few_levels(imports):

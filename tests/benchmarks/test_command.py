@@ -5,8 +5,7 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks import command, streams
-from benchmarks.against import compare
+from benchmarks import against, command, streams
 from benchmarks.cases import case
 from benchmarks.environment import ROOT
 from benchmarks.rows import read
@@ -64,12 +63,13 @@ def test_a_wrong_wish_is_named(arguments, message, capsys, monkeypatch):
 
 def test_two_builds_are_compared(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OMP_PROC_BIND", "false")  # tests may run side by side
+    monkeypatch.setattr(against, "ROUNDS", 2)
     if subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True).returncode:
         pytest.skip("this is not a git checkout: there is no other build to compare with")
     experiments = [Experiment("attention", TOY, "float32", modes=(True,))]
-    assert compare("HEAD", experiments, torch.device("cpu"), tmp_path / "against.json") == 0
+    assert against.compare("HEAD", experiments, torch.device("cpu"), tmp_path / "against.json") == 0
     out = capsys.readouterr().out
     assert "| attention toy float32, activated |" in out
     assert "failed" not in out
     with pytest.raises(ValueError, match="--against no-such-commit"):
-        compare("no-such-commit", experiments, torch.device("cpu"), None)
+        against.compare("no-such-commit", experiments, torch.device("cpu"), None)

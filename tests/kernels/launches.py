@@ -1,7 +1,7 @@
 """Which Triton kernels a run of the tests needs, and how long they take to compile: without a GPU.
 
-`python tests/kernels/launches.py record FILE PYTEST_ARGUMENTS...` runs tests through Triton's interpreter and writes down
-every distinct specialisation that a GPU would compile. `... compile FILE --chip sm_90 --jobs 2` compiles them, in
+`python tests/kernels/launches.py record FILE PYTEST_ARGUMENTS...` runs tests through Triton's interpreter and writes
+down every distinct specialisation that a GPU would compile. `... compile FILE --chip sm_90 --jobs 2` compiles them, in
 parallel processes, and prints the table.
 """
 

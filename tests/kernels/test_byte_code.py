@@ -1,5 +1,5 @@
-"""The kernels that only move bytes, as compiled for Hopper and launched at the model's layouts: no program without work,
-16 bytes per access, no number rounded alone, and few enough instructions per token to keep up with the memory.
+"""The kernels that only move bytes, as compiled for Hopper and launched at the model's layouts: no program without
+work, 16 bytes per access, no number rounded alone, and few enough instructions per token to keep up with the memory.
 """
 
 import json

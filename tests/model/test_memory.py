@@ -203,7 +203,7 @@ def test_config_refuses(fields, complaint):
         ({"bank_frames": 0}, "bank_frames must be a whole number of at least 1"),
     ],
 )
-def test_reference_refuses(arguments, complaint):
+def test_published_refuses(arguments, complaint):
     with pytest.raises(ValueError, match=complaint):
         MemoryConfig.published(**arguments)
 

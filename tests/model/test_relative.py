@@ -131,10 +131,10 @@ def drift(toy, chunks: int) -> tuple[list[float], list[float]]:
     return latents, keys
 
 
-@pytest.mark.parametrize("chunks", [50, pytest.param(5000, marks=pytest.mark.slow)])
-def test_a_long_stream_stays_sane(toy, chunks):
-    latents, keys = drift(toy, chunks)
-    assert len(latents) == chunks
+@pytest.mark.slow
+def test_a_long_stream_stays_sane(toy):
+    latents, keys = drift(toy, 5000)
+    assert len(latents) == 5000
     for norms, first in ((latents, latents[:40]), (keys, keys[8:40])):  # by chunk 8 every slot is filled
         spread = max(first) - min(first)
         assert min(first) - spread <= min(norms[-40:]) and max(norms[-40:]) <= max(first) + spread
