@@ -12,8 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -69,7 +68,7 @@ BACKENDS: dict[str, Backend] = {
 COMPILED_IS_FASTER: frozenset[tuple[str, str]] = frozenset()
 
 # Process-wide rather than per thread: autograd runs the backward of a GPU op in a thread of its own.
-_forced: list[str] = []
+_forced: str | None = None
 
 
 def available_backends() -> dict[str, str | None]:
@@ -86,17 +85,49 @@ def _require(name: str, source: str) -> str:
     return name
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the `with` block on one backend; the choice holds for the whole process.
+class use_backend:
+    """Run every op on one backend, in the whole process: from here on, or inside a `with` block.
 
-    Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that cannot run here.
+    As a statement of its own it holds until the next use_backend; a `with` block, or a function that it decorates, ends
+    with the choice that was in force before. It goes before MEMFLOW_BACKEND.
+
+    Args:
+        name: "torch", "triton" or "cuda", see available_backends.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: for a backend that cannot run here, with the reason.
+
+    Example:
+        >>> import torch
+        >>> from memflow_kernels import frame_means, use_backend
+        >>> with use_backend("torch"):
+        ...     frame_means(torch.ones(1, 6, 2, 16), 3).shape
+        torch.Size([1, 2, 2, 16])
     """
-    _forced.append(_require(name, "use_backend"))
-    try:
-        yield
-    finally:
-        _forced.pop()
+
+    def __init__(self, name: str) -> None:
+        global _forced
+        self.name, self._before = _require(name, "use_backend"), _forced
+        _forced = self.name
+
+    def __enter__(self) -> None:
+        global _forced
+        _forced = self.name
+
+    def __exit__(self, *error: object) -> None:
+        global _forced
+        _forced = self._before
+
+    def __call__(self, function: Callable) -> Callable:
+        self.__exit__()  # decorating chooses nothing yet
+
+        @functools.wraps(function)
+        def run(*arguments: object, **options: object):
+            with use_backend(self.name):
+                return function(*arguments, **options)
+
+        return run
 
 
 def uncompiled() -> str:
@@ -116,8 +147,8 @@ def current_backend(device: torch.device, op_name: str | None = None) -> str:
     The default on a GPU is `triton` where it can run, but `cuda` for the ops that COMPILED_IS_FASTER names; everywhere
     else it is `torch`.
     """
-    if _forced:
-        return _forced[-1]
+    if _forced is not None:
+        return _forced
     wished = os.environ.get("MEMFLOW_BACKEND")
     if wished:
         return _require(wished, "MEMFLOW_BACKEND")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -67,7 +68,8 @@ def of_dtype(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
 
 
 def integer(name: str, value: object, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    """An int, or another whole number such as numpy.int64."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")

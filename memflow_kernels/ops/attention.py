@@ -1,5 +1,9 @@
 """memory_attention: exact attention over the frames a head chose and over the frames always attended to."""
 
+from __future__ import annotations
+
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -8,6 +12,8 @@ from . import _checks
 from .means import frame_means
 from .registration import Registered
 from .selection import select_frames
+
+Layout = Literal["blhd", "bhld"]
 
 
 def _fake(query, *arguments):
@@ -24,35 +30,61 @@ _memory_attention = Registered("memory_attention", _fake)
 Registered("memory_attention_backward", _fake_backward)
 
 
+def _hint(query: Tensor, key: Tensor, tokens_per_frame: int) -> str:
+    """What else may be meant where heads or tokens do not fit."""
+    if query.dim() == key.dim() == 4 and query.shape[1] == key.shape[1] and key.shape[2] % tokens_per_frame == 0:
+        return "; if they are [B, H, L, D], as torch's scaled_dot_product_attention takes them, say layout='bhld'"
+    return ""
+
+
 @_checks.once_per_kind
 def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     tokens_per_frame: int,
-    candidate_frames: int,
+    candidate_frames: int | None,
     top_k: int | None,
     frame_table: Tensor | None,
     frame_mean: Tensor | None,
     query_mean: Tensor | None,
     query_block: int | None,
     scale: float | None,
+    layout: str,
 ) -> None:
     _checks.states("query", query, "[B, Lq, H, D]", empty_tokens=True)
+    _checks.states("key", key, "[B, F*N, H, D]", empty_tokens=True)
+    _checks.integer("tokens_per_frame", tokens_per_frame, 1)
     batch, queries, heads, head_dim = query.shape
+    key_heads = key.shape[2]
+    hint = _hint(query, key, tokens_per_frame) if layout == "blhd" else ""
+    if heads % key_heads:
+        raise ValueError(f"query has {heads} heads, not a multiple of the {key_heads} heads of key{hint}")
+    if key.shape[1] % tokens_per_frame:
+        raise ValueError(
+            f"key has {key.shape[1]} tokens, not a multiple of tokens_per_frame = {tokens_per_frame}{hint}"
+        )
     for name, x in (("key", key), ("value", value)):
         _checks.states(name, x, "[B, F*N, H, D]", empty_tokens=True)
-        _checks.shape(name, x, (batch, key.shape[1], heads, head_dim), "[B, F*N, H, D]")
+        _checks.shape(name, x, (batch, key.shape[1], key_heads, head_dim), "[B, F*N, H, D]")
         _checks.same_kind(name, x, "query", query)
-    frames = _checks.frame_count("key", key.shape[1], tokens_per_frame)
+    frames = key.shape[1] // tokens_per_frame
     _checks.scale(scale, head_dim)
+    without_candidates = candidate_frames is None
+    candidate_frames = candidate_frames or 0
     _checks.integer("candidate_frames", candidate_frames, 0)
     if candidate_frames > frames:
         raise ValueError(f"candidate_frames must be at most the {frames} frames of key, got {candidate_frames}")
     if top_k is not None:
         _checks.integer("top_k", top_k, 1)
+        if without_candidates and frame_table is None:
+            raise ValueError(f"top_k = {top_k} needs candidate_frames: how many of the first {frames} it chooses among")
     if query_block is not None:
         _checks.integer("query_block", query_block, 1)
+        if heads != key_heads and queries % query_block:
+            raise ValueError(
+                f"query_block must divide the {queries} queries where key has fewer heads than query, got {query_block}"
+            )
     if frame_table is not None:
         if top_k is not None:
             raise ValueError(f"frame_table replaces the choice: top_k must be None with it, got {top_k}")
@@ -66,7 +98,7 @@ def _check(
         _checks.same_device("frame_table", frame_table, "query", query)
     if frame_mean is not None:
         _checks.states("frame_mean", frame_mean, "[B, candidate_frames, H, D]", empty_tokens=True)
-        needed = (batch, candidate_frames, heads, head_dim)
+        needed = (batch, candidate_frames, key_heads, head_dim)
         _checks.shape("frame_mean", frame_mean, needed, "[B, candidate_frames, H, D]")
         _checks.statistics("frame_mean", frame_mean, "query", query)
     if query_mean is not None:
@@ -76,52 +108,136 @@ def _check(
             raise ValueError(f"query_mean is one mean for all queries: query_block must be None, got {query_block}")
 
 
+def _autocast(*states: Tensor) -> tuple[Tensor, ...]:
+    """As torch's attention under torch.autocast: all in its format, float64 as it is."""
+    dtype = torch.get_autocast_dtype(states[0].device.type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in states)
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor, frame_table: Tensor | None, sizes: tuple, block: int | None):
+    """Attention with fewer key heads than query heads: the queries of the heads that share keys follow one another as
+    queries of one head, so that no key is copied; each head's queries are blocks with a table of their own."""
+    groups = query.shape[2] // key.shape[2]
+    queries = query.shape[1]
+    folded = query.unflatten(2, (-1, groups)).permute(0, 3, 1, 2, 4).flatten(1, 2)  # [B, groups * Lq, key heads, D]
+    if frame_table is not None:
+        frame_table = frame_table if block is not None else frame_table.unsqueeze(2)
+        frame_table = frame_table.unflatten(1, (-1, groups)).flatten(2, 3)
+        block = block or queries
+    out, lse = _memory_attention(folded, key, value, frame_table, *sizes, block)
+    out = out.unflatten(1, (groups, queries)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    return out, lse.unflatten(2, (groups, queries)).flatten(1, 2)
+
+
+@overload
+def memory_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, tokens_per_frame: int, candidate_frames: int | None = ...,
+    top_k: int | None = ..., frame_table: Tensor | None = ..., frame_mean: Tensor | None = ...,
+    query_mean: Tensor | None = ..., query_block: int | None = ..., scale: float | None = ..., layout: Layout = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def memory_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, tokens_per_frame: int, candidate_frames: int | None = ...,
+    top_k: int | None = ..., frame_table: Tensor | None = ..., frame_mean: Tensor | None = ...,
+    query_mean: Tensor | None = ..., query_block: int | None = ..., scale: float | None = ..., layout: Layout = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def memory_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
     tokens_per_frame: int,
-    candidate_frames: int = 0,
+    candidate_frames: int | None = None,
     top_k: int | None = None,
     frame_table: Tensor | None = None,
     frame_mean: Tensor | None = None,
     query_mean: Tensor | None = None,
     query_block: int | None = None,
     scale: float | None = None,
+    layout: Layout = "blhd",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which every head attends to its own choice of the candidate frames and to all later frames.
 
-    query: [B, Lq, H, D]; key, value: [B, F*N, H, D]; any strides with a dense last dimension, one dtype.
-    tokens_per_frame: N. candidate_frames: the first that many frames of key compete for top_k places per batch row and
-    head, by <mean query, mean frame key> (see select_frames); later frames are always attended to.
-    top_k: at least 1; None, or at least candidate_frames, keeps all candidates (dense attention).
-    frame_table: [B, H, n] int32, candidates per head in place of the choice; -1 = empty place, a frame named
-    twice counts twice.
-    frame_mean: [B, candidate_frames, H, D] float32 (float64 for float64), the candidates' means where known.
-    query_mean: [B, H, D] float32 (float64 for float64), the mean query where known (qk_norm_rope_write returns it).
-    query_block: at least 1; every block of that many queries has a choice of its own (the last block may be shorter),
-    and frame_table is [B, H, ceil(Lq / query_block), n]. None: one choice for all queries, as published.
-    scale: D^-1/2 by default.
+    Exact over the chosen keys. Differentiable in query, key and value, through out and lse; the choice itself is not
+    differentiated. Forward and backward are deterministic. Under torch.autocast query, key and value are taken in its
+    format, as torch's own attention does.
 
-    Returns out [B, Lq, H, D] in the dtype of query, exact over the chosen keys; with return_lse also lse [B, H, Lq],
-    the natural log-sum-exp of the scaled logits, float32 (float64 for float64). A head without any key gives out 0 and
-    lse -inf, and so does an empty memory; Lq and F may be 0. Differentiable in query, key and value, through out and
-    lse; the choice itself is not differentiated.
-    Forward and backward are deterministic. Source: arXiv 2512.14699, equations 2 to 4.
-    Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes, and on the CPU for a table value outside
-    -1 to candidate_frames - 1 (on a GPU the table is not read on the host).
+    Args:
+        query: [B, Lq, H, D], any strides with a dense last dimension; float32, bfloat16, float16 or float64.
+            Lq may be 0.
+        key: [B, F*N, H, D] in the dtype of query, F frames of N tokens; F may be 0. It may have fewer heads than query,
+            of which H must be a multiple: query heads h*G to h*G + G - 1 then share key head h.
+        value: like key.
+        tokens_per_frame: N.
+        candidate_frames: the first that many frames of key compete for top_k places per batch row and head, by
+            <mean query, mean frame key> (see select_frames); later frames are always attended to. Needed with top_k;
+            may be 0.
+        top_k: at least 1; None, or at least candidate_frames, keeps all candidates (dense
+            attention).
+        frame_table: [B, H, n] int32, candidates per head in place of the choice; -1 = empty place, a frame named twice
+            counts twice. Batch rows of different length: candidate_frames = F, and every row names its own frames.
+            (A number of keys per row that is not whole frames is not served: a kernel reads frames as they lie.)
+        frame_mean: [B, candidate_frames, H, D] with the heads of key, the candidates' means where known; float32
+            (float64 for float64).
+        query_mean: [B, H, D], the mean query where known (qk_norm_rope_write returns it); float32 (float64 for
+            float64).
+        query_block: at least 1; every block of that many queries has a choice of its own (the last block may be
+            shorter), and frame_table is [B, H, ceil(Lq / query_block), n]. None: one choice for all queries, as
+            published.
+        scale: of the logits; D^-1/2 by default.
+        layout: "blhd", or "bhld" where query, key and value are [B, H, L, D]; out then is too.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        out [B, Lq, H, D] in the dtype of query; with return_lse (out, lse), lse [B, H, Lq] the natural log-sum-exp of
+        the scaled logits, float32 (float64 for float64). A head without any key gives out 0 and lse -inf.
+
+    Raises:
+        TypeError, ValueError: for wrong dtypes, devices, shapes or sizes, and on the CPU for a table value outside -1
+            to candidate_frames - 1 (on a GPU the table is not read on the host).
+
+    Source: arXiv 2512.14699, equations 2 to 4.
+
+    Example:
+        >>> import torch
+        >>> from memflow_kernels import memory_attention
+        >>> query, key, value = (torch.randn(1, length, 2, 16) for length in (8, 24, 24))  # 6 frames of 4 tokens
+        >>> memory_attention(query, key, value, tokens_per_frame=4, candidate_frames=4, top_k=2).shape
+        torch.Size([1, 8, 2, 16])
+        >>> _, lse = memory_attention(query, key, value, tokens_per_frame=4, return_lse=True)
+        >>> lse.shape
+        torch.Size([1, 2, 8])
     """
+    if layout != "blhd":
+        if layout != "bhld":
+            raise ValueError(f"layout must be 'blhd' or 'bhld', got {layout!r}")
+        query, key, value = (x.transpose(1, 2) if x.dim() == 4 else x for x in (query, key, value))
+    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        query, key, value = _autocast(query, key, value)
     frames = (tokens_per_frame, candidate_frames, top_k, frame_table, frame_mean, query_mean, query_block)
-    _check(query, key, value, *frames, scale)
+    _check(query, key, value, *frames, scale, layout)
+    candidate_frames = candidate_frames or 0
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
+    grouped = query.shape[2] != key.shape[2]
     if top_k is not None and top_k < candidate_frames and query.shape[1]:  # no queries choose nothing
         if frame_mean is None:
             frame_mean = frame_means(key[:, : candidate_frames * tokens_per_frame].detach(), tokens_per_frame)
+        if grouped:
+            frame_mean = frame_mean.repeat_interleave(query.shape[2] // key.shape[2], 2)
         choosing = query if query_mean is None else query_mean.unsqueeze(1)
         frame_table = select_frames(choosing, frame_mean, top_k, query_block=query_block)
-    sizes = (tokens_per_frame, candidate_frames, scale, query_block)
-    out, lse = _memory_attention(query, key, value, frame_table, *sizes)
+    sizes = (tokens_per_frame, candidate_frames, scale)
+    if grouped:
+        out, lse = _grouped(query, key, value, frame_table, sizes, query_block)
+    else:
+        out, lse = _memory_attention(query, key, value, frame_table, *sizes, query_block)
+    out = out if layout == "blhd" else out.transpose(1, 2)
     return (out, lse) if return_lse else out

@@ -62,7 +62,11 @@ def _kernel(name: str, written: list[int]) -> Callable:
     needs what stood there before then raises, where it would compute from what stands there now."""
 
     def run(*arguments):
-        result = dispatch(name, arguments[0].device)(*arguments)
+        device = arguments[0].device
+        if torch.is_autocast_enabled(device.type):  # else it would change the arithmetic of the formulas
+            with torch.autocast(device.type, enabled=False):
+                return run(*arguments)
+        result = dispatch(name, device)(*arguments)
         for place in written:
             if not arguments[place].is_inference():
                 increment_version(arguments[place])

@@ -237,7 +237,7 @@ def int32(*shape):
         ((QUERY.long(), KEY, KEY), SIZES, TypeError, "query must be float32.*got torch.int64"),
         ((QUERY, KEY.half(), KEY), SIZES, TypeError, "key must have the dtype of query, torch.float32"),
         ((QUERY, KEY, KEY[:, :6]), SIZES, ValueError, r"value must be .* = \[2, 8, 2, 4\], got \[2, 6, 2, 4\]"),
-        ((QUERY, KEY[:, :, :1], KEY), SIZES, ValueError, r"key must be .* = \[2, 8, 2, 4\], got \[2, 8, 1, 4\]"),
+        ((QUERY, KEY[:, :, :1], KEY), SIZES, ValueError, r"value must be .* = \[2, 8, 1, 4\], got \[2, 8, 2, 4\]"),
         ((QUERY, KEY.to("meta"), KEY), SIZES, ValueError, "key must be on the device of query, cpu, got meta"),
         ((QUERY, KEY, KEY), {"tokens_per_frame": 3}, ValueError, "not a multiple of tokens_per_frame = 3"),
         ((QUERY, KEY, KEY), {"tokens_per_frame": -2}, ValueError, "tokens_per_frame must be at least 1, got -2"),

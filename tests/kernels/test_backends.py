@@ -37,6 +37,26 @@ def test_use_backend_ends_with_its_block(monkeypatch):
     assert current_backend(CPU) == "torch"
 
 
+def test_use_backend_as_a_statement_holds_until_the_next(monkeypatch):
+    monkeypatch.setattr("memflow_kernels.backends._require", lambda name, source: name)
+    monkeypatch.setattr(backends, "_forced", None)
+    use_backend("other")
+    assert current_backend(CPU) == "other"
+    with use_backend("third"):
+        assert current_backend(CPU) == "third"
+    assert current_backend(CPU) == "other"
+
+    @use_backend("third")
+    def inside():
+        return current_backend(CPU)
+
+    assert (current_backend(CPU), inside(), current_backend(CPU)) == ("other", "third", "other")
+    again = use_backend("torch")
+    with again, again:
+        assert current_backend(CPU) == "torch"
+    assert current_backend(CPU) == "other"
+
+
 def test_environment_variable(monkeypatch):
     monkeypatch.setenv("MEMFLOW_BACKEND", "torch")
     assert frame_means(torch.ones(1, 2, 1, 1), 2).item() == 1
