@@ -115,11 +115,10 @@ def merge_attention(kernels, head_dim, dtype):
 @case("attention fp32 D=256", head_dim=256, dtype=torch.float32)
 @case("attention bf16 D=20 unaligned", head_dim=20, dtype=torch.bfloat16, gap=3)
 def attention(kernels, head_dim, dtype, gap=0):
-    """3 of 6 frames and 9 more; a choice for every 128 and for every 64 queries; dense; gradients of the first."""
+    """3 of 6 frames and 9 more; a choice for every 128 queries; dense; gradients of the first."""
     query, key, value = (states(frames * FULL, 12, head_dim, dtype, gap=gap) for frames in (3, 15, 15))
     scale = head_dim**-0.5
-    tables = ((numbers(1, 12, 3), None), (numbers(1, 12, 37, 3), 128), (numbers(1, 12, 74, 3), 64), (None, None))
-    for frame_table, query_block in tables:
+    for frame_table, query_block in ((numbers(1, 12, 3), None), (numbers(1, 12, 37, 3), 128), (None, None)):
         kernels.memory_attention(query, key, value, frame_table, FULL, 6, scale, query_block)
     out, lse = query.contiguous(), numbers(1, 12, 3 * FULL, dtype=torch.float32)
     states_ = (out, lse, query, key, value, out, lse)

@@ -1,4 +1,4 @@
-"""memory_attention through a Gluon kernel's source, on the CPU: its launch is the real one, its kernel the stand-in."""
+"""memory_attention through a Gluon kernel: on the CPU its launch is the real one and its kernel the stand-in."""
 
 from __future__ import annotations
 
@@ -20,11 +20,42 @@ from memflow_kernels.triton.gluon import attention_sm90, attention_sm100
 KERNELS = {"sm90": attention_sm90, "sm100": attention_sm100}
 
 
+class Counted:
+    """A kernel on its GPU, and how many programs of it were launched."""
+
+    def __init__(self, kernel):
+        self.kernel, self.programs = kernel, 0
+
+    def __getitem__(self, grid):
+        self.programs += grid[0]
+        return self.kernel[grid]
+
+
+@contextmanager
+def on_gpu(chip: str) -> Iterator[Counted]:
+    """Inside the block the launches of the kernel are counted; skips where this is another chip."""
+    family = chip.replace("sm", "sm_")
+    if configs.family(torch.device("cuda")) != family:
+        pytest.skip(f"this GPU is not {family}")
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(getattr(KERNELS[chip], f"forward_{chip}_kernel"))
+        patch.setattr(KERNELS[chip], f"forward_{chip}_kernel", counted)
+        patch.setattr(configs, "SPECIALISED", configs.SPECIALISED | configs.SPECIALISED_UNTIMED)
+        yield counted
+
+
 @contextmanager
 def small_tiles(
     chip: str = "sm90", keys: int = 16, stages: int = 2, seed: int = 0, faults: tuple = ()
-) -> Iterator[StandIn]:
-    """Inside the block calls that the kernel serves are run by the stand-in, with tiles of so many keys."""
+) -> Iterator[StandIn | Counted]:
+    """Inside the block calls that the kernel serves are run by the stand-in, with tiles of so many keys.
+
+    On a GPU they are run by the kernel itself, with its own tiles.
+    """
+    if torch.cuda.is_available():
+        with on_gpu(chip) as counted:
+            yield counted
+        return
     stand_in = StandIn(f"attention_{chip}", f"forward_{chip}_kernel", seed, faults)
     config = configs.Config({"BN": keys}, stages=stages)
     with pytest.MonkeyPatch.context() as patch:

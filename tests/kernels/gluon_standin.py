@@ -77,6 +77,10 @@ class StandIn:
         self.kernel, self.seed = getattr(Source(f"{TRITON}.gluon.{module}", faults).main, kernel), seed
         self.histories: list[list[str]] = []  # of every program so far
 
+    @property
+    def programs(self) -> int:
+        return len(self.histories)
+
     def __getitem__(self, grid):
         return lambda *arguments, **constants: self.launch(grid[0], arguments, constants)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -40,9 +42,18 @@ def serves(query: Tensor, key: Tensor, value: Tensor, query_block: int | None) -
     )
 
 
-def _descriptor(x: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], rows: int) -> TensorDescriptor:
+@functools.lru_cache(maxsize=256)
+def _form(dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], rows: int) -> TensorDescriptor:
+    """A descriptor of no tensor yet: Triton's checks take longer than all else on the host, and are made once."""
+    nothing = torch.empty(0, dtype=dtype, device="cpu")
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(sizes))
-    return TensorDescriptor(x, list(sizes), list(strides), [1] * (len(sizes) - 2) + [rows, sizes[-1]], layout)
+    return TensorDescriptor(nothing, list(sizes), list(strides), [1] * (len(sizes) - 2) + [rows, sizes[-1]], layout)
+
+
+def _descriptor(x: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], rows: int) -> TensorDescriptor:
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(vars(_form(x.dtype, sizes, strides, rows)), base=x)
+    return descriptor
 
 
 def _by_token(x: Tensor, rows: int) -> TensorDescriptor:
