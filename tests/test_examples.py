@@ -10,6 +10,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
+    "causal_training.py": "the same as a mask per token: True\nteacher forcing: loss 1.",
     "diffusers_loop.py": "chunk 5: latents of std",
     "from_flash_attention.py": "with the top 3 of 6 remembered frames per head: (1, 72, 4, 64)",
 }

@@ -99,7 +99,7 @@ def attend_backward(
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
         *states, lse, 0.0, False, attn_mask=_mask(query, bias), scale=scale
     )
-    return tuple(grad.transpose(1, 2) for grad in grads)
+    return tuple([grad.transpose(1, 2) for grad in grads])
 
 
 def plain_backward(

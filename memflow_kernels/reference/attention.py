@@ -45,9 +45,8 @@ def memory_attention(
     if frame_table is None:
         out, lse = attend(query, key, value, scale)
         return out.contiguous(), lse.contiguous()
-    wide = statistics_dtype(query.dtype)
-    sizes = (tokens_per_frame, candidate_frames, key.shape[1], query.shape[1], query_block, wide)
-    results = [_attend_parts(query[:, rows], key, value, parts, scale) for rows, parts in shown(frame_table, *sizes)]
+    ranges = shown(query, frame_table, tokens_per_frame, candidate_frames, key.shape[1], query_block)
+    results = [_attend_parts(query[:, rows], key, value, parts, scale) for rows, parts in ranges]
     if not results:  # no queries
         results = [nothing(query)]
     outs, lses = zip(*results, strict=True)
@@ -73,13 +72,12 @@ def memory_attention_backward(
 
     Only frames that a head chose are read for it, part by part as in the forward; every sum has one order.
     """
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     if frame_table is None:
         grads = attend_backward(grad_out, grad_lse, query, key, value, out, lse, scale)
-        return tuple(grad.contiguous() for grad in grads)
+        return tuple([grad.contiguous() for grad in grads])
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     wide = statistics_dtype(query.dtype)
-    sizes = (tokens_per_frame, candidate_frames, key.shape[1], query.shape[1], query_block, wide)
-    ranges = shown(frame_table, *sizes)
+    ranges = shown(query, frame_table, tokens_per_frame, candidate_frames, key.shape[1], query_block)
     # keys that several ranges of queries see gather sums, which are rounded once
     grad_key, grad_value = (Sums(x, key.dtype if len(ranges) == 1 else wide) for x in (key, value))
     grad_queries = []

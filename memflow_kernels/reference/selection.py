@@ -44,10 +44,11 @@ def select_frames(
         valid = valid[:, None, None]  # [B, 1, 1, F]
         score = score.masked_fill(~valid, -torch.inf)
     order = score.sort(dim=-1, descending=True, stable=True).indices  # stable: of equal scores, the lower index
-    chosen = order[..., :top_k]
+    table = order[..., :top_k].to(torch.int32)
     if valid is not None:
-        usable = valid.expand_as(score).gather(-1, chosen)
-        chosen = chosen.masked_fill(~usable, frames)  # past the last index, so that empty places sort to the end
-    chosen = chosen.sort(dim=-1).values
-    table = chosen.masked_fill(chosen == frames, -1).to(torch.int32)
+        usable = valid.expand_as(score).gather(-1, order[..., :top_k])
+        table = table.masked_fill(~usable, frames)  # past the last index, so that empty places sort to the end
+    table = table.sort(dim=-1).values
+    if valid is not None:
+        table = table.masked_fill(table == frames, -1)
     return table.squeeze(2) if query_block is None else table

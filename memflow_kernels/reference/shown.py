@@ -11,7 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dtypes import statistics_dtype
+
 RUNS = 3  # ranges that are attended to one by one rather than gathered
+SMALL = 2**16  # numbers of always visible keys that are copied next to the chosen ones, rather than merged with them
 
 
 class Range(NamedTuple):
@@ -31,41 +34,61 @@ class Range(NamedTuple):
 
 
 class Gathered:
-    """Frames that each head has chosen, copied next to each other: table [B, H, n], -1 is an empty place."""
+    """Frames that each head has chosen, copied next to each other: table [B, H, n], -1 is an empty place.
 
-    def __init__(self, table: Tensor, tokens_per_frame: int, some_empty: bool, dtype: torch.dtype) -> None:
+    numbers: those of the table, a row per batch row and head, where they can be read. rest: copied behind them.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        numbers: list[list[int]] | None,
+        tokens_per_frame: int,
+        dtype: torch.dtype,
+        rest: Range | None = None,
+    ) -> None:
         batch, heads, _ = table.shape
-        self.tokens_per_frame = tokens_per_frame
+        self.tokens_per_frame, self.rest = tokens_per_frame, rest
+        some_empty = numbers is None or any(-1 in row for row in numbers)
+        self.different = not some_empty and all(len(set(row)) == len(row) for row in numbers)
         self.rows = torch.arange(batch, device=table.device)[:, None, None]
         self.columns = torch.arange(heads, device=table.device)[:, None]
         self.empty = self.bias = None
         self.index = table.long()
         if some_empty:
-            self.empty = (table < 0).repeat_interleave(tokens_per_frame, -1)  # [B, H, n*N]
+            self.empty = (table < 0).repeat_interleave(tokens_per_frame, -1)  # [B, H, n*N + rest]
+            if rest is not None:
+                self.empty = torch.nn.functional.pad(self.empty, (0, rest.stop - rest.start))
             self.index = self.index.clamp(min=0)  # frame 0 stands in, and may hold anything
             self.bias = torch.zeros(self.empty.shape, dtype=dtype, device=table.device)
-            self.bias = self.bias.masked_fill(self.empty, -torch.inf).unsqueeze(2)  # [B, H, 1, n*N]
+            self.bias = self.bias.masked_fill(self.empty, -torch.inf).unsqueeze(2)  # [B, H, 1, n*N + rest]
 
     def _frames(self, states: Tensor) -> Tensor:
         return states.unflatten(1, (-1, self.tokens_per_frame)).permute(0, 3, 1, 2, 4)  # [B, H, F, N, D]
 
     def of(self, states: Tensor) -> Tensor:
-        """[B, n*N, H, D], a view of [B, H, n*N, D]."""
+        """[B, n*N + rest, H, D], a view of [B, H, n*N + rest, D]."""
         chosen = self._frames(states)[self.rows, self.columns, self.index].flatten(2, 3)
+        if self.rest is not None:
+            chosen = torch.cat([chosen, self.rest.of(states).transpose(1, 2)], 2)
         if self.empty is not None:
             chosen = chosen.masked_fill(self.empty.unsqueeze(-1), 0.0)
         return chosen.transpose(1, 2)
 
     def add(self, total: Tensor, gradient: Tensor) -> None:
-        """Place by place, in which no frame of a head comes twice: the sums have one order."""
+        """Unless no head has a frame twice, place by place: the sums have one order."""
+        if self.rest is not None:
+            chosen = gradient.shape[1] - (self.rest.stop - self.rest.start)
+            self.rest.add(total, gradient[:, chosen:])
+            gradient = gradient[:, :chosen]
         gradient = gradient.transpose(1, 2)
         if self.empty is not None:
-            gradient = gradient.masked_fill(self.empty.unsqueeze(-1), 0.0)
+            gradient = gradient.masked_fill(self.empty[..., : gradient.shape[2], None], 0.0)
         gradient = gradient.unflatten(2, (-1, self.tokens_per_frame))  # [B, H, n, N, D]
-        frames, rows = self._frames(total), self.rows[..., 0]
-        for place in range(self.index.shape[-1]):
-            at = (rows, self.columns[:, 0], self.index[..., place])
-            frames[at] += gradient[:, :, place]
+        frames, places = self._frames(total), self.index.shape[-1]
+        for place in [slice(None)] if self.different else [slice(i, i + 1) for i in range(places)]:
+            at = (self.rows, self.columns, self.index[..., place])
+            frames.index_put_(at, gradient[:, :, place], accumulate=True)
 
 
 Part = Range | Gathered
@@ -107,32 +130,41 @@ def _runs(row: list[int], tokens_per_frame: int, rest: Range) -> list[Range]:
 
 
 def _parts(
-    table: Tensor, rows: list[list[int]] | None, tokens_per_frame: int, rest: Range, dtype: torch.dtype
+    table: Tensor,
+    rows: list[list[int]] | None,
+    tokens_per_frame: int,
+    rest: Range,
+    dtype: torch.dtype,
+    head_dim: int,
 ) -> list[Part]:
     """What the heads see by table [B, H, n]; rows: its numbers, where they can be read."""
     if rows is not None and all(row == rows[0] for row in rows):
         ranges = _runs(rows[0], tokens_per_frame, rest)
         if len(ranges) <= RUNS:
             return ranges
-    some_empty = rows is None or any(frame < 0 for row in rows for frame in row)
-    parts: list[Part] = [Gathered(table, tokens_per_frame, some_empty, dtype)] if table.shape[-1] else []
-    return [*parts, rest] if rest.start < rest.stop else parts
+    if rest.start == rest.stop:
+        return [Gathered(table, rows, tokens_per_frame, dtype)] if table.shape[-1] else []
+    if not table.shape[-1]:
+        return [rest]
+    if table.shape[0] * table.shape[1] * (rest.stop - rest.start) * head_dim <= SMALL:
+        return [Gathered(table, rows, tokens_per_frame, dtype, rest)]
+    return [Gathered(table, rows, tokens_per_frame, dtype), rest]
 
 
 def shown(
+    query: Tensor,
     frame_table: Tensor,
     tokens_per_frame: int,
     candidate_frames: int,
     tokens: int,
-    queries: int,
     query_block: int | None,
-    dtype: torch.dtype,
 ) -> list[tuple[slice, list[Part]]]:
-    """For ranges of queries the parts that they see; frame_table [B, H, n], or [B, H, blocks, n] with query_block.
+    """For ranges of the queries [B, Lq, H, D] the parts of the `tokens` keys that they see.
 
-    dtype: of the bias that hides empty places. Neighbouring blocks of queries that see the same are one range. Raises
-    ValueError for a number that is no candidate frame, on the CPU.
+    frame_table [B, H, n], or [B, H, blocks, n] with query_block. Neighbouring blocks of queries that see the same are
+    one range. Raises ValueError for a number that is no candidate frame, on the CPU.
     """
+    queries, dtype = query.shape[1], statistics_dtype(query.dtype)
     rest = Range(candidate_frames * tokens_per_frame, tokens)
     if query_block is None:
         frame_table, query_block = frame_table.unsqueeze(2), queries
@@ -149,7 +181,8 @@ def shown(
             found.append((slice(before.start, stop), parts))
         else:
             rows = None if numbers is None else numbers[block]
-            found.append((slice(block * query_block, stop), _parts(table, rows, tokens_per_frame, rest, dtype)))
+            parts = _parts(table, rows, tokens_per_frame, rest, dtype, query.shape[3])
+            found.append((slice(block * query_block, stop), parts))
     return found
 
 

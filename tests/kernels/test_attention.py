@@ -214,12 +214,25 @@ def test_dense_copies_nothing(layout):
 
 
 def test_activation_gathers_only_what_was_chosen():
-    query, key, value = (states(1, tokens, 2, 64, layout="sliced", seed=tokens) for tokens in (4, 15 * 50, 15 * 50))
+    query, key, value = (states(1, tokens, 2, 64, layout="sliced", seed=tokens) for tokens in (4, 15 * 80, 15 * 80))
+    table = torch.tensor([[[0, 2, 5], [1, 3, 4]]], dtype=torch.int32)
     with Traffic() as traffic:
-        memory_attention(query, key, value, tokens_per_frame=50, candidate_frames=6, top_k=3)
-    chosen = 3 * key[:, :50].nbytes
-    copied = [(name, size) for name, size in traffic.written if size >= key[:, :50].nbytes]
+        memory_attention(query, key, value, tokens_per_frame=80, candidate_frames=6, frame_table=table)
+    chosen = 3 * key[:, :80].nbytes
+    copied = [(name, size) for name, size in traffic.written if size >= key[:, :80].nbytes]
     assert copied == [("aten::index", chosen), ("aten::index", chosen)]
+
+
+def test_frames_that_all_heads_chose_are_not_gathered():
+    query, key, value = (states(1, tokens, 2, 64, layout="sliced", seed=tokens) for tokens in (4, 15 * 80, 15 * 80))
+    table = torch.tensor([[[1, 2, 5], [1, 2, 5]]], dtype=torch.int32)
+    with Traffic() as traffic:
+        out = memory_attention(query, key, value, tokens_per_frame=80, candidate_frames=6, frame_table=table)
+    assert all(size < key[:, :80].nbytes for _, size in traffic.written)
+    gathered = torch.cat([torch.arange(80 * f, 80 * (f + 1)) for f in (1, 2, 5, *range(6, 15))])
+    assert_close(
+        out, memory_attention(*(x.double() for x in (query, key[:, gathered], value[:, gathered])), tokens_per_frame=80)
+    )
 
 
 QUERY, KEY = torch.zeros(2, 3, 2, 4), torch.zeros(2, 8, 2, 4)
