@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Chunk": "memflow.stream.stream",
+    "ChunkDriver": "memflow.stream.chunks",
     "MemFlowError": "memflow.errors",
     "MemFlowPipeline": "memflow.stream.pipeline",
     "MemoryConfig": "memflow.memory.config",

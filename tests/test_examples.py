@@ -12,6 +12,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
     "causal_training.py": "the same as a mask per token: True\nteacher forcing: loss 1.",
     "diffusers_loop.py": "chunk 5: latents of std",
+    "own_engine.py": "attention of [1, 45, 4, 24]; held frames by layer: [[",
+    "own_model.py": "window [27, 28, 29, 30, 31, 32, 33, 34, 35]",
     "from_flash_attention.py": "with the top 3 of 6 remembered frames per head: (1, 72, 4, 64)",
 }
 
