@@ -171,7 +171,7 @@ def _check_files(request: Request, jobs: list[Job]) -> None:
                 check_writable(job.report)
                 _keep_foreign(job.report, _is_report, request.overwrite)
         if request.save_state is not None:
-            check_writable(request.save_state, ".partial")
+            check_writable(request.save_state)
             _keep_foreign(request.save_state, _is_state, request.overwrite)
 
 
@@ -206,7 +206,7 @@ def _is_state(path: Path) -> bool:
     from memflow.stream.saved import read_header
 
     try:
-        read_header(path)
+        read_header(path, digest=False)
     except MemFlowError:
         return False
     return True

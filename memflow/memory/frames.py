@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memflow.memory.places import Places, Rotation, Unplaced, place_keys
 from memflow.memory.policies import POLICIES, Held
-from memflow.memory.slots import FramePool, RelativeFramePool
+from memflow.memory.slots import FramePool, RelativeFramePool, copy_exactly
 from memflow_kernels import Pool, prompt_relevance
 
 if TYPE_CHECKING:
@@ -249,9 +249,19 @@ class FrameMemory:
 
     def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         self.pool.load_state_dict(tensors)
-        self.shown.copy_(tensors["shown"])
-        for name in self._counters():
-            setattr(self, name, counters[name])
+        copy_exactly(self.shown, tensors, "shown")
+        for name, value in self._checked(counters).items():
+            setattr(self, name, value)
+
+    def _checked(self, counters: dict[str, int]) -> dict[str, int]:
+        """`counters` that `state_dict` may have given; ValueError for others."""
+        found = {name: counters.get(name) for name in self._counters()}
+        for name, value in found.items():
+            if not isinstance(value, int) or not -1 <= value < 2**62:
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if not 0 <= found["bank_used"] <= self.config.bank_frames:
+            raise ValueError(f"bank_used must be 0 to {self.config.bank_frames}, got {found['bank_used']}")
+        return found
 
     def _counters(self) -> tuple[str, ...]:
         return ("bank_used", "updated_for")

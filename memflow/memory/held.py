@@ -11,7 +11,7 @@ from torch import Tensor
 from memflow.memory.config import MemoryConfig
 from memflow.memory.frames import FrameMemory, MemorySnapshot, Prompt, note_frame
 from memflow.memory.policies import Held
-from memflow.memory.slots import FramePool
+from memflow.memory.slots import FramePool, copy_exactly
 from memflow_kernels import prompt_relevance
 
 
@@ -87,8 +87,16 @@ class HeldMemory(FrameMemory):
 
     def load_state_dict(self, tensors, counters) -> None:
         super().load_state_dict(tensors, counters)
-        self.stored = tensors["stored"].to(self.shown.device)
-        self.store.load_state_dict(tensors, counters["used"])
+        used, n = counters.get("used"), tensors["stored"].shape[-1]
+        if (
+            not isinstance(used, int)
+            or not 0 <= used <= n
+            or (used < n if self.config.keeps_all else n != self.extra_slots)
+        ):
+            raise ValueError(f"used must be how many of the {n} stored frames there are, got {used!r}")
+        self.stored = torch.empty_like(self.shown[..., :1]).repeat(1, 1, n)
+        copy_exactly(self.stored, tensors, "stored")
+        self.store.load_state_dict(tensors, used)
 
     def _used_slots(self) -> tuple[int, int]:
         return self.pool.first_extra_slot, self.store.used
@@ -196,10 +204,15 @@ class Archive:
     def load_state_dict(self, tensors: dict[str, Tensor], used: int) -> None:
         if not used:
             return
-        self.mean_buffer = tensors["archive.mean"].to(self.mean_buffer.device)
-        pinned = self.mean_buffer.is_cuda
-        for key, value in zip(tensors["archive.key"], tensors["archive.value"], strict=True):
-            self.frames.append(tuple(states.pin_memory() if pinned else states.clone() for states in (key, value)))
+        mean = self.mean_buffer
+        self.mean_buffer = mean.new_empty((*mean.shape[:2], used, *mean.shape[3:]))
+        copy_exactly(self.mean_buffer, tensors, "archive.mean")
+        key, value = self.pool.frame(0)
+        frames = [torch.empty((used, *states.shape), dtype=states.dtype, device="cpu") for states in (key, value)]
+        for states, name in zip(frames, ("archive.key", "archive.value"), strict=True):
+            copy_exactly(states, tensors, name)
+        for pair in zip(*frames, strict=True):
+            self.frames.append(tuple(states.pin_memory() if mean.is_cuda else states.clone() for states in pair))
 
 
 def _sources(chosen: Tensor, frames: Tensor, shown: Tensor) -> Tensor:

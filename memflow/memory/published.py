@@ -11,6 +11,7 @@ import torch
 
 from memflow.memory.config import MemoryConfig
 from memflow.memory.frames import FrameMemory, Prompt
+from memflow.memory.slots import copy_exactly
 
 
 class PublishedMemory(FrameMemory):
@@ -89,7 +90,7 @@ class PublishedMemory(FrameMemory):
 
     def load_state_dict(self, tensors, counters) -> None:
         super().load_state_dict(tensors, counters)
-        self.order = tensors["order"].to(self.shown.device)
+        copy_exactly(self.order, tensors, "order")
 
     def _counters(self) -> tuple[str, ...]:
         return ("bank_used", "pending_frame", "pending_is_new", "recorded", "text_known")

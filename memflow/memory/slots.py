@@ -117,7 +117,16 @@ class FramePool:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         for name, buffer in self.state_dict().items():
-            buffer.copy_(tensors[name])
+            copy_exactly(buffer, tensors, name)
+
+
+def copy_exactly(buffer: Tensor, tensors: dict[str, Tensor], name: str) -> None:
+    """Move tensor `name` of `tensors` into `buffer`; ValueError where it is missing or of another shape or dtype."""
+    found = tensors.pop(name, None)
+    if found is None or found.shape != buffer.shape or found.dtype != buffer.dtype:
+        got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+        raise ValueError(f"{name} must be {buffer.dtype} {list(buffer.shape)}, got {got}")
+    buffer.copy_(found)
 
 
 class RelativeFramePool(FramePool):

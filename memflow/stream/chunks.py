@@ -221,21 +221,48 @@ class ChunkDriver:
             counters: as it gave them.
         """
         device = self.model.device
-        counters = dict(counters)
+        position = counters.get("position")
+        if not isinstance(position, int) or not 0 <= position < 2**48:
+            raise ValueError(f"position must be a whole number, got {position!r}")
         with own_modes():
-            self.position = counters.pop("position")
+            self.position = position
             memory = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("memory.")}
             self.memory.load_state_dict(memory, counters)
+            known = {"history", "text.embeds", "text.mask", "next.embeds", "next.mask"}
+            unknown = [*memory, *(name for name in tensors if not name.startswith("memory.") and name not in known)]
+            if unknown:  # `memory` has lost what was loaded
+                raise ValueError(f"unknown tensors: {', '.join(unknown)}")
             self.history = tensors["history"].to(device) if "history" in tensors else None
+            self._check_history()
             texts = {}
             for name in ("text", "next"):
                 if f"{name}.embeds" in tensors:
-                    text = tensors[f"{name}.embeds"].to(device), tensors[f"{name}.mask"].to(device)
+                    text = self._checked_text(name, tensors)
                     texts[name] = text, self.model.encode_prompt(*text)
+        if position and "text" not in texts:
+            raise ValueError("text.embeds is missing: the prompt of the last chunk")
         self._text, self._prompt = texts.get("text", (None, None))
         self._next = texts.get("next")
         self._begun = self._ready = self.position - 1
         self._unwritten = None
+
+    def _checked_text(self, name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask that were saved; ValueError where they are not those of this model."""
+        embeds, mask = tensors[f"{name}.embeds"], tensors[f"{name}.mask"]
+        shape, (batch, dim) = list(embeds.shape), (self.size[0], self.model.text_dim)
+        fits = len(shape) == 3 and shape == [batch, shape[1], dim] and list(mask.shape) == shape[:2]
+        if not fits or embeds.dtype != self.model.dtype or mask.dtype != torch.bool:
+            raise ValueError(f"{name}.embeds must be {self.model.dtype} [{batch}, T, {dim}] with a mask, got {shape}")
+        return embeds.to(self.model.device), mask.to(self.model.device)
+
+    def _check_history(self) -> None:
+        """ValueError where the latents that were loaded are not those of this stream."""
+        batch, rows, columns = self.size
+        frames = min(self.start_frame, self.config.sink_frames + self.config.window_frames)
+        needed = [batch, self.model.channels, frames, rows, columns] if frames else None
+        found = None if self.history is None else list(self.history.shape)
+        if found != needed:
+            raise ValueError(f"history must be {needed}, got {found}")
 
     def _encode_again(self, start: int) -> None:
         """The frames that stay in the window, under the new prompt."""

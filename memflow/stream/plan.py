@@ -76,9 +76,21 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict) -> Plan:
-        plan = cls([], data["chunks_each"])
-        plan.current = None if data["current"] is None else tuple(data["current"])
-        plan.remaining = data["remaining"]
-        plan.queue = [(tuple(texts), chunks) for texts, chunks in data["queue"]]
-        plan.inbox.extend(tuple(texts) for texts in data["sent"])
+        plan = cls([], _count(data["chunks_each"], 1))
+        plan.current = None if data["current"] is None else _texts(data["current"])
+        plan.remaining = _count(data["remaining"], 0)
+        plan.queue = [(_texts(texts), _count(chunks, 1)) for texts, chunks in data["queue"]]
+        plan.inbox.extend(_texts(texts) for texts in data["sent"])
         return plan
+
+
+def _count(value: object, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**48:
+        raise ValueError(f"plan: a number of chunks must be at least {least}, got {value!r}")
+    return value
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"plan: a prompt must be a list of texts, got {value!r}")
+    return tuple(value)

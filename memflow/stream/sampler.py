@@ -79,6 +79,9 @@ class Noise:
 
     def set_state(self, state: Tensor) -> None:
         """Go on where `state` was taken."""
+        own = self.state()
+        if state.shape != own.shape or state.dtype != own.dtype:
+            raise ValueError(f"noise must be {own.dtype} {list(own.shape)}, got {state.dtype} {list(state.shape)}")
         for generator, row in zip(self.generators, state, strict=True):
             generator.set_state(row)
 

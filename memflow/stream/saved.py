@@ -1,19 +1,37 @@
-"""A stream on disk: one safetensors file with its tensors, and its plan and settings as JSON in the header."""
+"""A stream on disk: one safetensors file with its tensors, its plan and settings as JSON, and a digest over it all."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import stat
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from memflow.errors import MemFlowError
+from memflow.files import write_whole
 from memflow.memory.config import MemoryConfig
 from memflow.stream.plan import Plan
 
 FORMAT = "memflow-stream-2"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_PARTS = {"plan": dict, "config": dict, "seeds": list, "height": int, "width": int, "counters": dict}
+_PARTS |= {"timings": dict, "model": dict, "extra": dict}
 
 
 def save_stream(stream, path, extra: dict[str, str]) -> None:
@@ -21,6 +39,7 @@ def save_stream(stream, path, extra: dict[str, str]) -> None:
     tensors, counters = stream.driver.state_dict()
     tensors |= {f"decoder.{name}": tensor for name, tensor in stream.decoder.state_dict().items()}
     tensors["noise"] = stream.noise.state()
+    tensors = dict(sorted(tensors.items()))
     header = {
         "plan": stream.plan.to_dict(),
         "config": stream.config.to_dict(),
@@ -32,62 +51,127 @@ def save_stream(stream, path, extra: dict[str, str]) -> None:
         "model": stream.pipeline.identity(),
         "extra": extra,
     }
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(header)
+    metadata = {"format": FORMAT, "stream": text, "digest": _digest(text, tensors)}
     try:
-        save_file(tensors, partial, metadata={"format": FORMAT, "stream": json.dumps(header)})
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise MemFlowError(f"the state cannot be written to {path}: {error}") from error
+        write_whole(path, lambda file: _write(file, metadata, tensors))
+    except OSError as error:
+        raise MemFlowError(f"the state cannot be written to {path}: {error.strerror}") from error
 
 
-def read_header(path) -> dict:
-    """Plan and settings of a saved stream."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise MemFlowError(f"{path} cannot be read as the state of a stream: {error}") from error
-    if metadata.get("format") == "memflow-stream-1":
-        raise MemFlowError(f"{path} was saved by MemFlow 0.1, whose states cannot be resumed: tell the story again")
-    if metadata.get("format") != FORMAT:
-        raise MemFlowError(
-            f"{path} is not the state of a stream: its format is {metadata.get('format')!r}, not {FORMAT!r}"
-        )
-    return json.loads(metadata["stream"])
+def read_header(path, *, digest: bool = True) -> dict:
+    """Plan and settings of a saved stream.
+
+    Args:
+        path: the file.
+        digest: also read all of it, and make sure that it is what was written.
+
+    Raises:
+        MemFlowError: no such file, not a state, one of another version, or a damaged one.
+    """
+    return _read(path, digest)[0]
 
 
-def load_stream(pipeline, path, make):
-    """The stream that was saved to `path`, on `pipeline`, which must hold the model that it was saved with; `make` is
-    `Stream`."""
-    header = read_header(path)
+def load_stream(pipeline, path, make: Callable):
+    """The stream that was saved to `path`.
+
+    Args:
+        pipeline: holds the model that it was saved with.
+        path: the file.
+        make: `Stream`.
+
+    Raises:
+        MemFlowError: as `read_header`; another model; or a state that no stream could have saved.
+    """
+    header, tensors = _read(path, digest=True)
     identity = pipeline.identity()
-    # A state that was saved by an earlier version may say less.
-    differing = [f"{k}: saved {v}, here {identity.get(k)}" for k, v in header["model"].items() if identity.get(k) != v]
+    names = sorted({*identity, *header["model"]})
+    differing = [name for name in names if identity.get(name) != header["model"].get(name)]
     if differing:
-        raise MemFlowError(f"{path} was saved with another model ({'; '.join(differing)})")
-    stream = make(
-        pipeline,
-        plan=Plan.from_dict(header["plan"]),
-        config=MemoryConfig.from_dict(header["config"]),
-        seeds=header["seeds"],
-        height=header["height"],
-        width=header["width"],
-    )
-    with safe_open(path, framework="pt") as file:
-        # Cloned into memory of their own: arithmetic on tensors at odd addresses may round differently.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    stream.timings, stream.extra = header["timings"], header["extra"]
-    stream.driver.load_state_dict(tensors, header["counters"])
+        raise MemFlowError(f"{path} was saved with another model, it differs in: {', '.join(differing)}")
     try:
-        stream.decoder.load_state_dict(_under("decoder.", tensors))
-    except ValueError as error:
-        raise MemFlowError(f"{path}: the decoder's state does not fit this model's VAE: {error}") from error
-    stream.noise.set_state(tensors["noise"])
+        stream = make(
+            pipeline,
+            plan=Plan.from_dict(header["plan"]),
+            config=MemoryConfig.from_dict(header["config"]),
+            seeds=header["seeds"],
+            height=header["height"],
+            width=header["width"],
+        )
+        stream.timings |= {name: float(header["timings"][name]) for name in stream.timings}
+        stream.extra = header["extra"]
+        stream.noise.set_state(tensors.pop("noise"))
+        decoder = {name[8:]: tensors.pop(name) for name in list(tensors) if name.startswith("decoder.")}
+        stream.decoder.load_state_dict(decoder)
+        if "history" in tensors and tensors["history"].dtype != torch.float32:
+            raise ValueError(f"history must be torch.float32, got {tensors['history'].dtype}")
+        stream.driver.load_state_dict(tensors, header["counters"])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the digest was right: somebody made this file
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, IndexError)) else str(error)
+        raise MemFlowError(f"{path} is not the state of a stream of this model: {' '.join(reason.split())}") from error
     return stream
 
 
-def _under(prefix: str, tensors: dict) -> dict:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _read(path, digest: bool) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise MemFlowError(f"{path} cannot be read as the state of a stream: it is not a regular file")
+        # One open file for all: another process may put a newer state in its place meanwhile.
+        with safe_open(Path(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            header = _header(path, metadata)
+            # Cloned into memory of their own: arithmetic on tensors at odd addresses may round differently.
+            tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())} if digest else {}
+    except (OSError, SafetensorError) as error:
+        raise MemFlowError(f"{path} cannot be read as the state of a stream: {error}") from error
+    if digest and metadata.get("digest") != _digest(metadata["stream"], tensors):
+        raise MemFlowError(f"{path} is damaged: its contents are not those that were saved")
+    return header, tensors
+
+
+def _header(path, metadata: dict[str, str]) -> dict:
+    form = metadata.get("format")
+    if form == "memflow-stream-1":
+        raise MemFlowError(f"{path} was saved by MemFlow 0.1, whose states cannot be resumed: tell the story again")
+    if form != FORMAT:
+        newer = isinstance(form, str) and form.startswith("memflow-stream-")
+        hint = " (a newer version of this package may read it)" if newer else ""
+        raise MemFlowError(f"{path} is not the state of a stream: its format is {form!r}, not {FORMAT!r}{hint}")
+    try:
+        header = json.loads(metadata["stream"])
+        if not isinstance(header, dict):
+            raise TypeError("its header is not an object")
+        for name, kind in _PARTS.items():
+            if not isinstance(header.get(name), kind):
+                raise TypeError(f"{name} must be {kind.__name__}, got {type(header.get(name)).__name__}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise MemFlowError(f"{path} is damaged: its header cannot be read: {error}") from None
+    return header
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    total = hashlib.sha256(text.encode())
+    for name, tensor in tensors.items():
+        total.update(f"\n{name} {_DTYPES.get(tensor.dtype)} {list(tensor.shape)}\n".encode())
+        total.update(_bytes(tensor))
+    return total.hexdigest()
+
+
+def _write(file, metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """The safetensors format, a tensor at a time: the library's own `save` makes a second copy of them all."""
+    header: dict[str, dict] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        file.write(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,0 +1,74 @@
+"""Files that are whole or not there: written under no name or another one, then put in place in one step."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_PREFIX, _SUFFIX = ".memflow-", ".partial"
+_STALE = 3600.0  # seconds after which a file under such a name belongs to a process that is gone
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
+    """Replace the file `path` by what `write` writes; a reader finds the old contents or the new ones, never a part.
+
+    When it returns, the new contents survive a loss of power. Where Linux can, the file has no name until it is
+    complete, so that a process that is killed leaves nothing; elsewhere the next call removes what was left behind.
+
+    Args:
+        path: the file; a link is followed.
+        write: gets the open file.
+
+    Raises:
+        OSError: as the file system says; nothing has changed then.
+    """
+    path = Path(os.path.realpath(path))
+    for left in path.parent.glob(f"{_PREFIX}*{_SUFFIX}"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE:
+                left.unlink()
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+    name = None
+    try:
+        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, mode)
+    except (AttributeError, OSError):  # not Linux, or a file system without it
+        descriptor, name = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX, dir=path.parent)
+        os.chmod(name, mode)
+    try:
+        with open(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            if name is None:
+                new = path.parent / f"{_PREFIX}{os.getpid()}-{os.urandom(8).hex()}{_SUFFIX}"
+                with _opened(path.parent) as folder:  # given a folder, Python follows the link that /proc shows
+                    os.link(f"/proc/self/fd/{file.fileno()}", new.name, dst_dir_fd=folder)
+                name = os.fspath(new)
+        os.replace(name, path)
+        name = None
+    finally:
+        if name is not None:
+            with suppress(OSError):
+                os.unlink(name)
+    with _opened(path.parent) as folder, suppress(OSError):  # some file systems cannot; the file itself is safe
+        os.fsync(folder)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
