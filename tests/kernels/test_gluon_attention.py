@@ -121,6 +121,13 @@ def test_calls_that_are_left_to_the_other_kernel(call, reason):
     assert not kernel.programs
 
 
+def test_a_release_of_triton_with_another_gluon(monkeypatch):
+    monkeypatch.setattr(gluon, "AVAILABLE", False)
+    with small_tiles() as kernel:
+        Call(AttentionCase("x", 1, 70, 2, 64, 8, 2, 0, None)).check()
+    assert not kernel.programs
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only the stand-in knows the order of products")
 def test_the_groups_take_turns():
     """Each gives out both its products of a tile, then it is the other's turn."""
