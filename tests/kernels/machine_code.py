@@ -90,7 +90,7 @@ class Flow:
         self.entries = {code[0].address} | {a for a, sources in self.comes.items() if not sources}
 
     def loop(self, head: int, latch: int) -> Loop | None:
-        """The loop that the jump at `latch` closes; None where that is none: not behind its head, or reached past it."""
+        """The loop that the jump at `latch` closes; None where it is none: not behind its head, or reached past it."""
         if latch not in reached({head}, self.leads) or latch in reached(self.entries, self.leads, but_for=head):
             return None
         inside = reached({latch}, self.comes, but_for=head) | {head}
