@@ -15,6 +15,7 @@ if not gluon.AVAILABLE:
     pytest.skip("this release of Triton has another Gluon", allow_module_level=True)
 
 from gluon_attention import Call, small_tiles, table
+from gluon_variants import VARIANTS
 
 from memflow_kernels import reference
 from memflow_kernels.backends import implementation
@@ -137,6 +138,15 @@ def test_the_groups_take_turns():
     for history in kernel.histories:
         assert history == ["attend 0", "attend 0", "attend 1", "attend 1"] * (len(history) // 4)
         assert history
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gluon_variants.py runs them on a GPU")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_change_only_speed(name):
+    changes, stages = VARIANTS[name]
+    case = AttentionCase("variants", 1, 70, 2, 64, 40, 4, 2, None)
+    with small_tiles(stages=stages, faults=changes):
+        Call(case, frame_table=torch.tensor([[[0], [-1]]], dtype=torch.int32)).check()
 
 
 @pytest.mark.gpu
