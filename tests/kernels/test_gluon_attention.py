@@ -113,6 +113,8 @@ def test_frames_of_real_size(chip):
         (Call(AttentionCase("x", 1, 70, 2, 64, 8, 2, 0, None), dtype=torch.float32), "exact products"),
         (Call(AttentionCase("x", 1, 70, 2, 32, 8, 2, 0, None)), "another head size"),
         (Call(AttentionCase("x", 1, 64, 2, 64, 8, 2, 0, None)), "no query for the second group"),
+        (Call(AttentionCase("x", 1, 70, 2, 64, 8, 0, 0, None)), "no key at all"),
+        (Call(AttentionCase("x", 1, 0, 2, 64, 8, 2, 0, None)), "no query at all"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
