@@ -55,11 +55,12 @@ def compile_variant(variant: str, folder: Path) -> dict[str, int]:
     return found
 
 
-def main(folder: str, *variants: str) -> None:
+def compile_all(folder: Path, *variants: str) -> dict[str, dict[str, int]]:
+    """Resources of every variant; the process can launch nothing afterwards."""
     configs._gpu_multiprocessors = lambda index: 132
     torch.Tensor.data_ptr = lambda x: x.storage_offset() * x.element_size()
-    print(json.dumps({variant: compile_variant(variant, Path(folder)) for variant in variants}))
+    return {variant: compile_variant(variant, folder) for variant in variants}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(json.dumps(compile_all(Path(sys.argv[1]), *sys.argv[2:])))

@@ -32,7 +32,10 @@ class Instruction(NamedTuple):
 
     @property
     def falls_through(self) -> bool:
-        return not re.match(r"(BRA|EXIT|RET|WARPSYNC.COLLECTIVE)\b(?!.*\bU?P[0-9T])", self.text)
+        """Whether the next one can follow: not after a jump or an end without a condition."""
+        kind, *modifiers = self.operation.split(".")
+        conditional = self.text.startswith("@") or {"DIV", "CONV"} & {*modifiers} or re.search(r"\bUP\d", self.text)
+        return bool(conditional) or kind not in ("BRA", "BRX", "JMP", "EXIT", "RET")
 
     @property
     def operation(self) -> str:
@@ -87,8 +90,8 @@ class Flow:
         self.entries = {code[0].address} | {a for a, sources in self.comes.items() if not sources}
 
     def loop(self, head: int, latch: int) -> Loop | None:
-        """The loop that the jump at `latch` closes; None where that is no loop, as it can be reached past its head."""
-        if latch in reached(self.entries, self.leads, but_for=head):
+        """The loop that the jump at `latch` closes; None where it is none: not behind its head, or reached past it."""
+        if latch not in reached({head}, self.leads) or latch in reached(self.entries, self.leads, but_for=head):
             return None
         inside = reached({latch}, self.comes, but_for=head) | {head}
         return Loop(head, latch, {a: self.code[a] for a in sorted(inside)}, self.leads)

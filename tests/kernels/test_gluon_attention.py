@@ -15,6 +15,7 @@ if not gluon.AVAILABLE:
     pytest.skip("this release of Triton has another Gluon", allow_module_level=True)
 
 from gluon_attention import Call, small_tiles, table
+from gluon_variants import VARIANTS
 
 from memflow_kernels import reference
 from memflow_kernels.backends import implementation
@@ -112,12 +113,21 @@ def test_frames_of_real_size(chip):
         (Call(AttentionCase("x", 1, 70, 2, 64, 8, 2, 0, None), dtype=torch.float32), "exact products"),
         (Call(AttentionCase("x", 1, 70, 2, 32, 8, 2, 0, None)), "another head size"),
         (Call(AttentionCase("x", 1, 64, 2, 64, 8, 2, 0, None)), "no query for the second group"),
+        (Call(AttentionCase("x", 1, 70, 2, 64, 8, 0, 0, None)), "no key at all"),
+        (Call(AttentionCase("x", 1, 0, 2, 64, 8, 2, 0, None)), "no query at all"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_calls_that_are_left_to_the_other_kernel(call, reason):
     with small_tiles() as kernel:
         call.check()
+    assert not kernel.programs
+
+
+def test_a_release_of_triton_with_another_gluon(monkeypatch):
+    monkeypatch.setattr(gluon, "AVAILABLE", False)
+    with small_tiles() as kernel:
+        Call(AttentionCase("x", 1, 70, 2, 64, 8, 2, 0, None)).check()
     assert not kernel.programs
 
 
@@ -130,6 +140,15 @@ def test_the_groups_take_turns():
     for history in kernel.histories:
         assert history == ["attend 0", "attend 0", "attend 1", "attend 1"] * (len(history) // 4)
         assert history
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gluon_variants.py runs them on a GPU")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_change_only_speed(name):
+    changes, stages = VARIANTS[name]
+    case = AttentionCase("variants", 1, 70, 2, 64, 40, 4, 2, None)
+    with small_tiles(stages=stages, faults=changes):
+        Call(case, frame_table=torch.tensor([[[0], [-1]]], dtype=torch.int32)).check()
 
 
 @pytest.mark.gpu
