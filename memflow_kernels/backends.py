@@ -72,7 +72,13 @@ _forced: str | None = None
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend by name: None where it can run on this machine, otherwise the reason why it cannot."""
+    """Every backend by name: None where it can run on this machine, otherwise the reason why it cannot.
+
+    Example:
+        >>> from memflow_kernels import available_backends
+        >>> available_backends()["torch"] is None
+        True
+    """
     return {name: backend.missing() for name, backend in BACKENDS.items()}
 
 

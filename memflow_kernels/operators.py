@@ -31,7 +31,7 @@ class Operator(NamedTuple):
 
 def _named(listed: str) -> dict[str, str]:
     """{"key": "Tensor", "top_k": "SymInt"} of "(Tensor key, SymInt top_k)"."""
-    words = (part.rsplit(" ", 1) for part in listed.strip("()").split(", "))
+    words = (part.split("=")[0].rsplit(" ", 1) for part in listed.strip("()").split(", "))
     return {name: kind for kind, name in words}
 
 
@@ -40,6 +40,8 @@ _FRAMES = "Tensor? frame_table, SymInt tokens_per_frame, SymInt candidate_frames
 _PARTS = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b"
 _SOFTMAX = "Tensor text_key, Tensor key, Tensor? text_mask, SymInt tokens_per_frame, float scale"
 _WEIGHTS = "Tensor weight_q, Tensor weight_k, float eps, SymInt rows, SymInt cols, SymInt start_frame, Tensor? start"
+# Defaults are left out of a call: a kernel that knows nothing else need not take them.
+_TURNS = "SymInt[]? axes=None, float theta=10000., bool per_head=False"
 _POOL = "Tensor(a!) pool_key, Tensor(b!) pool_value, Tensor(c!) pool_frame_mean"
 
 OPERATORS = {
@@ -64,15 +66,15 @@ OPERATORS = {
         "relevance", f"(Tensor grad_score, {_SOFTMAX}) -> (Tensor grad_text_key, Tensor grad_key)"
     ),
     "qk_norm_rope": Operator(
-        "qk_norm_rope", f"(Tensor query, Tensor key, {_WEIGHTS}) -> (Tensor new_query, Tensor new_key)"
+        "qk_norm_rope", f"(Tensor query, Tensor key, {_WEIGHTS}, {_TURNS}) -> (Tensor new_query, Tensor new_key)"
     ),
     "qk_norm_rope_backward": Operator(
         "qk_norm_rope",
-        f"(Tensor grad_new_query, Tensor grad_new_key, Tensor query, Tensor key, {_WEIGHTS}) "
+        f"(Tensor grad_new_query, Tensor grad_new_key, Tensor query, Tensor key, {_WEIGHTS}, {_TURNS}) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_weight_q, Tensor grad_weight_k)",
     ),
     "qk_norm_rope_write": Operator(
-        "qk_norm_rope", f"({_STATES}, {_WEIGHTS}, {_POOL}, Tensor slots, bool query_mean) -> (Tensor, Tensor)"
+        "qk_norm_rope", f"({_STATES}, {_WEIGHTS}, {_POOL}, Tensor slots, bool query_mean, {_TURNS}) -> (Tensor, Tensor)"
     ),
     "replace_frame": Operator("replacement", f"({_POOL}, Tensor slot, Tensor source_slot) -> ()"),
     "rotate_keys": Operator(

@@ -13,8 +13,16 @@ from .dtypes import statistics_dtype
 class Pool(NamedTuple):
     """Keys, values and frame means of the frames that one attention layer holds; slot s owns tokens s*N to (s+1)*N.
 
-    key, value: [B, S*N, H, D], S slots of N tokens per frame; keys are normalised and rotated.
-    frame_mean: [B, S, H, D], the mean key of every slot; float32 (float64 where key is float64).
+    Args:
+        key: [B, S*N, H, D], S slots of N tokens per frame; normalised and rotated.
+        value: like key.
+        frame_mean: [B, S, H, D], the mean key of every slot; float32 (float64 where key is float64).
+
+    Example:
+        >>> from memflow_kernels import Pool
+        >>> pool = Pool.zeros(1, 15, 24, heads=4, head_dim=32)
+        >>> pool.slots, pool.tokens_per_frame
+        (15, 24)
     """
 
     key: Tensor
@@ -33,7 +41,17 @@ class Pool(NamedTuple):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Pool:
-        """A pool of empty slots. In memory a head's tokens follow one another, which attention reads fastest."""
+        """A pool of empty slots. In memory a head's tokens follow one another, which attention reads fastest.
+
+        Args:
+            batch: B.
+            slots: S, frames that fit.
+            tokens_per_frame: N.
+            heads: H.
+            head_dim: D.
+            dtype: of key and value.
+            device: of all three.
+        """
         shape = (batch, heads, slots * tokens_per_frame, head_dim)
         return cls(
             torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2),

@@ -28,7 +28,9 @@ def _select_frames(query: Tensor, frame_mean: Tensor, *_: object) -> str | None:
     return f"it takes up to {MOST_CANDIDATES} candidates, not {frames}" if frames > MOST_CANDIDATES else None
 
 
-def _qk_norm_rope_write(query: Tensor, *_: object) -> str | None:
+def _qk_norm_rope_write(query: Tensor, *rest: object) -> str | None:
+    if len(rest) > 14:  # axes, theta and norm_scope are left out of a call where they have their defaults
+        return "it takes the axes, theta and norm_scope of Wan alone"
     channels = query.shape[2] * query.shape[3]
     return f"it takes up to {MOST_CHANNELS} channels H*D, not {channels}" if channels > MOST_CHANNELS else None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dtypes import SUPPORTED, statistics_dtype
 from ..pool import Pool
+from ..reference.rotary import wan_axes
 
 MAX_HEAD_DIM = 256
 
@@ -86,8 +87,7 @@ def positive(name: str, value: object) -> None:
 def axes(value: object, head_dim: int) -> tuple[int, int, int]:
     """How many of a head's channels turn with frame, row and column; None: as Wan 2.1 divides them."""
     if value is None:
-        third = 2 * (head_dim // 6)
-        return head_dim - 2 * third, third, third
+        return wan_axes(head_dim)
     if not isinstance(value, tuple | list) or len(value) != 3:
         raise TypeError(f"axes must be channels per (frame, row, column), got {value!r}")
     for count in value:

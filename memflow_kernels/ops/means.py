@@ -26,11 +26,23 @@ _frame_means = Registered("frame_means", _fake, (_setup_context, _backward))
 
 
 def frame_means(key: Tensor, tokens_per_frame: int) -> Tensor:
-    """Mean key of every frame, per head.
+    """Mean key of every frame, per head. Differentiable.
 
-    key: [B, F*N, H, D], any strides with a dense last dimension; tokens_per_frame: N.
-    Returns [B, F, H, D] in float32 (float64 for float64). Differentiable.
-    Raises TypeError or ValueError for a wrong dtype or shape.
+    Args:
+        key: [B, F*N, H, D], any strides with a dense last dimension; F may be 0.
+        tokens_per_frame: N.
+
+    Returns:
+        [B, F, H, D] in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype or shape.
+
+    Example:
+        >>> import torch
+        >>> from memflow_kernels import frame_means
+        >>> frame_means(torch.ones(1, 12, 2, 16), tokens_per_frame=4).shape
+        torch.Size([1, 3, 2, 16])
     """
     _checks.states("key", key, "[B, F*N, H, D]", empty_tokens=True)
     _checks.frame_count("key", key.shape[1], tokens_per_frame)

@@ -19,13 +19,30 @@ Registered("merge_attention_backward", _fake_backward)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact attention over the union of two sets of keys, from the attention over each.
+    """Exact attention over the union of two sets of keys, from the attention over each. Differentiable.
 
-    out_a, out_b: [B, Lq, H, D], one dtype; lse_a, lse_b: [B, H, Lq], natural log-sum-exp of the scaled logits, float32
-    (float64 for float64); -inf for a set without keys, and so is +inf, the mark of flash-attn 2 and vLLM: whatever the
-    result of such a set holds does not count. A key in both sets counts twice.
-    Returns (out, lse) of the same shapes and dtypes; out 0 and lse -inf where neither set has a key. Differentiable.
-    Raises TypeError or ValueError for wrong dtypes, devices or shapes.
+    Args:
+        out_a: [B, Lq, H, D], attention over the first set.
+        lse_a: [B, H, Lq], natural log-sum-exp of its scaled logits, float32 (float64 for float64). -inf for a set
+            without keys, and so is +inf, the mark of flash-attn 2 and vLLM: whatever out_a holds there does not count.
+        out_b: like out_a, over the second set; a key in both sets counts twice.
+        lse_b: like lse_a.
+
+    Returns:
+        (out, lse) of the same shapes and dtypes; out 0 and lse -inf where neither set has a key.
+
+    Raises:
+        TypeError, ValueError: for wrong dtypes, devices or shapes.
+
+    Example:
+        >>> import torch
+        >>> from memflow_kernels import memory_attention, merge_attention
+        >>> query, key, value = (torch.randn(1, length, 2, 16) for length in (5, 12, 12))
+        >>> options = {"tokens_per_frame": 4, "return_lse": True}
+        >>> parts = [memory_attention(query, key[:, s], value[:, s], **options) for s in (slice(4), slice(4, 12))]
+        >>> out, lse = merge_attention(*parts[0], *parts[1])
+        >>> torch.allclose(out, memory_attention(query, key, value, tokens_per_frame=4), atol=1e-6)
+        True
     """
     _checks.states("out_a", out_a, "[B, Lq, H, D]", empty_tokens=True)
     _checks.states("out_b", out_b, "[B, Lq, H, D]", empty_tokens=True)

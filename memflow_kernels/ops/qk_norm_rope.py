@@ -1,5 +1,9 @@
 """qk_norm_rope and qk_norm_rope_write: RMS norm over all heads, 3-axis rotary, and the write into the pool."""
 
+from __future__ import annotations
+
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -18,7 +22,7 @@ def _fake_backward(grad_query, grad_key, query, key, weight_q, weight_k, *place)
 
 
 def _fake_write(query, *rest):
-    mean_shape = (query.shape[0], *query.shape[2:]) if rest[-1] else (0,)
+    mean_shape = (query.shape[0], *query.shape[2:]) if rest[13] else (0,)
     return query.new_empty(query.shape), query.new_empty(mean_shape, dtype=statistics_dtype(query.dtype))
 
 
@@ -28,7 +32,17 @@ _qk_norm_rope_write = Registered("qk_norm_rope_write", _fake_write)
 
 
 @_checks.once_per_kind
-def _check(query: Tensor, key: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float, grid: tuple[int, int]) -> None:
+def _check(
+    query: Tensor,
+    key: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    eps: float,
+    grid: tuple[int, int],
+    axes: tuple[int, int, int] | None,
+    theta: float,
+    norm_scope: str,
+) -> None:
     _checks.states("query", query, "[B, L, H, D]")
     _checks.states("key", key, "[B, L, H, D]")
     _checks.shape("key", key, tuple(query.shape), "[B, L, H, D] like query")
@@ -36,9 +50,14 @@ def _check(query: Tensor, key: Tensor, weight_q: Tensor, weight_k: Tensor, eps: 
     _, tokens, heads, head_dim = query.shape
     if head_dim % 2:
         raise ValueError(f"query has head size D = {head_dim}; the rotation turns channel pairs and needs an even one")
+    if norm_scope not in ("heads", "head"):
+        raise ValueError(f"norm_scope must be 'heads' (all together) or 'head' (each by itself), got {norm_scope!r}")
+    together, meaning = (head_dim, "[D]") if norm_scope == "head" else (heads * head_dim, "[H*D]")
+    _checks.axes(axes, head_dim)
+    _checks.positive("theta", theta)
     for name, weight in (("weight_q", weight_q), ("weight_k", weight_k)):
         _checks.of_dtype(name, weight, *SUPPORTED)
-        _checks.shape(name, weight, (heads * head_dim,), "[H*D]")
+        _checks.shape(name, weight, (together,), meaning)
         _checks.same_device(name, weight, "query", query)
     if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
@@ -81,6 +100,12 @@ def _start(start_frame: int | Tensor, query: Tensor) -> tuple[int, Tensor | None
     return start_frame, None
 
 
+def _turns(axes: tuple | None, theta: float, norm_scope: str, head_dim: int) -> tuple[list[int] | None, float, bool]:
+    """axes, theta and per_head as the operators take them; what Wan has is left to the default."""
+    axes = _checks.axes(axes, head_dim)
+    return None if axes == _checks.axes(None, head_dim) else list(axes), float(theta), norm_scope == "head"
+
+
 def qk_norm_rope(
     query: Tensor,
     key: Tensor,
@@ -90,20 +115,50 @@ def qk_norm_rope(
     eps: float,
     grid: tuple[int, int],
     start_frame: int | Tensor,
+    axes: tuple[int, int, int] | None = None,
+    theta: float = 10000.0,
+    norm_scope: Literal["heads", "head"] = "heads",
 ) -> tuple[Tensor, Tensor]:
-    """RMS norm of query and key over all heads together, then rotary embedding over (frame, row, column).
+    """RMS norm of query and key, then rotary embedding over (frame, row, column).
 
-    query, key: [B, L, H, D], L whole frames of rows*cols tokens (frame-major, then row, then column), D even;
-    weight_q, weight_k: [H*D]; eps: added to the mean square; grid: (rows, cols); start_frame: absolute number of the
-    first frame, an int or an int32/int64 tensor of one element on the device (which neither recompiles nor waits).
     Statistics in float32 (float64 for float64); the normalised value is rounded to the dtype, then multiplied by the
-    weight. Angles in float64: right at any frame number.
-    Returns (query, key), new tensors [B, L, H, D]. Differentiable in query, key and the weights.
-    Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes.
+    weight. Angles are exact at any frame number. Differentiable in query, key and the weights. The defaults are those
+    of Wan 2.1; the kernels serve these, other values of axes, theta and norm_scope are computed by plain torch.
+
+    Args:
+        query: [B, L, H, D], L whole frames of rows * cols tokens (frame by frame, then row by row), D even.
+        key: like query.
+        weight_q: [H*D]; [D] with norm_scope "head".
+        weight_k: like weight_q.
+        eps: added to the mean square.
+        grid: (rows, cols) of one frame.
+        start_frame: number of the first frame, at least 0: an int, or an int32 or int64 tensor of one element on the
+            device (which neither recompiles nor waits).
+        axes: how many of a head's channels turn with frame, row and column: even numbers that add up to D. None: as
+            Wan divides them, (44, 42, 42) for D = 128.
+        theta: base of the rotary embedding.
+        norm_scope: "heads": the norm is over all heads together, as in Wan; "head": over each by itself.
+
+    Returns:
+        (query, key), new tensors [B, L, H, D].
+
+    Raises:
+        TypeError, ValueError: for wrong dtypes, devices, shapes or sizes.
+
+    Example:
+        >>> import torch
+        >>> from memflow_kernels import qk_norm_rope
+        >>> query, key, weight = torch.randn(1, 12, 2, 16), torch.randn(1, 12, 2, 16), torch.ones(32)
+        >>> new_query, new_key = qk_norm_rope(
+        ...     query, key, weight_q=weight, weight_k=weight, eps=1e-6, grid=(2, 3), start_frame=7
+        ... )
+        >>> new_key.shape  # 2 frames of 2 x 3 tokens
+        torch.Size([1, 12, 2, 16])
     """
-    _check(query, key, weight_q, weight_k, eps, grid)
+    _check(query, key, weight_q, weight_k, eps, grid, axes, theta, norm_scope)
     first, start = _start(start_frame, query)
-    return _qk_norm_rope(query, key, weight_q, weight_k, float(eps), *grid, first, start)
+    turns = _turns(axes, theta, norm_scope, query.shape[3])
+    return _qk_norm_rope(query, key, weight_q, weight_k, float(eps), *grid, first, start, *turns)
 
 
 def qk_norm_rope_write(
@@ -119,22 +174,56 @@ def qk_norm_rope_write(
     pool: Pool,
     slots: Tensor,
     query_mean: bool = False,
+    axes: tuple[int, int, int] | None = None,
+    theta: float = 10000.0,
+    norm_scope: Literal["heads", "head"] = "heads",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """qk_norm_rope, with key, value and the mean key of every frame written straight into its slot of the pool.
 
-    Arguments as for qk_norm_rope, and: value: [B, L, H, D]; pool: a Pool of rows*cols tokens per slot, changed in
-    place; slots: [n] int32 on the device, n = L / (rows*cols): the slot of each frame, -1 = not stored; no slot twice.
-    query_mean: also return the mean of the new queries, which memory_attention chooses frames by.
-    Returns the normed and rotated query [B, L, H, D]; with query_mean (query, query_mean), the mean [B, H, D] over all
-    L queries, float32 (float64 for float64). Slots that are not named keep their content.
-    Raises TypeError or ValueError for wrong dtypes, devices, shapes or sizes, and on the CPU for slots outside the pool
-    (on a GPU they are not read on the host); RuntimeError where gradients are asked for: it writes in place.
+    Slots that are not named keep their content.
+
+    Args:
+        query: as for qk_norm_rope.
+        key: as for qk_norm_rope.
+        value: [B, L, H, D].
+        weight_q: as for qk_norm_rope.
+        weight_k: as for qk_norm_rope.
+        eps: as for qk_norm_rope.
+        grid: as for qk_norm_rope.
+        start_frame: as for qk_norm_rope.
+        pool: a Pool of rows * cols tokens per slot, changed in place.
+        slots: [n] int32 on the device, n = L / (rows * cols): the slot of each frame, -1 = not stored; no slot twice.
+        query_mean: also return the mean of the new queries, which memory_attention chooses frames by.
+        axes: as for qk_norm_rope.
+        theta: as for qk_norm_rope.
+        norm_scope: as for qk_norm_rope.
+
+    Returns:
+        The normed and rotated query [B, L, H, D]; with query_mean (query, query_mean), the mean [B, H, D] over all L
+        queries, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: for wrong dtypes, devices, shapes or sizes, and on the CPU for slots outside the pool (on
+            a GPU they are not read on the host).
+        RuntimeError: where gradients are asked for, as it writes in place.
+
+    Example:
+        >>> import torch
+        >>> from memflow_kernels import Pool, qk_norm_rope_write
+        >>> query, key, value = (torch.randn(1, 12, 2, 16) for _ in range(3))  # 2 frames of 2 x 3 tokens
+        >>> pool, weight = Pool.zeros(1, 4, 6, heads=2, head_dim=16), torch.ones(32)
+        >>> new_query = qk_norm_rope_write(
+        ...     query, key, value, weight_q=weight, weight_k=weight, eps=1e-6, grid=(2, 3), start_frame=0,
+        ...     pool=pool, slots=torch.tensor([3, -1], dtype=torch.int32),
+        ... )
+        >>> torch.equal(pool.value[:, 18:], value[:, :6])  # slot 3 holds the first frame
+        True
     """
-    _check(query, key, weight_q, weight_k, eps, grid)
+    _check(query, key, weight_q, weight_k, eps, grid, axes, theta, norm_scope)
     _check_written(query, value, grid, pool, slots, query_mean)
     first, start = _start(start_frame, query)
     _checks.no_gradients("qk_norm_rope_write", query, key, value, weight_q, weight_k, *pool)
-    place = (float(eps), *grid, first, start)
-    arguments = (query, key, value, weight_q, weight_k, *place, *pool, slots, query_mean)
+    place, turns = (float(eps), *grid, first, start), _turns(axes, theta, norm_scope, query.shape[3])
+    arguments = (query, key, value, weight_q, weight_k, *place, *pool, slots, query_mean, *turns)
     new_query, mean = _qk_norm_rope_write(*arguments)
     return (new_query, mean) if query_mean else new_query

@@ -48,18 +48,36 @@ def prompt_relevance(
 ) -> Tensor:
     """How much the prompt calls for each frame: one score per frame, shared by all heads.
 
-    text_key: [B, T, H, D], the cross-attention keys of the prompt; key: [B, F*N, H, D], the frames' keys;
-    tokens_per_frame: N, needed with key; frame_mean: [B, F, H, D] float32 (float64 for float64), the frames' mean keys;
-    text_mask: [B, T] bool, True = the token counts; scale: D^-1/2 by default.
-
-    aggregate "mean": mean over heads of <mean text key, mean frame key> * scale. It needs the frame means alone: they
-    are taken from key unless frame_mean is given.
+    aggregate "mean": mean over heads of <mean text key, mean frame key> * scale; it needs the frame means alone.
     aggregate "softmax": the share of the attention mass on each frame when every text token of every head attends to
-    the tokens of all frames together, mean over tokens and heads. Needs key; the shares of a row add up to 1.
+    the tokens of all frames together, mean over tokens and heads; the shares of a row add up to 1.
+    Differentiable in text_key, key and frame_mean.
 
-    Returns [B, F] in float32 (float64 for float64). A row whose text_mask is all False scores 0 everywhere.
-    Differentiable in text_key, key and frame_mean. Source: arXiv 2512.14699, equation 1.
-    Raises TypeError or ValueError for wrong dtypes, devices or shapes, or where what the aggregate needs is missing.
+    Args:
+        text_key: [B, T, H, D], the cross-attention keys of the prompt.
+        key: [B, F*N, H, D], the frames' keys, in the dtype of text_key; needed for "softmax".
+        frame_mean: [B, F, H, D], the frames' mean keys, for "mean"; taken from key by default. float32 (float64 for
+            float64).
+        tokens_per_frame: N; needed with key.
+        text_mask: [B, T] bool, True where a token counts; all of them by default.
+        aggregate: "mean", as the published code computes it, or "softmax", as the paper's formula means it.
+        scale: of the products; D^-1/2 by default.
+
+    Returns:
+        [B, F] in float32 (float64 for float64). A row whose text_mask is all False scores 0 everywhere.
+
+    Raises:
+        TypeError, ValueError: for wrong dtypes, devices or shapes, or where what the aggregate needs is missing.
+
+    Source: arXiv 2512.14699, equation 1.
+
+    Example:
+        >>> import torch
+        >>> from memflow_kernels import prompt_relevance
+        >>> text_key, key = torch.randn(1, 7, 2, 16), torch.randn(1, 12, 2, 16)  # 3 frames of 4 tokens
+        >>> score = prompt_relevance(text_key, key, tokens_per_frame=4, aggregate="softmax")
+        >>> score.shape, round(score.sum().item(), 4)
+        (torch.Size([1, 3]), 1.0)
     """
     if aggregate not in ("mean", "softmax"):
         raise ValueError(f'aggregate must be "mean" or "softmax", got {aggregate!r}')

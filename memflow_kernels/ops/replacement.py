@@ -13,10 +13,26 @@ _replace_frame = Registered("replace_frame", lambda *arguments: None)
 def replace_frame(pool: Pool, slot: Tensor, source_slot: Tensor) -> None:
     """Copy one frame of every batch row over another: key, value and frame mean of source_slot[b] go to slot[b].
 
-    pool: a Pool, changed in place; slot, source_slot: [B] int32 on the device of the pool. A row where either is -1 is
-    left as it is. One frame moves per row; nothing else is read or written.
-    Raises TypeError or ValueError for wrong dtypes, devices or shapes, and on the CPU for slots outside the pool (on a
-    GPU they are not read on the host); RuntimeError where gradients are asked for: it writes in place.
+    One frame moves per row; nothing else is read or written.
+
+    Args:
+        pool: a Pool, changed in place.
+        slot: [B] int32 on the device of the pool; -1: this row is left as it is.
+        source_slot: like slot.
+
+    Raises:
+        TypeError, ValueError: for wrong dtypes, devices or shapes, and on the CPU for slots outside the pool (on a GPU
+            they are not read on the host).
+        RuntimeError: where gradients are asked for, as it writes in place.
+
+    Example:
+        >>> import torch
+        >>> from memflow_kernels import Pool, replace_frame
+        >>> pool = Pool.zeros(2, 3, 4, heads=2, head_dim=8)
+        >>> pool.value[:, 8:] = 1.0  # slot 2
+        >>> replace_frame(pool, torch.tensor([0, -1], dtype=torch.int32), torch.tensor([2, 2], dtype=torch.int32))
+        >>> pool.value[:, 0, 0, 0]
+        tensor([1., 0.])
     """
     if not isinstance(pool, Pool):
         raise TypeError(f"pool must be a memflow_kernels.Pool, got {type(pool).__name__}")

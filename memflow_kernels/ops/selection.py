@@ -38,15 +38,32 @@ def select_frames(
 ) -> Tensor:
     """The top_k candidate frames of every head, by <mean query, mean frame key>, unscaled.
 
-    query: [B, Lq, H, D], all of whose tokens are averaged; frame_mean: [B, F, H, D] float32 (float64 for float64);
-    top_k: at least 1; valid: [B, F] bool, True where a frame may be chosen (all of them by default).
-    query_block: at least 1; every block of that many queries chooses for itself, by its own mean. The last block may be
-    shorter. None: one choice for all queries, as published.
-    Returns [B, H, k] int32, k = min(top_k, F), in ascending order; with query_block [B, H, ceil(Lq / query_block), k].
-    Of equal scores the lower index is chosen. Places that no valid frame fills are -1, at the end. The choice has no
-    gradient.
+    Of equal scores the lower index is chosen. The choice has no gradient.
+
+    Args:
+        query: [B, Lq, H, D], all of whose tokens are averaged.
+        frame_mean: [B, F, H, D], the candidates' mean keys; float32 (float64 for float64).
+        top_k: at least 1.
+        valid: [B, F] bool, True where a frame may be chosen; all of them by default.
+        query_block: at least 1; every block of that many queries chooses for itself, by its own mean (the last block
+            may be shorter). None: one choice for all queries, as published.
+
+    Returns:
+        [B, H, k] int32, k = min(top_k, F), in ascending order; with query_block [B, H, ceil(Lq / query_block), k].
+        Places that no valid frame fills are -1, at the end.
+
+    Raises:
+        TypeError, ValueError: for wrong dtypes, devices or shapes, top_k < 1 or query_block < 1.
+
     Source: arXiv 2512.14699, equations 2 to 4, per head.
-    Raises TypeError or ValueError for wrong dtypes, devices, shapes, top_k < 1 or query_block < 1.
+
+    Example:
+        >>> import torch
+        >>> from memflow_kernels import select_frames
+        >>> query = torch.ones(1, 5, 1, 4)
+        >>> frame_mean = torch.tensor([0.1, 0.4, 0.3]).view(1, 3, 1, 1).repeat(1, 1, 1, 4)
+        >>> select_frames(query, frame_mean, top_k=2)
+        tensor([[[1, 2]]], dtype=torch.int32)
     """
     _check(query, frame_mean, top_k, valid, query_block)
     return _select_frames(query.detach(), frame_mean.detach(), top_k, valid, query_block)

@@ -10,23 +10,24 @@ from torch import Tensor
 
 from ..dtypes import statistics_dtype
 from .means import frame_means
-from .rotary import inverse_rms, rms_norm_heads, rotate, rotation_table
+from .rotary import inverse_rms, norm_shape, rms_norm_heads, rotate, rotation_table
 
 
-def _table(x: Tensor, rows: int, cols: int, start_frame: int, start: Tensor | None) -> Tensor:
+def _table(x: Tensor, rows: int, cols: int, start_frame: int, start: Tensor | None, axes, theta: float) -> Tensor:
     """Turns for x [B, L, H, D], rounded once to the precision of the arithmetic (float32; float64 for float64)."""
     dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
     sizes = (x.shape[-1], x.shape[1] // (rows * cols), (rows, cols))
     if x.device.type == "cpu":  # reading the number of the frame waits for nothing
-        return _cpu_table(*sizes, start_frame if start is None else start_frame + int(start), dtype)
+        first, axes = start_frame if start is None else start_frame + int(start), tuple(axes) if axes else None
+        return _cpu_table(*sizes, first, dtype, axes, theta)
     first = start_frame if start is None else start + start_frame
-    return rotation_table(*sizes, first, x.device).to(dtype)
+    return rotation_table(*sizes, first, x.device, axes, theta).to(dtype)
 
 
 @functools.lru_cache(maxsize=4)
-def _cpu_table(head_dim: int, frames: int, grid: tuple[int, int], first: int, dtype: torch.dtype) -> Tensor:
+def _cpu_table(head_dim: int, frames: int, grid: tuple, first: int, dtype: torch.dtype, axes, theta: float) -> Tensor:
     """All layers and passes of a chunk turn alike; the table of a chunk outweighs a small model's other work."""
-    return rotation_table(head_dim, frames, grid, first, torch.device("cpu")).to(dtype)
+    return rotation_table(head_dim, frames, grid, first, torch.device("cpu"), axes, theta).to(dtype)
 
 
 def qk_norm_rope(
@@ -39,23 +40,33 @@ def qk_norm_rope(
     cols: int,
     start_frame: int,
     start: Tensor | None,
+    axes: list[int] | None = None,
+    theta: float = 10000.0,
+    per_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """query, key [B, L, H, D], weight_* [H*D] -> the same; the first frame has number start_frame + start."""
-    table = _table(query, rows, cols, start_frame, start)
-    normed = rms_norm_heads(query, weight_q, eps), rms_norm_heads(key, weight_k, eps)
+    """query, key [B, L, H, D], weight_* [H*D] -> the same; the first frame has number start_frame + start.
+
+    per_head: every head is normed by itself, weight_* are [D].
+    """
+    table = _table(query, rows, cols, start_frame, start, axes, theta)
+    normed = rms_norm_heads(query, weight_q, eps, per_head), rms_norm_heads(key, weight_k, eps, per_head)
     query, key = (rotate(x, table, out=x).contiguous() for x in normed)
     return query, key
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, inverse_table: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, inverse_table: Tensor, per_head: bool
+) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight for y = rotate(x r w), r = 1 / rms(x); the roundings count as the identity."""
     wide = statistics_dtype(x.dtype)
     grad = rotate(grad.to(wide), inverse_table)
-    inverse = inverse_rms(x, (-2, -1), eps)
+    together = norm_shape(x, per_head)
+    dims = tuple(range(-len(together), 0))
+    inverse = inverse_rms(x, dims, eps)
     normed = x * inverse
-    grad_weight = (grad * normed).sum((0, 1)).flatten()
-    grad = grad * weight.view(x.shape[-2:])
-    grad_x = inverse * (grad - normed * (grad * normed).mean((-2, -1), keepdim=True))
+    grad_weight = (grad * normed).flatten(0, -len(together) - 1).sum(0).flatten()
+    grad = grad * weight.view(together)
+    grad_x = inverse * (grad - normed * (grad * normed).mean(dims, keepdim=True))
     return grad_x.to(x.dtype).contiguous(), grad_weight.to(weight.dtype)
 
 
@@ -71,11 +82,14 @@ def qk_norm_rope_backward(
     cols: int,
     start_frame: int,
     start: Tensor | None,
+    axes: list[int] | None = None,
+    theta: float = 10000.0,
+    per_head: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, weight_q, weight_k."""
-    inverse_table = _table(query, rows, cols, start_frame, start).conj().resolve_conj()
-    grad_query, grad_weight_q = _backward(grad_query, query, weight_q, eps, inverse_table)
-    grad_key, grad_weight_k = _backward(grad_key, key, weight_k, eps, inverse_table)
+    inverse_table = _table(query, rows, cols, start_frame, start, axes, theta).conj().resolve_conj()
+    grad_query, grad_weight_q = _backward(grad_query, query, weight_q, eps, inverse_table, per_head)
+    grad_key, grad_weight_k = _backward(grad_key, key, weight_k, eps, inverse_table, per_head)
     return grad_query, grad_key, grad_weight_q, grad_weight_k
 
 
@@ -87,13 +101,12 @@ def _check_slots(slots: list[int], available: int) -> None:
         raise ValueError(f"slots is {slots}: two frames cannot take the same slot")
 
 
-def _turned_query(query: Tensor, weight: Tensor, eps: float, table: Tensor, query_mean: bool) -> tuple[Tensor, Tensor]:
-    """The normed and rotated query and the mean over its tokens, empty unless asked for."""
-    normed = rms_norm_heads(query, weight, eps)
+def _turned_query(normed: Tensor, table: Tensor, query_mean: bool) -> tuple[Tensor, Tensor]:
+    """The rotated query and the mean over its tokens, empty unless asked for."""
     turned = rotate(normed, table, out=normed).contiguous()
     if query_mean:
         return turned, frame_means(turned, turned.shape[1]).squeeze(1)
-    return turned, query.new_empty((0,), dtype=statistics_dtype(query.dtype))
+    return turned, turned.new_empty((0,), dtype=statistics_dtype(turned.dtype))
 
 
 def _runs(slots: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -137,20 +150,25 @@ def qk_norm_rope_write(
     pool_frame_mean: Tensor,
     slots: Tensor,
     query_mean: bool,
+    axes: list[int] | None = None,
+    theta: float = 10000.0,
+    per_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Norm and rotate query and key; key, value and the mean key of every frame go to its slot of the pool.
 
     Returns the new query and, with query_mean, the mean over its tokens [B, H, D] (otherwise an empty tensor).
     """
     tokens = rows * cols
-    table = _table(query, rows, cols, start_frame, start)
-    normed_key = rms_norm_heads(key, weight_k, eps)
+    table = _table(query, rows, cols, start_frame, start, axes, theta)
+    normed_query, normed_key = (
+        rms_norm_heads(x, weight, eps, per_head) for x, weight in ((query, weight_q), (key, weight_k))
+    )
     if query.device.type != "cpu":
         new_key = rotate(normed_key, table)
         _store_by_index(new_key.unflatten(1, (-1, tokens)), pool_key.unflatten(1, (-1, tokens)), slots)
         _store_by_index(value.unflatten(1, (-1, tokens)), pool_value.unflatten(1, (-1, tokens)), slots)
         _store_by_index(frame_means(new_key, tokens), pool_frame_mean, slots)
-        return _turned_query(query, weight_q, eps, table, query_mean)
+        return _turned_query(normed_query, table, query_mean)
 
     places = slots.tolist()
     _check_slots(places, pool_frame_mean.shape[1])
@@ -160,4 +178,4 @@ def qk_norm_rope_write(
         rotate(normed_key[:, source], table[source], out=target)
         pool_value[:, slot * tokens : (slot + count) * tokens].copy_(value[:, source])
         pool_frame_mean[:, slot : slot + count].copy_(frame_means(target, tokens))
-    return _turned_query(query, weight_q, eps, table, query_mean)
+    return _turned_query(normed_query, table, query_mean)

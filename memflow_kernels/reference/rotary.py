@@ -8,7 +8,12 @@ from torch import Tensor
 
 from ..dtypes import statistics_dtype
 
-BASE = 10000.0
+
+def wan_axes(head_dim: int) -> tuple[int, int, int]:
+    """How many of a head's channels turn with frame, row and column in Wan 2.1: of D / 2 pairs a third, rounded down,
+    with the row, as many with the column, and the rest, which come first, with the frame."""
+    third = 2 * (head_dim // 6)
+    return head_dim - 2 * third, third, third
 
 
 def inverse_rms(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -30,35 +35,48 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return ((x * inverse_rms(x, (-1,), eps)).to(x.dtype) * weight).to(x.dtype)
 
 
-def rms_norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same over all heads together: x [B, L, H, D] of any strides, weight [H*D]. A new tensor."""
-    return (x * inverse_rms(x, (-2, -1), eps)).to(x.dtype).mul_(weight.view(x.shape[-2:]))
+def norm_shape(x: Tensor, per_head: bool) -> torch.Size:
+    """Shape of what is normed together in x [B, L, H, D]: all heads, or each by itself."""
+    return x.shape[-1:] if per_head else x.shape[-2:]
+
+
+def rms_norm_heads(x: Tensor, weight: Tensor, eps: float, per_head: bool = False) -> Tensor:
+    """The same for x [B, L, H, D] of any strides, over all heads together, weight [H*D], or per head, weight [D]."""
+    together = norm_shape(x, per_head)
+    inverse = inverse_rms(x, tuple(range(-len(together), 0)), eps)
+    return (x * inverse).to(x.dtype).mul_(weight.view(together))
 
 
 def rotation_table(
-    head_dim: int, frames: int, grid: tuple[int, int], start_frame: int | Tensor, device: torch.device
+    head_dim: int,
+    frames: int,
+    grid: tuple[int, int],
+    start_frame: int | Tensor,
+    device: torch.device,
+    axes: tuple[int, int, int] | None = None,
+    theta: float = 10000.0,
 ) -> Tensor:
     """exp(i angle) of every token and channel pair: complex128 [frames*rows*cols, 1, D/2].
 
-    floor(p/3) of the p = D/2 pairs turn with the row, as many with the column and the rest, which come first, with the
-    frame. Pair i of an axis with m pairs turns by position * 10000^(-i/m). Angles are float64, so that they are right
-    at any frame: float32 would be off by 0.004 rad at frame 100,000.
+    axes: channels that turn with frame, row and column; wan_axes by default. Pair i of an axis with m pairs turns by
+    position * theta^(-i/m). Angles are float64, so that they are right at any frame: float32 would be off by 0.004 rad
+    at frame 100,000.
     """
     rows, cols = grid
-    pairs = head_dim // 2
-    third = pairs // 3
 
-    def turns(count: int, position: int | Tensor, size: int) -> Tensor:  # [size, count]
-        index = torch.arange(count, dtype=torch.float64, device=device)
-        angle = (torch.arange(size, dtype=torch.float64, device=device) + position)[:, None] * BASE ** (-index / count)
+    def turns(channels: int, position: int | Tensor, size: int) -> Tensor:  # [size, channels / 2]
+        index = torch.arange(channels // 2, dtype=torch.float64, device=device)
+        speed = theta ** (-index / max(channels // 2, 1))
+        angle = (torch.arange(size, dtype=torch.float64, device=device) + position)[:, None] * speed
         return torch.polar(torch.ones_like(angle), angle)
 
-    axes = (
-        repeat(turns(pairs - 2 * third, start_frame, frames), "f p -> f r c p", r=rows, c=cols),
-        repeat(turns(third, 0, rows), "r p -> f r c p", f=frames, c=cols) if third else None,
-        repeat(turns(third, 0, cols), "c p -> f r c p", f=frames, r=rows) if third else None,
+    with_frame, with_row, with_col = axes or wan_axes(head_dim)
+    parts = (
+        repeat(turns(with_frame, start_frame, frames), "f p -> f r c p", r=rows, c=cols),
+        repeat(turns(with_row, 0, rows), "r p -> f r c p", f=frames, c=cols),
+        repeat(turns(with_col, 0, cols), "c p -> f r c p", f=frames, r=rows),
     )
-    return torch.cat([axis for axis in axes if axis is not None], -1).flatten(0, 2).unsqueeze(1)
+    return torch.cat(parts, -1).flatten(0, 2).unsqueeze(1)
 
 
 def as_pairs(x: Tensor) -> Tensor | None:

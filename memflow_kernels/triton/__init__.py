@@ -7,6 +7,7 @@ values of index tensors are not read on the host: what a slot or a table names o
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -15,15 +16,17 @@ from .. import reference
 from ..operators import implementations
 
 
-def _float64_by_torch(kernels: Callable) -> Callable:
-    specification = getattr(reference, kernels.__name__)
+def _rest_by_torch(kernels: Callable) -> Callable:
+    """`kernels`, or torch's formula for float64 and where an option is given that they do not take."""
+    specification, taken = getattr(reference, kernels.__name__), len(inspect.signature(kernels).parameters)
 
     @functools.wraps(kernels)
     def run(first: torch.Tensor, *rest: object):
-        return (specification if first.dtype == torch.float64 else kernels)(first, *rest)
+        unserved = first.dtype == torch.float64 or 1 + len(rest) > taken
+        return (specification if unserved else kernels)(first, *rest)
 
     return run
 
 
 # modules of these names give way to their ops
-globals().update({name: _float64_by_torch(run) for name, run in implementations(__name__).items()})
+globals().update({name: _rest_by_torch(run) for name, run in implementations(__name__).items()})
