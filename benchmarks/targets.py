@@ -9,6 +9,7 @@ from .rows import Row
 from .timing import ratio, spread
 
 PUBLISHED = "published path"
+TRAINING = ("training", "backward", "block_causal", "block_causal_step")
 BASE = "wan-1.3b-480p"
 # Rows that bound a stream from below, and what each supposes.
 FLOORS = {
@@ -28,6 +29,7 @@ def targets(rows: list[Row], ceilings: dict) -> list[Target]:
     """The targets that these rows can answer."""
     right = [row for row in rows if row.timed]
     found = [*layer_targets(right), *update_targets(right), *toy_targets(right)]
+    found += training_targets(right)
     gpu = [row for row in right if row.device == "cuda"]
     return [*found, *attention_targets(gpu), *bandwidth_targets(gpu, ceilings), *chunk_targets(gpu)]
 
@@ -35,6 +37,30 @@ def targets(rows: list[Row], ceilings: dict) -> list[Target]:
 def at_least(what: str, value: float, needed: float, unit: str = "x") -> Target:
     shown = (f"{value:.0%}", f">= {needed:.0%}") if unit == "%" else (f"{value:.2f}{unit}", f">= {needed:g}{unit}")
     return Target(what, *shown, "reached" if value >= needed else "NOT reached")
+
+
+def at_most(what: str, value: float, needed: float) -> Target:
+    return Target(what, f"{value:.2f}x", f"<= {needed:g}x", "reached" if value <= needed else "NOT reached")
+
+
+def training_targets(rows: list[Row]) -> Iterator[Target]:
+    """Against torch's attention, whose time and memory are the unit; a backward of fewer frames against a dense one."""
+    for group in dict.fromkeys(row.group for row in rows if row.workload in TRAINING):
+        members = [row for row in rows if row.group == group]
+        ours, few = (best_of_ours([row for row in members if row.activated == mode]) for mode in (False, True))
+        sdpa = next((row for row in members if row.provider == "SDPA flash" and not row.activated), None)
+        if ours is None or sdpa is None:
+            continue
+        if ours.workload == "training":
+            time = ratio(sdpa.seconds, ours.seconds)
+            yield at_most(f"{group}, dense, time against torch's attention", time, 1.5 if ours.case == "tiny" else 1.05)
+            if ours.peak_bytes and sdpa.peak_bytes and ours.case != "tiny":
+                yield at_most(f"{group}, dense, peak memory", ours.peak_bytes / sdpa.peak_bytes, 1.2)
+        elif ours.workload == "backward" and few is not None:
+            yield at_least(f"{group}, activated against dense", ratio(few.seconds, ours.seconds), 1.15)
+        else:
+            for peer in (row for row in members if row is not ours):
+                yield at_least(f"{group} against {peer.provider}", ratio(ours.seconds, peer.seconds), 1.0)
 
 
 def best_of_ours(rows: list[Row]) -> Row | None:

@@ -91,6 +91,7 @@ def memory_attention_backward(
             grad_query = grads[0].to(wide) if grad_query is None else grad_query.add_(grads[0])
             grad_key.add(part, grads[1])
             grad_value.add(part, grads[2])
+            del grads  # before the next part has its own
         grad_queries.append(torch.zeros_like(query[:, rows]) if grad_query is None else grad_query.to(query.dtype))
     grad_query = torch.zeros_like(query) if not grad_queries else grad_queries[0]
     if len(grad_queries) > 1:

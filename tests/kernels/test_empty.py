@@ -29,7 +29,7 @@ def attend(queries, frames, dtype=torch.float32, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"top_k": 1}, {"frame_table": torch.full((2, 2, 3), -1, dtype=torch.int32)}],
+    [{}, {"candidate_frames": 0, "top_k": 1}, {"frame_table": torch.full((2, 2, 3), -1, dtype=torch.int32)}],
     ids=["dense", "top_k", "table"],
 )
 def test_an_empty_memory(options, dtype):
