@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 from diffusers import DiffusionPipeline
@@ -199,7 +198,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         memory = self.memory_config if memory is None else memory
         if not isinstance(memory, MemoryConfig):
             raise MemFlowError(f"memory must be a MemoryConfig, got {type(memory).__name__}")
-        return Stream(
+        stream = Stream(
             self,
             plan=Plan(texts, self.chunks_for(seconds_per_prompt)),
             config=memory,
@@ -207,6 +206,8 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             height=self._check_size("height", self.config.height if height is None else height, 1),
             width=self._check_size("width", self.config.width if width is None else width, 2),
         )
+        self.warn_of_losses(text for row in texts for text in row)
+        return stream
 
     def driver(self, memory: MemoryConfig, seeds: Sequence[int], height: int, width: int) -> ChunkDriver:
         """The model and its memory for stories of one size, without text, sampler and video.
@@ -248,17 +249,18 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
 
     def check_prompt(self, prompt: str | Sequence[str], batch: int) -> tuple[str, ...]:
-        """`prompt` as one text per batch row, or an error that says what is wrong with it. A MemFlowWarning says what
-        of it does not reach the model."""
+        """`prompt` as one text per batch row, or an error that says what is wrong with it."""
         texts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,) * batch
         if not texts or len(texts) != batch:
             raise MemFlowError(f"prompt must have one text per story ({batch}), got {len(texts)}")
         for text in texts:
             check_text(text)
-        for text in dict.fromkeys(texts):
-            for loss in losses(self.tokenizer, text, self.config.text_length):
-                warnings.warn(f"prompt {shorten(text, 60, placeholder=' …')!r}: {loss}", MemFlowWarning, stacklevel=3)
         return texts
+
+    def warn_of_losses(self, prompts: Iterable[str]) -> None:
+        """Warn, with a MemFlowWarning, of what does not reach the model: ends cut off, words it does not know."""
+        for loss in losses(self.tokenizer, prompts, self.config.text_length):
+            warnings.warn(loss, MemFlowWarning, stacklevel=3)
 
     def _check_size(self, name: str, pixels: int, axis: int) -> int:
         step = self.spatial_factor * self.transformer.config.patch_size[axis]

@@ -124,7 +124,9 @@ class Stream(Iterator[Chunk]):
         Raises:
             MemFlowError: not a text, or a blank one.
         """
-        self.plan.send(self.pipeline.check_prompt(prompt, len(self.seeds)))
+        texts = self.pipeline.check_prompt(prompt, len(self.seeds))
+        self.plan.send(texts)
+        self.pipeline.warn_of_losses(texts)
 
     def snapshot(self) -> MemorySnapshot:
         """What the memory holds for the chunk just made. Waits for the device."""

@@ -1,14 +1,22 @@
 """The command line as a person meets it: help, version, and one clear line for everything that is wrong."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from memflow import __version__
 from memflow.cli import main
+from memflow.cli.options import MEMORIES, Request
 from memflow.errors import install_command
+from memflow.memory.policies import POLICIES
+from memflow.models.wan.published import MODELS, PRESETS
 
 GOOD = '{"prompts": ["a fox", "a hare"]}\n'
 
@@ -72,7 +80,12 @@ WRONG = {
     f"generate good.jsonl {OUT} --seed 99999999999999999999": "seed must be a whole number from 0 to 2**63 - 1",
     f"generate good.jsonl {OUT} --seconds-per-prompt 1e300": "seconds_per_prompt must be above 0 and at most",
     f"generate good.jsonl {OUT} --height 128000 --width 128000": "cpu is out of memory",
-    f"generate good.jsonl {OUT} --memory all": "--memory",
+    f"generate good.jsonl {OUT} --memory all": "--memory all: there is no such memory; there are prompt, fifo, diverse",
+    f"generate good.jsonl {OUT} --memory oracle": "--memory oracle: there is no such memory",
+    f"generate good.jsonl {OUT} --memory reference": "--memory reference is called --memory published now",
+    f"generate good.jsonl {OUT} --model toy": "the preset 'toy' is called 'storybook' now",
+    "toy train -o x": "`memflow toy` is `python -m examples.storybook` now",
+    "doctor --gpu h100 --height 8": "--height, --gpu: only with --model NAME",
     f"generate good.jsonl {OUT} --dtype int8": "--dtype",
     f"generate good.jsonl {OUT} --chunks 0": "--chunks",
     f"generate good.jsonl {OUT} --height -1": "--height",
@@ -136,9 +149,67 @@ def test_help_and_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"memflow {__version__}\n"
     assert main(["generate", "--help"]) == 0
-    options = capsys.readouterr().out
-    for option in ("--resume", "--save-state", "--report", "--top-k", "--memory", "--seconds-per-prompt", "--backend"):
-        assert option in options
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in fields(Request):
+        assert field.name in ("story", "prompts") or "--" + field.name.replace("_", "-") in said, field.name
+    for name in MEMORIES:
+        assert f" {name}: " in said
+    for command, names in (("generate", PRESETS), ("download", MODELS)):
+        assert main([command, "--help"]) == 0
+        said = "".join(capsys.readouterr().out.replace("│", " ").split())
+        assert all(name in said for name in names)
+
+
+def test_the_memories_offered_are_the_policies():
+    assert set(MEMORIES) == {*POLICIES, "published"} - {"oracle"}
+
+
+def test_what_a_state_knows_is_refused_with_resume():
+    """All options that shape what is made; those of where and how it runs may be given anew."""
+    anew = {"output", "model", "device", "backend", "prompt_cache", "report", "overwrite", "chunks"}
+    anew |= {"save_state", "save_every", "resume"}
+    given = Request(**{field.name: "x" for field in fields(Request)}).given_again()
+    assert given[:3] == ["STORY", "-p", "--seconds-per-prompt"] and "--top-k" in given
+    assert len(given) == len(fields(Request)) - len(anew)
+    assert Request(**dict.fromkeys(anew, "x")).given_again() == []
+    assert Request(prompts=[], output=Path("a")).given_again() == []
+
+
+@pytest.mark.parametrize("module", ["memflow", "memflow.cli"])
+def test_the_package_runs_as_the_command(module):
+    result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"memflow {__version__}\n")
+
+
+def test_shells_complete_names():
+    """As a shell asks: the words so far, and which of them is to be completed."""
+    code = "import sys; sys.argv = ['memflow']; from memflow.cli import run; run()"
+    asked = {"_MEMFLOW_COMPLETE": "complete_bash", "COMP_WORDS": "memflow generate --memory p", "COMP_CWORD": "3"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked)
+    assert result.stdout.split() == ["prompt", "published"]
+
+
+ORIGINS = {
+    "a checkout": ('{"url": "file:///a%20b/c", "dir_info": {"editable": true}}', "-e '/a b/c[model]'"),
+    "a folder": ('{"url": "file:///a/c", "dir_info": {}}', "'/a/c[model]'"),
+    "a wheel": ('{"url": "file:///a/c.whl", "archive_info": {}}', "'memflow-kernels[model] @ file:///a/c.whl'"),
+    "git": ('{"url": "https://h/x.git", "vcs_info": {"vcs": "git"}}', "'memflow-kernels[model] @ git+https://h/x.git'"),
+    "an index": (None, "'memflow-kernels[model]'"),
+}
+
+
+@pytest.mark.parametrize(("origin", "what"), ORIGINS.values(), ids=ORIGINS)
+def test_what_is_missing_is_installed_from_where_the_package_came(monkeypatch, origin, what):
+    found = SimpleNamespace(read_text=lambda name: origin)
+    monkeypatch.setattr(metadata, "distribution", lambda name: found)
+    assert install_command("model").endswith(f" {what}")
+
+
+def test_the_python_interface_names_a_missing_extra():
+    code = "import sys; sys.modules['diffusers'] = None\nfrom memflow import MemFlowPipeline"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = f"memflow.MemFlowPipeline: this needs the package 'diffusers': {install_command('model')}"
+    assert result.stderr.splitlines()[-1] == f"ModuleNotFoundError: {said}"
 
 
 CHECK = """

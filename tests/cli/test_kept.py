@@ -169,12 +169,12 @@ def test_a_prompt_that_is_cut_is_named_once(generate, tmp_path, capsys):
     small = [str(path), "--seconds-per-prompt", "0.1", *STORY[6:]]
     assert main(["generate", *small, "-o", str(tmp_path / "a.mp4")]) == 0
     error = capsys.readouterr().err
-    assert len(re.findall("^memflow: prompt .*is cut off$", error, re.MULTILINE)) == 1
+    assert len(re.findall("^memflow: the prompt has .*is cut off$", error, re.MULTILINE)) == 1
 
 
 def test_the_python_interface_warns_too():
     pipe = noise_pipeline()
-    with pytest.warns(MemFlowWarning, match=r"prompt 'A fox in the snow .*128 are used: .*is cut off"):
+    with pytest.warns(MemFlowWarning, match=r"the prompt has 318 tokens, 128 are used: .*is cut off"):
         stream = pipe.stream([LONG], seconds_per_prompt=0.1, height=32, width=32)
     with pytest.warns(MemFlowWarning, match="is cut off"):
         stream.send(LONG)

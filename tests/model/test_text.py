@@ -96,9 +96,14 @@ def test_max_length_must_be_positive(tokenizer, encoder):
 
 def test_what_a_model_does_not_see_of_a_prompt_is_said():
     words = TOKENIZERS["fast"]()
-    assert losses(words, " a fox  runs", 4) == []
-    assert losses(words, "a fox, runs a zebra.", 64) == ["the model does not know: fox, zebra"]
-    assert losses(words, "a fox runs a fox", 4) == ["the prompt has 6 tokens, 4 are used: 'a fox' is cut off"]
-    assert losses(ByT5Tokenizer(), "a fox", 5) == ["the prompt has 6 tokens, 5 are used: 'x' is cut off"]
-    (long,) = losses(words, "a fox runs " * 30, 4)
+    assert losses(words, [" a fox  runs"], 4) == []
+    unknown = "the model does not know: zebra, lion"
+    assert losses(words, ["a fox, runs a zebra.", "a lion", "a (zebra)"], 64) == [unknown]
+    cut = "the prompt has 6 tokens, 4 are used: 'a fox' is cut off"
+    assert losses(words, ["a fox runs a fox", "a lion", "a fox  runs a fox"], 4) == [
+        cut,
+        "the model does not know: lion",
+    ]
+    assert losses(ByT5Tokenizer(), ["a fox"], 5) == ["the prompt has 6 tokens, 5 are used: 'x' is cut off"]
+    (long,) = losses(words, ["a fox runs " * 30], 4)
     assert long.endswith("a fox...' is cut off") and len(long) < 130

@@ -66,31 +66,33 @@ def _encode(tokenizer, text_encoder, clean: list[str], max_length: int) -> tuple
     return hidden.masked_fill(~mask[..., None], 0), mask
 
 
-def losses(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> list[str]:
-    """What of a prompt does not reach the model, in one sentence each: what is cut off, and words that are not known.
+def losses(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], max_length: int) -> list[str]:
+    """What of prompts does not reach the model.
 
     Args:
         tokenizer: The encoder's.
-        prompt: A text.
+        prompts: Texts.
         max_length: Tokens that a prompt is cut to.
+
+    Returns:
+        A sentence for each prompt of which the end is cut off, and one for all words that are not known.
     """
-    text, found = clean_prompt(prompt), []
-    tokens = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
-    count, first_cut = len(tokens.input_ids), max_length - 1  # the last one used is the end of the text
-    if count > max_length:
-        if tokenizer.is_fast:
-            end = text[tokens.offset_mapping[first_cut][0] :].strip()
-        else:
-            end = tokenizer.decode(tokens.input_ids[first_cut:], skip_special_tokens=True).strip()
-        end = f"{end[:_SHOWN]}..." if len(end) > _SHOWN else end
-        found.append(f"the prompt has {count} tokens, {max_length} are used: {end!r} is cut off")
-    words = dict.fromkeys(text.split())
+    found, words = [], {}
+    for text in dict.fromkeys(map(clean_prompt, prompts)):
+        tokens = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
+        count, first_cut = len(tokens.input_ids), max_length - 1  # the last one used is the end of the text
+        if count > max_length:
+            if tokenizer.is_fast:
+                end = text[tokens.offset_mapping[first_cut][0] :].strip()
+            else:
+                end = tokenizer.decode(tokens.input_ids[first_cut:], skip_special_tokens=True).strip()
+            end = f"{end[:_SHOWN]}..." if len(end) > _SHOWN else end
+            found.append(f"the prompt has {count} tokens, {max_length} are used: {end!r} is cut off")
+        words |= {word.strip(string.punctuation) or word: None for word in text.split()}
     pieces = tokenizer(list(words), add_special_tokens=False).input_ids if words else []
     unknown = [word for word, ids in zip(words, pieces, strict=True) if tokenizer.unk_token_id in ids]
     if unknown:
-        found.append(
-            f"the model does not know: {', '.join(word.strip(string.punctuation) or word for word in unknown)}"
-        )
+        found.append(f"the model does not know: {', '.join(unknown)}")
     return found
 
 
