@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-LEVELS = 10
+LEVELS = 7
 
 Graph = dict[str, set[str]]
 

@@ -89,7 +89,7 @@ class Share(NamedTuple):
         n, p = self.count, self.value
         middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
         half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # rounding may leave p = 0 or 1 out
 
     def __add__(self, other: tuple[int, int]) -> Share:
         return Share(self.hits + other[0], self.count + other[1])

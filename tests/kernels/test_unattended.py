@@ -109,7 +109,7 @@ def test_numbers_that_are_not_numbers_come_through():
         assert lse.isnan()[0].tolist() == [[False, True, False], [False, False, False]]
 
 
-@pytest.mark.parametrize("frames", [2, 5, 6, 9, 17, 20, 33])
+@pytest.mark.parametrize("frames", [2, 9, 33, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 6, 17, 20))])
 def test_identical_frames_tie(frames):
     """A bank may hold copies: the scores of equal frames must be equal to the last bit, wherever they stand."""
     for head_dim in (4, 24, 64, 128):

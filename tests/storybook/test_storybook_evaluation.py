@@ -19,6 +19,12 @@ def test_wilson_intervals():
     assert Share(1, 2) + Share(2, 3) == Share(3, 5)
 
 
+def test_an_interval_holds_its_share():
+    """Rounding must not leave it out: plots draw the distances, which cannot be negative."""
+    shares = [Share(hits, count) for count in range(1, 60) for hits in range(count + 1)]
+    assert all(share.interval[0] <= share.value <= share.interval[1] for share in shares)
+
+
 def test_chance_of_a_hit():
     assert chance_of_a_hit(10, 1, 6) == pytest.approx(0.6)
     assert chance_of_a_hit(4, 2, 1) == pytest.approx(0.5)

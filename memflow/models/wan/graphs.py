@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from memflow.errors import MemFlowError
-from memflow.memory.frames import Pass, Prompt
+
+if TYPE_CHECKING:
+    from memflow.memory.frames import Pass, Prompt
 
 EAGER_CALLS = 8  # of a size, before it is captured: most sizes of a memory that still grows are gone by then
 
@@ -73,7 +76,7 @@ class GraphedDenoiser:
         latents = latents.clone()
         timestep = torch.zeros(latents.shape[0], dtype=torch.float32, device=latents.device)
         own = {name: value.clone() for name, value in step._asdict().items() if isinstance(value, Tensor)}
-        own_step = step._replace(**own, prompt=Prompt(*(part.clone() for part in step.prompt)))
+        own_step = step._replace(**own, prompt=step.prompt._make(part.clone() for part in step.prompt))
         replay, flow = self.record(lambda: self.denoise(latents, timestep, own_step))
         return Captured(latents, timestep, own_step, step.prompt, replay, flow)
 
@@ -119,6 +122,7 @@ def _changing(step: Pass) -> list[Tensor]:
 
 def _size(latents: Tensor, step: Pass) -> Hashable:
     """All that a captured pass fixes: shapes, the numbers in `step`, and the place of the pool."""
-    numbers = tuple(value for value in step if not isinstance(value, Tensor | Prompt) and value is not step.pools)
+    others = (step.prompt, step.pools)
+    numbers = tuple(v for v in step if not isinstance(v, Tensor) and all(v is not other for other in others))
     shapes = tuple((tuple(x.shape), x.dtype) for x in (latents, *_changing(step), *step.prompt))
     return numbers, shapes, step.pools[0].key.data_ptr()
