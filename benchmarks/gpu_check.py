@@ -2,8 +2,7 @@
 
 Steps, the most valuable first; each ends within LIMIT seconds: `build` (CUDA library; every Triton kernel of the model,
 in parallel, into Triton's cache), `correct` (results at the published size, element by element), `speed` (the table
-beside
-the peers), `tests` (the kernel tests natively), `memcheck` and `racecheck` (compute-sanitizer on small cases).
+beside the peers), `tests` (the kernel tests natively), `memcheck` and `racecheck` (compute-sanitizer on small cases).
 
 Needs torch, triton, numpy, pytest, hypothesis and einops; without nvcc and ninja the CUDA kernels are left out, and the
 reason is printed. Each step is a process of its own, so that one that crashes or hangs takes no other with it, and
