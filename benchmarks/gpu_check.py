@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.sanitizers import sifted
 from memflow_kernels.cuda import extension
-from memflow_kernels.cuda.builder.cache import CACHE_VARIABLE, cache_folder
+from memflow_kernels.cuda.builder import CACHE_VARIABLE, cache_folder
 from memflow_kernels.cuda.builder.toolchain import ARCHITECTURES_VARIABLE, DEFAULT, parse
 
 ROOT = Path(__file__).resolve().parents[1]

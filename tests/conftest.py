@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from memflow_kernels.cuda.builder.cache import CACHE_VARIABLE, cache_folder
+from memflow_kernels.cuda.builder import CACHE_VARIABLE, cache_folder
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
