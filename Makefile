@@ -17,9 +17,10 @@ test: lint
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Everything about the kernels that only a GPU can show, with the machine's own torch and triton. See benchmarks/gpu_check.py.
+# Everything about the kernels that only a GPU can show, with the machine's own torch and triton, or one step of it:
+# make gpu-check STEP=correct. See benchmarks/gpu_check.py.
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check
+	$(PYTHON) -m benchmarks.gpu_check $(STEP)
 
 bench-quick: $(VENV)/installed-model
 	$(BIN)/python -m benchmarks run --suite quick -o bench/quick.json

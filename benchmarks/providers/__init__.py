@@ -3,7 +3,7 @@
 from memflow_kernels.backends import BACKENDS
 
 from .base import Provider
-from .flex import Flex
+from .flex import Flex, FlexFlash
 from .ours import Ours
 from .peers import FLASH_ATTENTION, SDPA, FlashAttention, FlashInfer, Sdpa
 from .published import PublishedPath
@@ -14,6 +14,7 @@ PROVIDERS: dict[str, Provider] = {
         *(Ours(backend) for backend in BACKENDS),
         *(Sdpa(backend) for backend in SDPA),
         Flex(),
+        FlexFlash(),
         *(FlashAttention(version) for version in FLASH_ATTENTION),
         FlashInfer(),
         PublishedPath(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 
@@ -31,3 +33,11 @@ def needs_gpu(device: torch.device) -> str | None:
 
 def needs_half(dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.bfloat16, torch.float16) else "bfloat16 and float16 only"
+
+
+def not_installed(module: str) -> str | None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of the parent package
+        found = None
+    return None if found else f"the module {module} is not installed"

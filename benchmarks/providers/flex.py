@@ -1,8 +1,12 @@
-"""FlexAttention: with activation, a BlockMask per head, made from the choice in every call as a stream needs it."""
+"""FlexAttention, by torch's Triton template or by FlashAttention-4's kernels.
+
+With activation, a BlockMask per head, made from the choice in every call as a stream needs it.
+"""
 
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from ..states import AttentionState
 from ..workloads.training import BlockCausalState
-from .base import Provider
+from .base import Provider, needs_gpu, needs_half, not_installed
 from .gather import choose
 from .steps import Attend, step
 
@@ -19,6 +23,7 @@ BLOCK = 128
 
 class Flex(Provider):
     name = "FlexAttention"
+    options: dict[str, str] = {}  # noqa: RUF012 (of the class, and never changed)
 
     def missing(self, device, dtype):
         if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
@@ -26,7 +31,7 @@ class Flex(Provider):
         return None
 
     def attention(self, state: AttentionState):
-        compiled = torch.compile(flex_attention, dynamic=False)
+        compiled = torch.compile(partial(flex_attention, kernel_options=self.options), dynamic=False)
 
         @torch.no_grad()
         def run() -> Tensor:
@@ -58,6 +63,16 @@ def _block_causal(state: BlockCausalState) -> Attend:
         return compiled(*(x.transpose(1, 2) for x in (query, key, value)), block_mask=mask).transpose(1, 2)
 
     return attend
+
+
+class FlexFlash(Flex):
+    """FlexAttention with the kernels of the package flash-attn-4."""
+
+    name = "FlexAttention FLASH"
+    options = {"BACKEND": "FLASH"}  # noqa: RUF012
+
+    def missing(self, device, dtype):
+        return needs_gpu(device) or needs_half(dtype) or not_installed("flash_attn.cute")
 
 
 def block_mask(state: AttentionState) -> BlockMask:

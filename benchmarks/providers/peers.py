@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..states import AttentionState
 from ..workloads.training import BlockCausalState, TrainingState, block_causal_mask
-from .base import Provider, needs_gpu, needs_half
+from .base import Provider, needs_gpu, needs_half, not_installed
 from .gather import keys_and_values
 from .steps import Attend, backward, step
 
@@ -106,9 +106,19 @@ class FlashInfer(Provider):
         return run
 
 
-def not_installed(module: str) -> str | None:
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # of the parent package
-        found = None
-    return None if found else f"the module {module} is not installed"
+def flashinfer_norm_rope(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float, grid: tuple[int, int, int], heads: int
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """FlashInfer's norm and rotation of video transformers; frames count from 0, and there is no pool to write to.
+
+    qkv [B, L, 3*H*D] bfloat16, as one linear layer for all three leaves them; grid: frames, rows and columns. The call
+    returns query, key and value. Source: docs.flashinfer.ai, flashinfer.norm.fused_qk_rmsnorm_rope.
+    """
+    fused = importlib.import_module("flashinfer.norm").fused_qk_rmsnorm_rope
+    head_dim = qkv.shape[-1] // (3 * heads)
+    third = head_dim // 2 // 3
+    options = {"num_frame_channels": head_dim - 4 * third, "num_height_channels": 2 * third}
+    options |= {"num_width_channels": 2 * third, "head_dim": head_dim, "eps": eps}
+    options |= dict(zip(("ppf", "pph", "ppw"), grid, strict=True))
+    options |= {f"num_heads_{part}": heads for part in "qkv"}
+    return lambda: fused(qkv, weight_q, weight_k, **options)

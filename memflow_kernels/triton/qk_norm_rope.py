@@ -34,7 +34,7 @@ def store_mean(
     tl.store(target + dim, tl.sum(total, 0) / (tokens * 1.0), dim < head_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "runs", "per_frame", "places"])
 def norm_rope_means_kernel(
     key_sums, query_sums,  # [B, frames * runs, H, D] float32, contiguous; query_sums None: no mean of the queries
     frame_mean,  # [B, S, H, D] float32

@@ -13,7 +13,7 @@ from .qk_norm_rope_tiles import first_number, inverse_rms
 from .rotary import axis_speeds, rotate, turns_of_phase
 
 
-@triton.jit(do_not_specialize=["start_frame"])
+@triton.jit(do_not_specialize=["start_frame", "tokens", "heads", "rows", "cols"])
 def norm_rope_backward_kernel(
     grad, x,  # [B, L, H, D]
     weight,  # [H*D]

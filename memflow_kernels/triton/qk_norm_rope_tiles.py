@@ -108,7 +108,7 @@ def norm_rotate(raw, weights, tokens_inside, channels, eps, cos, sin, PIECES: tl
     return turned
 
 
-@triton.jit(do_not_specialize=["start_frame"])
+@triton.jit(do_not_specialize=["start_frame", "tokens", "heads", "rows", "cols", "places"])
 def norm_rope_kernel(
     query, key, value,  # [B, L, H, D]; value None: nothing goes to a pool
     weight_q, weight_k,  # [H*D]

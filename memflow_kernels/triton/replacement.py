@@ -9,7 +9,7 @@ from torch import Tensor
 from .configs import config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "runs", "inner", "mean_heads"])
 def replace_kernel(
     key, value,  # [B, S*N, H, D], a frame seen as [outer, inner] runs of `width` elements
     mean,  # [B, S, H, D] float32
