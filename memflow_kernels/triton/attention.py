@@ -29,6 +29,7 @@ from .attention_tiles import (
 )
 from .descriptors import key_descriptors
 from .gather import gather_frames
+from .integers import cdiv, next_power_of_2
 from .vendor import attend_dense, serves
 
 __all__ = ["memory_attention", "memory_attention_backward"]
@@ -165,20 +166,20 @@ def launch_forward(
     if frame_table is None:
         frame_table, candidate_frames = torch.empty(0, dtype=torch.int32, device=query.device), 0
     query_block = min(query_block or queries, queries)
-    blocks = triton.cdiv(queries, query_block)
+    blocks = cdiv(queries, query_block)
     places = frame_table.shape[-1] if candidate_frames else 0
     config, descriptors = _reading(query, key, value, tokens_per_frame)
     rows, warps = rows_per_tile(config, query_block)
     keys = config.blocks["BN"]
-    units = places * triton.cdiv(tokens_per_frame, keys)
-    units += triton.cdiv(key.shape[1] - candidate_frames * tokens_per_frame, keys)
+    units = places * cdiv(tokens_per_frame, keys)
+    units += cdiv(key.shape[1] - candidate_frames * tokens_per_frame, keys)
     if units == 0:
         out.zero_()
         lse.fill_(-torch.inf)
         return
     if scale <= 0:  # the kernel finds the largest logit before it scales
         query, scale = -query, max(-scale, 1e-30)
-    tiles = batch * heads * blocks * triton.cdiv(query_block, rows)
+    tiles = batch * heads * blocks * cdiv(query_block, rows)
     whole, pieces = schedule(tiles, units, config.resident * configs.multiprocessors(query.device))
     if only_incomplete:
         whole, pieces = tiles, 1
@@ -192,7 +193,7 @@ def launch_forward(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         scale * LOG2_E, *sizes, places, tokens_per_frame, candidate_frames, key.shape[1], whole, pieces,
         BM=rows, BN=keys, DESCRIPTORS=descriptors is not None, ONLY_INCOMPLETE=only_incomplete,
-        PLACES_PAD=triton.next_power_of_2(max(places, 1)), **head_sizes(query),
+        PLACES_PAD=next_power_of_2(max(places, 1)), **head_sizes(query),
         num_warps=warps, num_stages=config.stages,
     )  # fmt: skip
     if shared:

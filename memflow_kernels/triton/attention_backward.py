@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import configs
 from .attention_tiles import chosen_tokens, head_kind, head_sizes, load_rows, query_rows, rows_per_tile, store_rows
+from .integers import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -195,13 +196,13 @@ def memory_attention_backward(
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     frame_table, grad_out, grad_lse, out, lse = (x.contiguous() for x in (frame_table, grad_out, grad_lse, out, lse))
     query_block = min(query_block or queries, queries)
-    blocks = triton.cdiv(queries, query_block)
+    blocks = cdiv(queries, query_block)
     places = frame_table.shape[-1] if candidate_frames else 0
     sizes = head_sizes(query)
 
     offset = torch.empty_like(lse)
     rows_each = 16
-    offset_kernel[(triton.cdiv(batch * queries * heads, rows_each),)](
+    offset_kernel[(cdiv(batch * queries * heads, rows_each),)](
         grad_out, grad_lse, out, offset, batch * queries * heads, queries, heads,
         D=head_dim, D_PAD=sizes["D_PAD"], ROWS=rows_each,
     )  # fmt: skip
@@ -212,7 +213,7 @@ def memory_attention_backward(
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     config = configs.config(f"attention_backward_query_{head_kind(query)}", query.device)
     rows, warps = rows_per_tile(config, query_block)
-    query_kernel[(batch * heads * blocks * triton.cdiv(query_block, rows),)](
+    query_kernel[(batch * heads * blocks * cdiv(query_block, rows),)](
         *inputs, grad_query, *strides, scale, *counts, BM=rows, BN=config.blocks["BN"], **sizes,
         num_warps=warps, num_stages=config.stages,
     )  # fmt: skip
@@ -222,10 +223,10 @@ def memory_attention_backward(
     config = configs.config(f"attention_backward_key_{head_kind(query)}", query.device)
     rows, warps = rows_per_tile(config, query_block)
     keys = config.blocks["BN"]
-    tiles = candidate_frames * triton.cdiv(tokens_per_frame, keys)
-    tiles += triton.cdiv(tokens - candidate_frames * tokens_per_frame, keys)
+    tiles = candidate_frames * cdiv(tokens_per_frame, keys)
+    tiles += cdiv(tokens - candidate_frames * tokens_per_frame, keys)
     key_kernel[(tiles, heads, batch)](
         *inputs, grad_key, grad_value, *strides, scale, *counts, BM=rows, BN=keys, **sizes,
-        PLACES_PAD=triton.next_power_of_2(max(places, 1)), num_warps=warps, num_stages=config.stages,
+        PLACES_PAD=next_power_of_2(max(places, 1)), num_warps=warps, num_stages=config.stages,
     )  # fmt: skip
     return grad_query, grad_key, grad_value

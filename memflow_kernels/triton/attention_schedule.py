@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tiles import query_rows, row_offsets, store_rows
+from .integers import next_power_of_2
 
 MOST_PIECES = 32
 START = 2  # what a program costs before and after its loop over keys, in units
@@ -94,5 +95,5 @@ def combine(
     rows_each = min(rows, 16)
     combine_kernel[(tiles - whole, rows // rows_each)](
         partial_out, partial_lse, out, lse, *sizes, whole, pieces,
-        D=head_dim, D_PAD=max(16, triton.next_power_of_2(head_dim)), BM=rows, ROWS=rows_each,
+        D=head_dim, D_PAD=max(16, next_power_of_2(head_dim)), BM=rows, ROWS=rows_each,
     )  # fmt: skip

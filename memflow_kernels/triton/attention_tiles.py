@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .integers import next_power_of_2
 
 LOG2_E = 1.4426950408889634
 
@@ -73,7 +74,7 @@ def head_kind(query: Tensor) -> str:
 def rows_per_tile(config: configs.Config, query_block: int) -> tuple[int, int]:
     """Query rows per tile, no more than a block of queries needs, and warps, fewer where a tile is smaller."""
     most = config.blocks["BM"]
-    rows = min(most, max(16, triton.next_power_of_2(query_block)))
+    rows = min(most, max(16, next_power_of_2(query_block)))
     return rows, config.warps if rows == most else min(config.warps, 4)
 
 
@@ -81,4 +82,4 @@ def head_sizes(query: Tensor) -> dict[str, object]:
     """The constexpr arguments that follow from the tensors: head size, padded head size, exact products for float32."""
     head_dim = query.shape[3]
     precision = "ieee" if query.dtype == torch.float32 else None
-    return {"D": head_dim, "D_PAD": max(16, triton.next_power_of_2(head_dim)), "PRECISION": precision}
+    return {"D": head_dim, "D_PAD": max(16, next_power_of_2(head_dim)), "PRECISION": precision}

@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .integers import next_power_of_2
 
 Sizes = tuple[int, ...]
 
@@ -23,7 +24,7 @@ def _checked(dtype: torch.dtype, sizes: Sizes, strides: Sizes, rows: int) -> dic
 
     Making one checks its sizes, which takes longer than all the rest of a launch: it is done once per layout.
     """
-    block = [1] * (len(sizes) - 2) + [rows, max(16, triton.next_power_of_2(sizes[-1]))]
+    block = [1] * (len(sizes) - 2) + [rows, max(16, next_power_of_2(sizes[-1]))]
     sample = torch.empty(0, dtype=dtype, device="meta")
     fields = dict(vars(TensorDescriptor(sample, list(sizes), list(strides), block)))
     del fields["base"]

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
+from .integers import cdiv
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def write_means(
     """
     batch, tokens, heads, head_dim = x.shape
     chosen = config("means", x.device)
-    grid = (heads * triton.cdiv(head_dim, chosen.blocks["BLOCK_DIM"]), triton.cdiv(tokens, size), batch)
+    grid = (heads * cdiv(head_dim, chosen.blocks["BLOCK_DIM"]), cdiv(tokens, size), batch)
     if 0 in grid:
         return
     means_kernel[grid](
@@ -84,7 +85,7 @@ def write_means(
 def segment_means(x: Tensor, size: int, mask: Tensor | None = None) -> Tensor:
     """x [B, L, H, D] -> [B, ceil(L / size), H, D] float32."""
     batch, tokens, heads, head_dim = x.shape
-    mean = x.new_empty((batch, triton.cdiv(tokens, size), heads, head_dim), dtype=torch.float32)
+    mean = x.new_empty((batch, cdiv(tokens, size), heads, head_dim), dtype=torch.float32)
     write_means(x, mean, size, mask=mask)
     return mean
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .integers import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -98,8 +99,8 @@ def _launch(out: Tensor) -> tuple[tuple[int], tuple[int, int, int], dict[str, in
     batch, queries, heads, head_dim = out.shape
     rows_total = batch * queries * heads
     config = configs.config("merge", out.device)
-    grid = (triton.cdiv(rows_total, config.blocks["ROWS"]),)
-    dims = {"D": head_dim, "D_PAD": triton.next_power_of_2(head_dim)}
+    grid = (cdiv(rows_total, config.blocks["ROWS"]),)
+    dims = {"D": head_dim, "D_PAD": next_power_of_2(head_dim)}
     return grid, (rows_total, queries, heads), {**dims, **config.options}
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
+from .integers import cdiv, next_power_of_2
 from .pairs import nvidia
 from .qk_norm_rope_tiles import norm_rope_kernel
 
@@ -75,15 +76,15 @@ def _launch_options(query: Tensor) -> dict[str, int]:
     chosen = config("norm_rope", query.device)
     tile, piece, most, run = (chosen.blocks[name] for name in ("TILE", "PIECE", "MOST_PIECES", "RUN"))
     heads, head_dim = query.shape[2:]
-    dims = triton.next_power_of_2(head_dim)
-    together = max(piece // dims, triton.next_power_of_2(triton.cdiv(heads, most)))
-    together = min(together, triton.next_power_of_2(heads))
+    dims = next_power_of_2(head_dim)
+    together = max(piece // dims, next_power_of_2(cdiv(heads, most)))
+    together = min(together, next_power_of_2(heads))
     return {
         "RUN": run,
-        "BLOCK_TOKENS": min(max(tile // (together * dims), 1), triton.next_power_of_2(run)),
+        "BLOCK_TOKENS": min(max(tile // (together * dims), 1), next_power_of_2(run)),
         "BLOCK_HEADS": together,
         "BLOCK_DIM": dims,
-        "PIECES": triton.cdiv(heads, together),
+        "PIECES": cdiv(heads, together),
         "LANE": 8 if query.element_size() == 2 and dims >= 8 else 0,
         "NVIDIA": nvidia(query.device),
         "STAGES": chosen.stages,
@@ -101,7 +102,7 @@ def _launch(states, weights, eps, rows, cols, start_frame, start, new_key, pool=
     options = _launch_options(query)
     frames = tokens // (rows * cols)
     held = pool[1] if pool else new_key
-    norm_rope_kernel[(triton.cdiv(rows * cols, options["RUN"]), frames, batch)](
+    norm_rope_kernel[(cdiv(rows * cols, options["RUN"]), frames, batch)](
         query, key, value, *(weight.contiguous() for weight in weights),
         new_query, new_key, held, *sums, slots, start,
         *query.stride()[:3], *key.stride()[:3], *(key if value is None else value).stride()[:3],
@@ -152,14 +153,14 @@ def qk_norm_rope_write(
     """
     batch, _, heads, head_dim = query.shape
     states, pool, slots = (query, key, value), (pool_key, pool_value, pool_frame_mean), slots.contiguous()
-    frames, runs = slots.shape[0], triton.cdiv(rows * cols, config("norm_rope", query.device).blocks["RUN"])
+    frames, runs = slots.shape[0], cdiv(rows * cols, config("norm_rope", query.device).blocks["RUN"])
     key_sums = query.new_empty((batch, frames * runs, heads, head_dim), dtype=torch.float32)
     sums = key_sums, torch.empty_like(key_sums) if query_mean else None
     place = (eps, rows, cols, start_frame, start)
     new_query = _launch(states, (weight_q, weight_k), *place, pool_key, pool, slots, sums)
     mean = query.new_empty((batch, heads, head_dim) if query_mean else (0,), dtype=torch.float32)
     means = config("means", query.device)
-    grid = (heads * triton.cdiv(head_dim, means.blocks["BLOCK_DIM"]), frames + query_mean, batch)
+    grid = (heads * cdiv(head_dim, means.blocks["BLOCK_DIM"]), frames + query_mean, batch)
     norm_rope_means_kernel[grid](
         *sums, pool_frame_mean, mean, slots, *pool_frame_mean.stride()[:3],
         frames, runs, rows * cols, pool_frame_mean.shape[1], head_dim,

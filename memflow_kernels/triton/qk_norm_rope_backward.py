@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
+from .integers import cdiv, next_power_of_2
 from .means import write_means
 from .qk_norm_rope_tiles import first_number, inverse_rms
 from .rotary import axis_speeds, rotate, turns_of_phase
@@ -70,8 +71,8 @@ def norm_rope_backward_kernel(
 def _launch_options(heads: int, head_dim: int, device: torch.device) -> dict[str, int]:
     """Options of a launch: as many tokens at a time as make up a tile of TILE numbers, 16 per thread at most."""
     options = config("norm_rope_backward", device).options
-    heads, head_dim = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
-    at_once = max(min(options.pop("TILE") // (heads * head_dim), triton.next_power_of_2(options["RUN"])), 1)
+    heads, head_dim = next_power_of_2(heads), next_power_of_2(head_dim)
+    at_once = max(min(options.pop("TILE") // (heads * head_dim), next_power_of_2(options["RUN"])), 1)
     options["num_warps"] = max(options["num_warps"], at_once * heads * head_dim // 512)
     blocks = {"BLOCK_TOKENS": at_once, "BLOCK_HEADS": heads, "BLOCK_DIM": head_dim}
     return {**options, **blocks, "STAGES": options["num_stages"]}
@@ -83,7 +84,7 @@ def _backward(grad, x, weight, eps, rows, cols, start_frame, start):
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grad_x = x.new_empty(x.shape)
     options = _launch_options(heads, head_dim, x.device)
-    runs = triton.cdiv(tokens, options["RUN"])
+    runs = cdiv(tokens, options["RUN"])
     sums = x.new_empty((1, batch * runs, heads, head_dim), dtype=torch.float32)
     norm_rope_backward_kernel[(runs, batch)](
         grad, x, weight.contiguous(), grad_x, sums, start,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
+from .integers import next_power_of_2
 from .means import segment_means
 from .relevance_backward import prompt_relevance_softmax_backward
 from .relevance_tiles import frame_lse, load_tokens, tile_sizes
@@ -79,7 +80,7 @@ def prompt_relevance_mean(text_key: Tensor, frame_mean: Tensor, text_mask: Tenso
             segment_means(text_key, tokens, text_mask), frame_mean, score,
             *frame_mean.stride()[:3],
             float(scale), heads, frames, head_dim,
-            BLOCK_DIM=triton.next_power_of_2(head_dim),
+            BLOCK_DIM=next_power_of_2(head_dim),
             **config("relevance_score", text_key.device).options,
         )  # fmt: skip
     return score

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .integers import cdiv
 from .relevance_tiles import dot_sizes, frame_lse, load_rows, load_tokens, tile_sizes
 
 
@@ -144,8 +145,8 @@ def prompt_relevance_softmax_backward(
     sizes = (float(scale), tokens, heads, frames, tokens_per_frame, head_dim)
     strides = (*text_key.stride()[:3], *key.stride()[:3])
     options = dot_sizes("relevance_gradient", head_dim, key.device)
-    text_blocks = triton.cdiv(tokens, options["BLOCK_TEXT"])
-    key_blocks = triton.cdiv(tokens_per_frame, options["BLOCK_KEYS"])
+    text_blocks = cdiv(tokens, options["BLOCK_TEXT"])
+    key_blocks = cdiv(tokens_per_frame, options["BLOCK_KEYS"])
     states = (text_key, key, total, lse)
     grad_text_kernel[(text_blocks, heads, batch)](*states, grad_text, *strides, *sizes, **options)
     grad_key_kernel[(key_blocks, frames * heads, batch)](*states, grad_key, *strides, *sizes, **options)

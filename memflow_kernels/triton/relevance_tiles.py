@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
+from .integers import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def frame_lse_kernel(
 def tile_sizes(kernel: str, frames: int, device: torch.device) -> dict[str, int]:
     """Options of a kernel that holds BLOCK_TOKENS rows of all frames: together a tile of BLOCK_TILE numbers."""
     options = config(kernel, device).options
-    block = triton.next_power_of_2(frames)
+    block = next_power_of_2(frames)
     return {"BLOCK_TOKENS": max(options.pop("BLOCK_TILE") // block, 1), "BLOCK_FRAMES": block, **options}
 
 
@@ -72,7 +73,7 @@ def dot_sizes(kernel: str, head_dim: int, device: torch.device) -> dict[str, int
     The configurations hold up to 128 channels; 256 take twice the warps.
     """
     options = config(kernel, device).options
-    options["BLOCK_DIM"] = max(triton.next_power_of_2(head_dim), 16)
+    options["BLOCK_DIM"] = max(next_power_of_2(head_dim), 16)
     options["num_warps"] *= 2 if head_dim > 128 else 1
     return options
 
@@ -84,7 +85,7 @@ def frame_lse(text_key: Tensor, key: Tensor, tokens_per_frame: int, scale: float
     lse = key.new_empty((batch, heads, tokens, frames), dtype=torch.float32)
     precision = "float32" if key.dtype == torch.float32 else "half"
     options = dot_sizes(f"relevance_lse_{precision}", head_dim, key.device)
-    frame_lse_kernel[(triton.cdiv(tokens, options["BLOCK_TEXT"]), frames * heads, batch)](
+    frame_lse_kernel[(cdiv(tokens, options["BLOCK_TEXT"]), frames * heads, batch)](
         text_key, key, lse,
         *text_key.stride()[:3], *key.stride()[:3],
         float(scale), tokens, heads, frames, tokens_per_frame, head_dim,

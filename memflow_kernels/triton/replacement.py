@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
+from .integers import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["slots", "runs", "inner", "mean_heads"])
@@ -75,9 +76,9 @@ def replace_frame(
         for number in (part.stride(0), per_frame * part.stride(1), *of_runs)
     ]
     options = config("replace", pool_key.device).options
-    block = min(options["BLOCK"], triton.next_power_of_2(width))
-    at_once = min(options["BLOCK"] // block, triton.next_power_of_2(outer * inner))
-    replace_kernel[(triton.cdiv(width, block), triton.cdiv(outer * inner, at_once), batch)](
+    block = min(options["BLOCK"], next_power_of_2(width))
+    at_once = min(options["BLOCK"] // block, next_power_of_2(outer * inner))
+    replace_kernel[(cdiv(width, block), cdiv(outer * inner, at_once), batch)](
         *parts, pool_frame_mean, slot.contiguous(), source_slot.contiguous(),
         *strides, *pool_frame_mean.stride()[:3],
         slots, outer * inner, inner, width, heads, head_dim,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
+from .integers import cdiv, next_power_of_2
 from .rotary import CIRCLE_PER_RADIAN, rotate, turns_of_phase
 
 
@@ -49,9 +50,9 @@ def _launch(x: Tensor, new: Tensor, places: Tensor, tokens_per_frame: int, chann
     if not frames:
         return
     chosen = config("rotation", x.device)
-    block_dim = triton.next_power_of_2(width)
+    block_dim = next_power_of_2(width)
     rows = max(chosen.blocks["TILE"] // block_dim, 1)
-    grid = (triton.cdiv(tokens_per_frame * heads, rows), frames, batch)
+    grid = (cdiv(tokens_per_frame * heads, rows), frames, batch)
     rotate_keys_kernel[grid](
         x, new, places, *x.stride()[:3], *new.stride()[:3],
         places.stride(0) if places.dim() == 2 else 0, places.stride(-1),

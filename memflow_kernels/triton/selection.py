@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
+from .integers import cdiv, next_power_of_2
 from .means import segment_means
 
 
@@ -54,8 +55,8 @@ def select_kernel(
 def _options(frames: int, head_dim: int, device: torch.device) -> dict[str, int]:
     """Options of a launch: all frames, and as many channels at a time as make up a tile of BLOCK_TILE numbers."""
     options = config("select", device).options
-    block = triton.next_power_of_2(frames)
-    channels = max(min(options.pop("BLOCK_TILE") // block, triton.next_power_of_2(head_dim)), 1)
+    block = next_power_of_2(frames)
+    channels = max(min(options.pop("BLOCK_TILE") // block, next_power_of_2(head_dim)), 1)
     return {"BLOCK_FRAMES": block, "BLOCK_DIM": channels, **options}
 
 
@@ -67,7 +68,7 @@ def select_frames(
     frames = frame_mean.shape[1]
     places = min(top_k, frames)
     size = queries if query_block is None else min(query_block, queries)
-    blocks = triton.cdiv(queries, size)
+    blocks = cdiv(queries, size)
     table = query.new_empty((batch, heads, blocks, places), dtype=torch.int32)
     if places:
         known = size == 1 and query.dtype == torch.float32 and query.is_contiguous()

@@ -108,6 +108,14 @@ def gather_frames(kernels, heads):
     kernels.gather.gather_frames(*pool(heads)[:2], numbers(1, heads, TOP_K), TOKENS, CANDIDATES)
 
 
+def gather_beside_the_window(kernels, heads):
+    """The chosen frames alone, into slots of the pool itself."""
+    held = pool(heads)
+    first, last = CANDIDATES * TOKENS, (CANDIDATES + TOP_K) * TOKENS
+    candidates, scratch = ([part[:, tokens] for part in held[:2]] for tokens in (slice(0, first), slice(first, last)))
+    kernels.gather.gather_into(*candidates, numbers(1, heads, TOP_K), TOKENS, CANDIDATES, *scratch)
+
+
 def frame_means(kernels, heads):
     kernels.frame_means(pool(heads).key[:, : CANDIDATES * TOKENS], TOKENS)
 
@@ -126,19 +134,20 @@ def steps(tokens: int, at_once: int) -> int:
 
 
 # kernel -> (elements that have to be moved or read by one launch, elements that one of its programs covers)
-def elements(kernel: str, heads: int, blocks: dict[str, int]) -> tuple[int, int]:
+def elements(op: str, kernel: str, heads: int, blocks: dict[str, int]) -> tuple[int, int]:
     per_frame = TOKENS * heads * HEAD_DIM
     if kernel == "replace_kernel":
         return LAYERS * per_frame, blocks["RUNS"] * blocks["BLOCK"]
     if kernel == "gather_kernel":
-        return (FRAMES - CANDIDATES + TOP_K) * per_frame, blocks["BN"] * blocks["D_PAD"]
+        frames = TOP_K if op == "gather_beside_the_window" else FRAMES - CANDIDATES + TOP_K
+        return frames * per_frame, blocks["BN"] * blocks["D_PAD"]
     if kernel == "means_kernel":
         return CANDIDATES * per_frame, steps(TOKENS, blocks["BLOCK_TOKENS"]) * blocks["BLOCK_DIM"]
     width = blocks["BLOCK_HEADS"] * blocks["PIECES"] * blocks["BLOCK_DIM"]
     return CHUNK * per_frame, steps(blocks["RUN"], blocks["BLOCK_TOKENS"]) * width
 
 
-OPS = (replace_frame, gather_frames, frame_means, qk_norm_rope_write)
+OPS = (replace_frame, gather_frames, gather_beside_the_window, frame_means, qk_norm_rope_write)
 KERNELS = {"replace_kernel", "gather_kernel", "means_kernel", "norm_rope_kernel"}
 
 
@@ -154,7 +163,7 @@ def report(chip: str, models: list[str], ops: list[str]) -> list[dict]:
         compiled = launch(self, *args, grid=grid, **options)
         if self.__name__ in KERNELS:
             blocks = {name: value for name, value in options.items() if name.isupper()}
-            needed, covered = elements(self.__name__, now["heads"], blocks)
+            needed, covered = elements(now["op"], self.__name__, now["heads"], blocks)
             programs = math.prod(grid)
             warps = compiled.metadata.num_warps
             row = {**now, "kernel": self.__name__, "blocks": blocks, "programs": programs, "warps": warps}

@@ -1,5 +1,8 @@
 """What only the Triton backend has: pieces of tiles, tensor descriptors, the gathered form, tiles cut per block."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -10,8 +13,11 @@ from memflow_kernels.testing import assert_close, draw, poisoned_memory, states
 if available_backends()["triton"] is not None:
     pytest.skip(f"backend triton: {available_backends()['triton']}", allow_module_level=True)
 
-from memflow_kernels.triton import configs, gather
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from memflow_kernels.triton import configs, descriptors, gather
 from memflow_kernels.triton.attention_schedule import schedule
+from memflow_kernels.triton.scratch import attend_beside_window
 
 SIZES = {"tokens_per_frame": 24, "candidate_frames": 3, "scale": 0.25}
 
@@ -128,6 +134,30 @@ def test_gathered_frames():
             assert torch.equal(states_[0, :, h], torch.cat([*chosen, frames[0, 3, :, h], frames[0, 4, :, h]]))
 
 
+@pytest.mark.parametrize("layout", ["dense", "heads_first"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gathered_beside_the_window(layout, seed):
+    """Only the scratch slots change; empty places are computed in place, whatever lay in the slots before."""
+    dtype = torch.float32 if interpreting() else torch.bfloat16
+    query = states(1, 40, 3, 24, dtype=dtype, seed=seed)
+    key, value = (states(1, 7 * 24, 3, 24, dtype=dtype, layout=layout, seed=s, mean=s - 1) for s in (1, 2))
+    scratch = slice(3 * 24, 5 * 24)
+    key[:, scratch], value[:, scratch] = float("nan"), float("nan")
+    before, frame_table = [key.clone(), value.clone()], table(seed=seed)
+    assert (frame_table < 0).any()
+    left = [i for i in range(7 * 24) if not 3 * 24 <= i < 5 * 24]
+    expected = reference.memory_attention(
+        *(x.double() for x in (query, key[:, left], value[:, left])), frame_table, *SIZES.values(), None
+    )
+    with poisoned_memory():
+        actual = attend_beside_window("flash", query, key, value, frame_table, *SIZES.values())
+    for part, wanted in zip(actual, expected, strict=True):
+        assert_close(part, wanted, dtype=dtype, roundings=2)
+    for part, old in zip((key, value), before, strict=True):
+        assert torch.equal(part[:, left], old[:, left])
+        assert not part[:, scratch].isnan().any()
+
+
 @pytest.mark.parametrize("kernel", ["flash"])
 def test_gathered_form(monkeypatch, kernel):
     """Dense attention over gathered frames, and again in place for the heads that have an empty place."""
@@ -136,3 +166,25 @@ def test_gathered_form(monkeypatch, kernel):
     dtype = torch.float32 if interpreting() else torch.bfloat16
     for frame_table in (table(), table().clamp(min=0), table() * 0 - 1, None):
         compare(inputs(dtype), frame_table)
+
+
+def test_descriptors_are_checked_once_per_layout_and_keep_nothing_alive(monkeypatch):
+    """Another call, on other memory of the same layout, costs the host two dictionary look-ups per descriptor."""
+    checks = []
+    check = TensorDescriptor.__post_init__
+    monkeypatch.setattr(TensorDescriptor, "__post_init__", lambda made: (checks.append(made), check(made))[1])
+    sizes = (1, 72, 5, 48)  # of no other test
+    first = descriptors.key_descriptors(torch.zeros(sizes), torch.zeros(sizes), 24, 16)
+    assert len(checks) == 2  # by frame and by token; key and value lie alike
+    checks.clear()
+    key, value = torch.ones(sizes), torch.full(sizes, 2.0)
+    second = descriptors.key_descriptors(key, value, 24, 16)
+    assert not checks
+    assert [made.base is x for made, x in zip(second, (key, value, key, value), strict=True)] == [True] * 4
+    for old, new in zip(first, second, strict=True):
+        assert (old.shape, old.strides, old.block_shape) == (new.shape, new.strides, new.block_shape)
+    alive = weakref.ref(key)
+    del key, second, new
+    gc.collect()
+    assert alive() is None
+    assert descriptors.key_descriptors(torch.zeros(1, 72, 5, 45), torch.zeros(1, 72, 5, 45), 24, 16) is None
