@@ -27,13 +27,16 @@ def per_query(x: Tensor) -> Tensor:
 def weighed(states: Tensor, share: Tensor) -> Tensor:
     """states [B, Lq, H, D] times share [B, H, Lq]; 0 where the share is 0, whatever the states hold there."""
     share = per_query(share)
-    return (states * share).masked_fill(share == 0, 0.0)
+    return (states * share).masked_fill_(share == 0, 0.0)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """out_* [B, Lq, H, D], lse_* [B, H, Lq] -> out, lse of the same shapes."""
     share_a, share_b, lse = merge_weights(lse_a, lse_b)
-    out = weighed(out_a, share_a) + weighed(out_b, share_b)
+    if lse.device.type == "cpu" and (share_a * share_b).all():  # one pass; it cannot hide what an empty side holds
+        out = torch.lerp(out_a.to(lse.dtype), out_b.to(lse.dtype), per_query(share_b))
+    else:
+        out = weighed(out_a, share_a).add_(weighed(out_b, share_b))
     return out.to(out_a.dtype).contiguous(), lse.contiguous()
 
 

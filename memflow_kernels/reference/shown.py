@@ -14,6 +14,7 @@ from torch import Tensor
 from ..dtypes import statistics_dtype
 
 RUNS = 3  # ranges that are attended to one by one rather than gathered
+HALF = (torch.bfloat16, torch.float16)
 SMALL = 2**16  # numbers of always visible keys that are copied next to the chosen ones, rather than merged with them
 
 
@@ -48,7 +49,7 @@ class Gathered:
         rest: Range | None = None,
     ) -> None:
         batch, heads, _ = table.shape
-        self.tokens_per_frame, self.rest = tokens_per_frame, rest
+        self.tokens_per_frame, self.rest, self.numbers = tokens_per_frame, rest, numbers
         some_empty = numbers is None or any(-1 in row for row in numbers)
         self.different = not some_empty and all(len(set(row)) == len(row) for row in numbers)
         self.rows = torch.arange(batch, device=table.device)[:, None, None]
@@ -68,12 +69,25 @@ class Gathered:
 
     def of(self, states: Tensor) -> Tensor:
         """[B, n*N + rest, H, D], a view of [B, H, n*N + rest, D]."""
+        if self.rest is not None and self.empty is None and states[:, self.rest.start :].numel() > SMALL:
+            return self._in_one_pass(states)
         chosen = self._frames(states)[self.rows, self.columns, self.index].flatten(2, 3)
         if self.rest is not None:
             chosen = torch.cat([chosen, self.rest.of(states).transpose(1, 2)], 2)
         if self.empty is not None:
             chosen = chosen.masked_fill(self.empty.unsqueeze(-1), 0.0)
         return chosen.transpose(1, 2)
+
+    def _in_one_pass(self, states: Tensor) -> Tensor:
+        """Chosen frames and the rest, each number read and written once."""
+        batch, _, heads, head_dim = states.shape
+        rest, pieces = self.rest.of(states), []
+        frames = states.unflatten(1, (-1, self.tokens_per_frame))
+        for row in range(batch):
+            for head in range(heads):
+                chosen = self.numbers[(row * heads + head) % len(self.numbers)]
+                pieces += [*(frames[row, frame, :, head] for frame in chosen), rest[row, :, head]]
+        return torch.cat(pieces).view(batch, heads, -1, head_dim).transpose(1, 2)
 
     def add(self, total: Tensor, gradient: Tensor) -> None:
         """Unless no head has a frame twice, place by place: the sums have one order."""
@@ -134,19 +148,21 @@ def _parts(
     rows: list[list[int]] | None,
     tokens_per_frame: int,
     rest: Range,
-    dtype: torch.dtype,
-    head_dim: int,
+    query: Tensor,
 ) -> list[Part]:
     """What the heads see by table [B, H, n]; rows: its numbers, where they can be read."""
     if rows is not None and all(row == rows[0] for row in rows):
         ranges = _runs(rows[0], tokens_per_frame, rest)
         if len(ranges) <= RUNS:
             return ranges
+    dtype = statistics_dtype(query.dtype)  # of the bias that hides empty places
     if rest.start == rest.stop:
         return [Gathered(table, rows, tokens_per_frame, dtype)] if table.shape[-1] else []
     if not table.shape[-1]:
         return [rest]
-    if table.shape[0] * table.shape[1] * (rest.stop - rest.start) * head_dim <= SMALL:
+    small = table.shape[0] * table.shape[1] * (rest.stop - rest.start) * query.shape[3] <= SMALL
+    # in half precision a second call of torch's kernel costs more than the copy
+    if small or (query.dtype in HALF and rows is not None and not any(-1 in row for row in rows)):
         return [Gathered(table, rows, tokens_per_frame, dtype, rest)]
     return [Gathered(table, rows, tokens_per_frame, dtype), rest]
 
@@ -164,7 +180,7 @@ def shown(
     frame_table [B, H, n], or [B, H, blocks, n] with query_block. Neighbouring blocks of queries that see the same are
     one range. Raises ValueError for a number that is no candidate frame, on the CPU.
     """
-    queries, dtype = query.shape[1], statistics_dtype(query.dtype)
+    queries = query.shape[1]
     rest = Range(candidate_frames * tokens_per_frame, tokens)
     if query_block is None:
         frame_table, query_block = frame_table.unsqueeze(2), queries
@@ -181,7 +197,7 @@ def shown(
             found.append((slice(before.start, stop), parts))
         else:
             rows = None if numbers is None else numbers[block]
-            parts = _parts(table, rows, tokens_per_frame, rest, dtype, query.shape[3])
+            parts = _parts(table, rows, tokens_per_frame, rest, query)
             found.append((slice(block * query_block, stop), parts))
     return found
 

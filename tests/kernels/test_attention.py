@@ -223,6 +223,29 @@ def test_activation_gathers_only_what_was_chosen():
     assert copied == [("aten::index", chosen), ("aten::index", chosen)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_attended_to_in_one_call(dtype):
+    """Everything is copied next to what was chosen there, once; the result and its gradients are as exact."""
+    query, key, value = (
+        states(2, tokens, 2, 64, layout="sliced", seed=tokens, dtype=dtype).requires_grad_()
+        for tokens in (4, 1200, 1201)
+    )
+    value = value[:, 1:]
+    table = torch.tensor([[[0, 2, 5], [1, 3, 4]], [[3, 3, 2], [0, 1, 2]]], dtype=torch.int32)
+    options = {"tokens_per_frame": 80, "candidate_frames": 6, "frame_table": table}
+    with Traffic() as traffic, torch.no_grad():
+        memory_attention(query, key, value, **options)
+    assert [name for name, size in traffic.written if size >= key[:, :80].nbytes] == ["aten::cat", "aten::cat"]
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    results = []
+    for inputs in (leaves, wide):
+        out = memory_attention(*inputs, **options)
+        results.append((out, *torch.autograd.grad(out, inputs, states(2, 4, 2, 64, seed=7).to(out.dtype))))
+    for ours, exact in zip(*results, strict=True):
+        assert_close(ours, exact, roundings=3)
+
+
 def test_frames_that_all_heads_chose_are_not_gathered():
     query, key, value = (states(1, tokens, 2, 64, layout="sliced", seed=tokens) for tokens in (4, 15 * 80, 15 * 80))
     table = torch.tensor([[[1, 2, 5], [1, 2, 5]]], dtype=torch.int32)

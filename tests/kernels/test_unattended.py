@@ -109,6 +109,15 @@ def test_numbers_that_are_not_numbers_come_through():
         assert lse.isnan()[0].tolist() == [[False, True, False], [False, False, False]]
 
 
+def test_logits_that_overflow_are_not_taken_for_an_empty_set():
+    """Their log-sum-exp is NaN: +inf is the mark of a set without keys, and a merge would drop it."""
+    query, key, value = (states(1, n, 1, 8, seed=s).abs() for s, n in enumerate((2, 2 * N, 2 * N)))
+    key[0, 0] = torch.inf
+    out, lse = memory_attention(query, key, value, tokens_per_frame=N, return_lse=True)
+    assert lse.isnan().all()
+    assert out.isnan().all()
+
+
 @pytest.mark.parametrize("frames", [2, 9, 33, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 6, 17, 20))])
 def test_identical_frames_tie(frames):
     """A bank may hold copies: the scores of equal frames must be equal to the last bit, wherever they stand."""
