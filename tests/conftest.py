@@ -24,3 +24,13 @@ def cache(tmp_path_factory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The tiny untrained model. Streams share it: they keep everything of their own to themselves."""
+    from benchmarks.untrained import noise_pipeline
+
+    pipeline = noise_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

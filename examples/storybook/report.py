@@ -52,10 +52,10 @@ def plot(results: dict, path: Path) -> None:
     for axis, (length, rows) in zip(axes, results["recall"].items(), strict=True):
         rows = _in_order(rows)
         for i, name in enumerate(COMPARED):
-            shares = [row["shares"][name] for row in rows.values()]
-            errors = [[s["value"] - s["low"] for s in shares], [s["high"] - s["value"] for s in shares]]
+            shares = [Share(row["shares"][name]["hits"], row["shares"][name]["count"]) for row in rows.values()]
+            errors = [[s.value - s.interval[0] for s in shares], [s.interval[1] - s.value for s in shares]]
             at = [k + 0.27 * (i - 1) for k in range(len(rows))]
-            axis.bar(at, [s["value"] for s in shares], 0.25, yerr=errors, label=MEASURES[name], error_kw={"lw": 0.8})
+            axis.bar(at, [s.value for s in shares], 0.25, yerr=errors, label=MEASURES[name], error_kw={"lw": 0.8})
         axis.axhline(1 / 8, color="grey", lw=0.8, ls="--", label="a colour by chance")
         axis.set_xticks(range(len(rows)), rows, rotation=40, ha="right")
         axis.set(

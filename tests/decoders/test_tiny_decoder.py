@@ -210,4 +210,4 @@ def test_on_the_command_line(tmp_path, capfd):
     assert main(["generate", "--resume", state, "-o", video, *model, "--decoder", str(tmp_path / "tiny.pth")]) == 2
     assert "leave out --decoder" in capfd.readouterr().err
     assert main([*begin[:-1], str(tmp_path / "none.pth"), "-o", video]) == 2
-    assert "none.pth: cannot be read as a checkpoint" in capfd.readouterr().err
+    assert "none.pth: cannot be read: No such file" in capfd.readouterr().err
