@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..dtypes import statistics_dtype
 from . import _checks
-from .means import frame_means
+from .means import _frame_means
 from .registration import Registered
-from .selection import select_frames
+from .selection import _select_frames
 
 Layout = Literal["blhd", "bhld"]
 
@@ -229,11 +229,11 @@ def memory_attention(
     grouped = query.shape[2] != key.shape[2]
     if top_k is not None and top_k < candidate_frames and query.shape[1]:  # no queries choose nothing
         if frame_mean is None:
-            frame_mean = frame_means(key[:, : candidate_frames * tokens_per_frame].detach(), tokens_per_frame)
+            frame_mean = _frame_means(key[:, : candidate_frames * tokens_per_frame].detach(), tokens_per_frame)
         if grouped:
             frame_mean = frame_mean.repeat_interleave(query.shape[2] // key.shape[2], 2)
         choosing = query if query_mean is None else query_mean.unsqueeze(1)
-        frame_table = select_frames(choosing, frame_mean, top_k, query_block=query_block)
+        frame_table = _select_frames(choosing.detach(), frame_mean.detach(), top_k, None, query_block)
     sizes = (tokens_per_frame, candidate_frames, scale)
     if grouped:
         out, lse = _grouped(query, key, value, frame_table, sizes, query_block)

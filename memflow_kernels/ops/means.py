@@ -25,6 +25,12 @@ def _backward(ctx, grad):
 _frame_means = Registered("frame_means", _fake, (_setup_context, _backward))
 
 
+@_checks.once_per_kind
+def _check(key: Tensor, tokens_per_frame: int) -> None:
+    _checks.states("key", key, "[B, F*N, H, D]", empty_tokens=True)
+    _checks.frame_count("key", key.shape[1], tokens_per_frame)
+
+
 def frame_means(key: Tensor, tokens_per_frame: int) -> Tensor:
     """Mean key of every frame, per head. Differentiable.
 
@@ -44,6 +50,5 @@ def frame_means(key: Tensor, tokens_per_frame: int) -> Tensor:
         >>> frame_means(torch.ones(1, 12, 2, 16), tokens_per_frame=4).shape
         torch.Size([1, 3, 2, 16])
     """
-    _checks.states("key", key, "[B, F*N, H, D]", empty_tokens=True)
-    _checks.frame_count("key", key.shape[1], tokens_per_frame)
+    _check(key, tokens_per_frame)
     return _frame_means(key, tokens_per_frame)

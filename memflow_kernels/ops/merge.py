@@ -18,6 +18,18 @@ _merge_attention = Registered("merge_attention", _fake)
 Registered("merge_attention_backward", _fake_backward)
 
 
+@_checks.once_per_kind
+def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    _checks.states("out_a", out_a, "[B, Lq, H, D]", empty_tokens=True)
+    _checks.states("out_b", out_b, "[B, Lq, H, D]", empty_tokens=True)
+    _checks.shape("out_b", out_b, tuple(out_a.shape), "[B, Lq, H, D] like out_a")
+    _checks.same_kind("out_b", out_b, "out_a", out_a)
+    batch, queries, heads, _ = out_a.shape
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        _checks.shape(name, lse, (batch, heads, queries), "[B, H, Lq]")
+        _checks.statistics(name, lse, "out_a", out_a)
+
+
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Exact attention over the union of two sets of keys, from the attention over each. Differentiable.
 
@@ -44,12 +56,5 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         >>> torch.allclose(out, memory_attention(query, key, value, tokens_per_frame=4), atol=1e-6)
         True
     """
-    _checks.states("out_a", out_a, "[B, Lq, H, D]", empty_tokens=True)
-    _checks.states("out_b", out_b, "[B, Lq, H, D]", empty_tokens=True)
-    _checks.shape("out_b", out_b, tuple(out_a.shape), "[B, Lq, H, D] like out_a")
-    _checks.same_kind("out_b", out_b, "out_a", out_a)
-    batch, queries, heads, _ = out_a.shape
-    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
-        _checks.shape(name, lse, (batch, heads, queries), "[B, H, Lq]")
-        _checks.statistics(name, lse, "out_a", out_a)
+    _check(out_a, lse_a, out_b, lse_b)
     return _merge_attention(out_a, lse_a, out_b, lse_b)
