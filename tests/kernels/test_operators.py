@@ -17,6 +17,7 @@ from memflow_kernels import (
     prompt_relevance,
     qk_norm_rope,
     replace_frame,
+    rotate_keys,
     select_frames,
 )
 from memflow_kernels.cuda.coverage import LIMITS
@@ -36,6 +37,7 @@ DIFFERENTIABLE = {
     "merge_attention": lambda x: merge_attention(x, LSE, 2 * x, LSE + 1)[0],
     "prompt_relevance_mean": lambda x: prompt_relevance(x, x, tokens_per_frame=2),
     "prompt_relevance_softmax": lambda x: prompt_relevance(x, x, tokens_per_frame=2, aggregate="softmax"),
+    "rotate_keys": lambda x: rotate_keys(x, torch.tensor([3, 1, -2]), tokens_per_frame=2),
     "qk_norm_rope": lambda x: torch.cat(qk_norm_rope(x, 2 * x, **ROTATED, start_frame=1)),
 }
 
