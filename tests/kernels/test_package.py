@@ -35,6 +35,7 @@ def test_public_names():
     assert set(memflow_kernels.__all__) == {
         "Pool",
         "available_backends",
+        "block_causal_table",
         "frame_means",
         "memory_attention",
         "merge_attention",
