@@ -43,7 +43,7 @@ SMALL = (
     "(odd_sizes or any_layout or gradient_equals or larger_sizes or test_cases or low_precision or served)) "
     "or pieces or head_sizes or gathered"
 )
-NATIVE = f"({SMALL}) or test_gpu"
+NATIVE = f"({SMALL}) or test_gpu or (gluon_attention and gpu)"
 WITHOUT_A_GPU = [f"--ignore=tests/kernels/{name}.py" for name in ("test_aot", "test_byte_code", "test_cuda_compile")]
 Found = dict[str, object]
 Report = Callable[[Found], None]
