@@ -23,7 +23,10 @@ FALSE_ALARMS = (
     FalseAlarm("racecheck", r"\bquery_kernel\b", r"hazard|[Rr]ace", "wgmma reads shared memory on its own"),
     FalseAlarm("racecheck", r"\bkey_kernel\b", r"hazard|[Rr]ace", "wgmma reads shared memory on its own"),
     FalseAlarm("racecheck", r"\bframe_lse_kernel\b", r"hazard|[Rr]ace", "wgmma reads shared memory on its own"),
-    FalseAlarm("racecheck", r"gluon", r"hazard|[Rr]ace", "bulk copies and wgmma, in warps of their own"),
+    FalseAlarm(
+        "racecheck", r"\bforward_sm90_kernel\b", r"hazard|[Rr]ace", "bulk copies and wgmma, in warps of their own"
+    ),
+    FalseAlarm("racecheck", r"\bforward_sm100_kernel\b", r"hazard|[Rr]ace", "bulk copies and tcgen05, in own warps"),
 )
 NO_REPORT = re.compile(r"COMPUTE-SANITIZER|SUMMARY|Target application|Error: process didn't terminate|Program hit")
 

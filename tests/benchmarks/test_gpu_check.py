@@ -102,6 +102,13 @@ def test_kernels_that_do_not_compile_are_a_failure(machine, monkeypatch):
     assert not found["passed"] and found["said"][1:] == ["CompilationError: at 1:1"]
 
 
+def test_other_chips_compile_at_first_use(machine, monkeypatch):
+    machine.capability = (8, 6)
+    monkeypatch.setattr(gpu_check, "run", lambda *args: pytest.fail("nothing is to be compiled"))
+    found = gpu_check.build(machine, lambda found: None)
+    assert found["passed"] and found["said"][1] == "nothing compiled ahead of time for sm_86"
+
+
 @pytest.mark.parametrize(
     ("capability", "expected"), [((8, 0), "8.0"), ((8, 7), "8.6"), ((9, 0), "9.0a"), ((12, 1), "12.1")]
 )
