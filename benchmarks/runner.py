@@ -96,6 +96,8 @@ def _checked(
     run = None
     try:
         run = provider.prepare(experiment.workload, workload.state)
+        if workload.warm_first:
+            run()
         returned, row.peak_bytes = peak_bytes(run, device)
         verdict = workload.check(returned)
     except Exception as error:  # whatever a peer does wrong: it is reported, and the others go on

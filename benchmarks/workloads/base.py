@@ -35,6 +35,7 @@ class Workload(ABC):
     name: str
     roundings = 2  # to the dtype on the way, the result's own included
     takes_top_k = True
+    warm_first = False  # a run before the one whose memory counts: the first one of a process has scratch to make
 
     def __init__(self, case: Case, activated: bool, dtype: torch.dtype, device: torch.device, seed: int = 0):
         self.case, self.activated, self.dtype, self.device = case, activated, dtype, device

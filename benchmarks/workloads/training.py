@@ -36,6 +36,7 @@ class Training(Workload):
     value."""
 
     name = "training"
+    warm_first = True
     passes = 3.5  # of the products of a forward: the backward has five where that has two
 
     def make_state(self, seed):
@@ -69,6 +70,7 @@ class BlockCausalStep(Workload):
     CausVid are trained. Runs return out and the gradients of query, key and value."""
 
     name = "block_causal_step"
+    warm_first = True
     takes_top_k = False
     passes = 3.5
 
