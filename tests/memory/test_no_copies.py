@@ -20,8 +20,8 @@ UNIT = TOKENS * HEADS * DIM * 4  # bytes of a frame of K in float32
 # What the layer computes, as opposed to moves: linears, attention, and the arithmetic of norm and rotation.
 COMPUTED = {
     "addmm", "mm", "bmm", "dot", "linear", "_scaled_dot_product_flash_attention_for_cpu",
-    "mul", "div", "add", "sub", "addcmul", "pow", "rsqrt", "sqrt", "reciprocal", "mean", "sum", "square",
-    "linalg_vector_norm", "cos", "sin", "polar", "exp", "log", "lerp", "sigmoid", "logaddexp", "logsumexp", "neg", "sort", "arange",
+    "mul", "div", "add", "sub", "addcmul", "lerp", "log", "pow", "rsqrt", "sqrt", "reciprocal", "mean", "sum", "square",
+    "linalg_vector_norm", "cos", "sin", "polar", "exp", "sigmoid", "logaddexp", "logsumexp", "neg", "sort", "arange",
     "view_as_complex", "view_as_real", "maximum", "isinf", "eq", "lt", "ge", "any", "all", "outer", "ones", "zeros",
 }  # fmt: skip
 
