@@ -22,9 +22,7 @@ def built(kind, **sizes) -> nn.Module:
 
 
 def patched(model: nn.Module, **memory) -> nn.Module:
-    deferring = isinstance(model, DeferringModel)
-    returns = (lambda call: (call.output, None)) if deferring else None
-    names = patch(model, memory=MemoryConfig.published(record_interval=1, **memory), returns=returns)
+    names = patch(model, memory=MemoryConfig.reference(record_interval=1, **memory))
     assert names == ["blocks.0.self_attn", "blocks.1.self_attn"]
     return model
 
@@ -58,20 +56,26 @@ def assert_same(ours: Generator, theirs: Generator, tolerance: float = 1e-5) -> 
 def test_ten_chunks_with_switches(kind, places, top_k):
     sizes = {"batch": 2, "places": places}
     theirs = told(Generator(built(kind, top_k=top_k), **sizes))
-    ours = told(Generator(patched(built(kind), top_k=top_k), **sizes))
+    ours = told(Generator(patched(built(kind, top_k=top_k), top_k=top_k), **sizes))
     assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize(("slots", "sink"), [(6, 3), (9, 0), (13, 2)])
 def test_other_sizes(slots, sink):
-    theirs = told(Generator(built(DeferringModel, sink=sink, top_k=2), slots=slots))
-    ours = patched(built(DeferringModel), top_k=2, local_frames=slots, sink_frames=sink)
+    def of_size():
+        model = built(DeferringModel, sink=sink, top_k=2)
+        for block in model.blocks:
+            block.self_attn.local_attn_size, block.self_attn.max_attention_size = slots, slots * TOKENS
+        return model
+
+    theirs = told(Generator(of_size(), slots=slots))
+    ours = patched(of_size(), top_k=2, local_frames=slots, sink_frames=sink)
     assert_same(told(Generator(ours, slots=slots)), theirs)
 
 
 def test_a_switch_that_empties_the_cache():
     theirs = told(Generator(built(DeferringModel, top_k=2)), empty=True)
-    assert_same(told(Generator(patched(built(DeferringModel), top_k=2)), empty=True), theirs)
+    assert_same(told(Generator(patched(built(DeferringModel, top_k=2), top_k=2)), empty=True), theirs)
 
 
 @pytest.mark.parametrize("top_k", [None, 2], ids=["dense", "activated"])
@@ -113,13 +117,13 @@ def test_the_next_video():
         generator.position, generator.made = 0, []
         return told(generator, 7)
 
-    assert_same(two_videos(patched(built(DeferringModel), top_k=2)), two_videos(built(DeferringModel, top_k=2)))
+    assert_same(two_videos(patched(built(DeferringModel, top_k=2), top_k=2)), two_videos(built(DeferringModel, top_k=2)))
 
 
 def test_inference_mode():
     theirs = told(Generator(built(DeferringModel, top_k=2)), 6, empty=True)
     with torch.inference_mode():
-        ours = told(Generator(patched(built(DeferringModel), top_k=2)), 6, empty=True)
+        ours = told(Generator(patched(built(DeferringModel, top_k=2), top_k=2)), 6, empty=True)
     assert_same(ours, theirs)
 
 
@@ -133,7 +137,7 @@ def test_whoever_is_innermost_says_whether_a_pass_stores():
             return self.model(*arguments, update_cache=update_cache)
 
     wrapper = Wrapper(built(DeferringModel))
-    names = patch(wrapper, returns=lambda call: (call.output, None))
+    names = patch(wrapper)
     assert names == ["model.blocks.0.self_attn", "model.blocks.1.self_attn"]
     cache, x = new_cache(2, 12), torch.zeros(1, CHUNK * TOKENS, DIM)
     ends = []
@@ -179,7 +183,7 @@ def test_no_copy_of_the_cache_is_made(top_k):
 
 
 def test_buffers_go_when_the_caller_drops_them():
-    generator = told(Generator(patched(built(DeferringModel), top_k=2)), 2)
+    generator = told(Generator(patched(built(DeferringModel, top_k=2), top_k=2)), 2)
     before = live_bytes()
     generator.cache, generator.bank, generator.outputs, generator.made = [], [], [], []
     assert before - live_bytes() > 2 * 12 * TOKENS * DIM * 2 * 4
@@ -253,7 +257,7 @@ GRID_SIZES = torch.tensor([[3, 2, 3]])
 )
 def test_a_call_names_what_it_cannot_serve(changes, complaint):
     model = built(StoringModel)
-    patch(model)
+    patch(model, memory=MemoryConfig.reference(record_interval=1))
     arguments = {
         "x": torch.zeros(1, 3 * TOKENS, DIM),
         "seq_lens": torch.tensor([3 * TOKENS]),
