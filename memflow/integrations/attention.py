@@ -18,13 +18,14 @@ JOIN_BELOW = 1 << 17  # numbers of the keys
 
 
 class Planned(NamedTuple):
-    """A call before anything of it has been written. held: the first slot that attention sees, and behind the last.
-    sink: slots that hold frames of the sink. seen: frames of the bank that attention sees. chooses: whether heads
-    choose among sink and bank."""
+    """A call before anything of it has been written. keeps_sink: frames that are encoded again leave the sink alone.
+    first: the first slot that attention sees. sink: slots that hold frames of the sink. seen: frames of the bank that
+    attention sees. chooses: whether heads choose among sink and bank."""
 
     call: Call
     settings: Settings
     stored: bool
+    keeps_sink: bool
     cache: FrameCache
     step: Step
     bank: FrameBank | None
@@ -59,7 +60,7 @@ class CallerAttention:
             if settings.sink:  # it is seen beside a sink only
                 seen = bank.visible(call.kv_bank, call.start, call.start + count, settings, call.is_recache)
         chooses = settings.top_k is not None and settings.top_k < sink + seen
-        return Planned(call, settings, stored, cache, step, bank, first, sink, seen, chooses)
+        return Planned(call, settings, stored, keeps_sink, cache, step, bank, first, sink, seen, chooses)
 
     def run(self, planned: Planned, scores: list[Tensor] | None = None) -> Tensor:
         """The output [B, L, C]; buffers and indices of the caller are what they are after the call. scores: takes what
@@ -97,7 +98,8 @@ class CallerAttention:
         frame = slice(place * tokens, (place + 1) * tokens)
         ends = bank.ends(call.kv_bank, stop, planned.settings)
         bank.record(call.kv_bank, call.kv_cache["k"][:, frame], call.kv_cache["v"][:, frame])
-        if call.start == 0 or stop * tokens > planned.cache.ends()[0]:  # not a chunk stored before
+        again = call.start > 0 and stop <= planned.cache.held.stop
+        if not (again and planned.keeps_sink):  # modules that leave the update to the model count a chunk once
             bank.count(call.kv_bank, ends)
 
     def _write(self, planned: Planned) -> tuple[Tensor, Tensor | None]:
@@ -210,7 +212,7 @@ def _gather(choice: Tensor, sources: list[tuple[Tensor, Tensor]], tokens: int) -
 
 
 def _gather_joined(choice: Tensor, sources: list[tuple[Tensor, Tensor]], tokens: int) -> tuple[Tensor, Tensor]:
-    """The same and, behind what was chosen, the last source whole, in few calls and with one more copy of everything."""
+    """The same and, behind what was chosen, the last source whole; in few calls, with one more copy of everything."""
     whole = sources[-1][0].shape[1] // tokens
     candidates = sum(source[0].shape[1] for source in sources[:-1]) // tokens
     rows, columns, last = _index(choice.shape[0], choice.shape[1], candidates, whole)

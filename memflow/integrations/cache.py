@@ -78,13 +78,13 @@ def _step(
 ) -> Step:
     stop = start + count
     before, lost = _without_unstored(held, start)
-    again = 0 < start and stop <= held.stop
+    again = start > 0 and stop <= held.stop
     if start == 0:
         before, lost, end = (), 0, stop
     elif max(before, default=-1) >= stop:
         raise ValueError(
-            f"current_start: the call ends before frame {stop}, and the cache holds frames up to {max(before)}; a stream "
-            "cannot go back"
+            f"current_start: the call ends before frame {stop}, and the cache holds frames up to {max(before)}; "
+            "a stream cannot go back"
         )
     else:
         end = held.count + stop - held.stop
@@ -123,8 +123,8 @@ def _free_slot(frames: list[int], overwritten: list[tuple[int, int]], sink: int,
         return len(frames) - 1
     if not rolls:
         raise ValueError(
-            f"kv_cache holds {slots} frames and is full; its module keeps all frames and gives up none (local_attn_size "
-            "is -1, or there is none)"
+            f"kv_cache holds {slots} frames and is full; its module keeps all frames and gives up none "
+            "(local_attn_size is -1, or there is none)"
         )
     slot = min(range(sink, slots), key=frames.__getitem__)
     overwritten.append((slot, frames[slot]))

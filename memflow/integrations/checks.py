@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from memflow.config import MemoryConfig
 from memflow.integrations.cache import INDICES
 from memflow.integrations.mirror import version
 from memflow.memory.config import MemoryConfig
@@ -173,7 +172,7 @@ class Inputs:
         default = self.signature.parameters[parameter].default
         if value is None or value is default or (isinstance(value, tuple | dict) and not value):
             return
-        if isinstance(value, Tensor) or isinstance(default, Tensor) or not value == default:
+        if isinstance(value, Tensor) or isinstance(default, Tensor) or value != default:
             got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else reprlib.repr(value)
             raise ValueError(f"{self.name}.forward: its argument {parameter} is not served, got {got}")
 
@@ -196,8 +195,8 @@ class Inputs:
             unusual.append("block_mask")
         if unusual and not self.checked:
             raise ValueError(
-                f"{self.name}.forward: {' and '.join(unusual)} beside kv_cache: some modules ignore it, others attend by "
-                "it or write elsewhere. Only check=True can tell; it must be None"
+                f"{self.name}.forward: {' and '.join(unusual)} beside kv_cache: some modules ignore it, others attend "
+                "by it or write elsewhere. Only check=True can tell; it must be None"
                 + (f" (or cache_start {start}, as current_start)" if "cache_start" in unusual else "")
             )
         return start, tuple(unusual)
@@ -224,7 +223,7 @@ class Inputs:
 
     def _check_cache(self, kv_cache: dict, tokens: int) -> bool:
         """Whether it has indices."""
-        if not isinstance(kv_cache, dict) or not _CACHE_ENTRIES == kv_cache.keys():
+        if not isinstance(kv_cache, dict) or kv_cache.keys() != _CACHE_ENTRIES:
             self._check_entries("kv_cache", kv_cache, ("k", "v"), _CACHE_ENTRIES)
         has_indices = INDICES[0] in kv_cache
         if has_indices != (INDICES[1] in kv_cache):
@@ -241,12 +240,12 @@ class Inputs:
             if kv_cache["k"].shape[1] != frames * tokens:
                 raise ValueError(
                     f"{self.name}: kv_cache['k'] must be [B, {frames} frames * {tokens} tokens, H, D] as memory "
-                    f"says (MemoryConfig.reference(local_frames={frames})), got {list(kv_cache['k'].shape)}"
+                    f"says (MemoryConfig.published(local_frames={frames})), got {list(kv_cache['k'].shape)}"
                 )
         return has_indices
 
     def _check_bank(self, kv_bank: dict, tokens: int, recorded: bool) -> None:
-        if not isinstance(kv_bank, dict) or not _BANK_ENTRIES == kv_bank.keys():
+        if not isinstance(kv_bank, dict) or kv_bank.keys() != _BANK_ENTRIES:
             prototype = ("k_new", "v_new") if recorded else ()
             self._check_entries("kv_bank", kv_bank, ("k", "v", *INDICES, *prototype), _BANK_ENTRIES)
         frames = kv_bank["k"].shape[1] // tokens if self.memory is None else self.memory.bank_frames

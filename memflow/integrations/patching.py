@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from functools import partial
+
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -19,6 +20,7 @@ from memflow.integrations.retrieval import BankUpdate, bank_updates
 from memflow.integrations.returns import PatchedCall, Returns, plain, recognised
 from memflow.integrations.selfcheck import SelfCheck
 from memflow.integrations.settings import ModuleSettings
+from memflow.memory.config import MemoryConfig
 
 ATTRIBUTES = ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads")
 PARAMETERS = ("x", "grid_sizes", "kv_cache", "current_start")
@@ -40,23 +42,23 @@ def patch(
     `local_attn_size`, `max_attention_size`, `record_interval`, `SMA`) and from the buffers. A pass of the model stores
     what it wrote unless the caller passes `update_cache=False` to it (or that is the default of its `forward`).
 
-    With `check`, calls of a kind that has not been seen before (an empty cache, a full one, a prompt switch, ...) run the
-    module's own code on a copy of the cache beside ours, and both must agree: outputs, what is written, indices. Such a
-    call takes as long as both together and, while it runs, memory for two copies of one layer's cache; every layer keeps
-    a copy of the frames that a chunk overwrites until the chunk is stored. Calls of kinds that have been checked pay
-    nothing. A CUDA graph can be captured when the calls in it have been checked.
+    With `check`, calls of a kind that has not been seen before (an empty cache, a full one, a prompt switch, ...) run
+    the module's own code on a copy of the cache beside ours, and both must agree: outputs, what is written, indices.
+    Such a call takes as long as both together and, while it runs, memory for two copies of one layer's cache; every
+    layer keeps a copy of the frames that a chunk overwrites until the chunk is stored. Calls of kinds that have been
+    checked pay a look-up, no copy. A CUDA graph can be captured when the calls in it have been checked.
 
     Args:
         model: the generator, or any module around its self-attentions.
-        memory: `MemoryConfig.reference(...)`, for what modules do not say; it must agree with what they do say.
+        memory: `MemoryConfig.published(...)`, for what modules do not say; it must agree with what they do say.
         returns: makes the return value of a self-attention from a `PatchedCall`, where it is none of the kinds that are
             recognised: the output, or (output, (global end, local end, deferred update)).
         retrieval: also replace the model's own update of its bank (`_apply_cache_updates_before`) by ours: the same
             frames, in a fraction of the time.
         check: run the self-check. Without it, what two forks do differently under the same names is not noticed.
         check_calls: how many calls of every kind are checked in every layer.
-        check_tolerance: the greatest relative difference (Frobenius norm). None: 1e-4 where a CPU computes in float32 or
-            float64, 1e-2 elsewhere.
+        check_tolerance: the greatest relative difference (Frobenius norm). None: 1e-4 where a CPU computes in float32
+            or float64, 1e-2 elsewhere.
 
     Returns:
         The names of the patched modules.
@@ -68,7 +70,7 @@ def patch(
         >>> patch(generator.model)  # doctest: +SKIP
         ['blocks.0.self_attn', 'blocks.1.self_attn']
     """
-    if memory is not None and (not isinstance(memory, MemoryConfig) or memory.published is None):
+    if memory is not None and (not isinstance(memory, MemoryConfig) or memory.published_mode is None):
         raise ValueError(
             "memory: a patched model keeps the memory that its own code maintains, so it must be a "
             f"MemoryConfig.published(...), got {memory!r}"
@@ -84,7 +86,7 @@ def patch(
         )
     for name, module in found.items():
         check_module(name, module, ATTRIBUTES)
-    banks = bank_updates(model) if retrieval else []
+    banks = bank_updates(model) if retrieval else {}
     owners = _owners(model, found)
     mode, sizes = StoreMode(model, set(found.values())), GridSizes()
     for name, module in found.items():
@@ -92,8 +94,8 @@ def patch(
         inputs = Inputs(name, module.forward, memory, sizes, check)
         checking = SelfCheck(name, module, module.forward, check_calls if check else 0, check_tolerance)
         module._memflow_patch = Patch(module, inputs, settings, checking, returns, mode)
-    for update in banks:
-        update.install(check_calls if check else 0)
+    for name, module in banks.items():
+        BankUpdate(name, module, check_calls if check else 0)
     model._memflow_store_mode = mode
     return list(found)
 

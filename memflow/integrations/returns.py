@@ -24,7 +24,7 @@ class PatchedCall(NamedTuple):
 
 Returns = Callable[[PatchedCall], object]
 
-# A deferred update that changes nothing: it has been made. The model leaves the indices alone where it knows the second.
+# A deferred update that changes nothing: it has been made. The second keeps the model from setting the indices.
 DONE = {"action": "none", "is_recompute": True}
 
 
@@ -49,7 +49,9 @@ def recognised(name: str, result: object) -> Returns:
         return plain
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor) and _is_info(result[1]):
         return with_indices if result[1][2] is None else with_update
-    got = f"({', '.join(type(part).__name__ for part in result)})" if isinstance(result, tuple) else type(result).__name__
+    got = (
+        f"({', '.join(type(part).__name__ for part in result)})" if isinstance(result, tuple) else type(result).__name__
+    )
     raise ValueError(
         f"{name}.forward: returns {got}, which is not recognised: say what its block expects, for example "
         "patch(model, returns=lambda call: (call.output, None))"

@@ -3,7 +3,8 @@
 Forks of the published generators share their attributes and signatures and differ in what they compute: positions by
 distance, another sink, a bias. Nothing tells that from outside but their own result. So a call of a kind that has not
 been seen before (the cache empty, half full, rolling for the first, second, third time; a denoising pass, the pass that
-stores; frames encoded again; with a bank, ...) first runs the module's own forward on a copy of what it would have found.
+stores; frames encoded again; with a bank, ...) first runs the module's own forward on a copy of what it would have
+found.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ ROLLS_CHECKED = 3  # how often a cache must have rolled before another roll is n
 
 class Expected(NamedTuple):
     """What the module's own code made of a call. result: its return value. frames: their numbers, in the order in
-    which it found them. kv_cache, kv_bank: its copies of the dictionaries, as it left them. was, was_bank: what it found in
-    them. indices: its two indices before the call."""
+    which it found them. kv_cache, kv_bank: its copies of the dictionaries, as it left them. was, was_bank: what it
+    found in them. indices: its two indices before the call."""
 
     result: object
     frames: tuple[int, ...]
@@ -72,7 +73,7 @@ class SelfCheck:
             call.x.shape,
             call.x.dtype,
         )
-        if planned.step.overwritten and planned.stored or (held.unstored is None and planned.step.overwritten):
+        if (planned.step.overwritten and planned.stored) or (held.unstored is None and planned.step.overwritten):
             self.rolled += 1
         return kind if self.seen[kind] < self.calls else None
 
@@ -81,8 +82,8 @@ class SelfCheck:
         call, cache = planned.call, planned.cache
         if call.x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise ValueError(
-                f"{self.name}: a call of a kind that has not been checked yet is being captured as a CUDA graph; run it "
-                "before, as often as check_calls says, or patch with check=False"
+                f"{self.name}: a call of a kind that has not been checked yet is being captured as a CUDA graph; run "
+                "it before, as often as check_calls says, or patch with check=False"
             )
         found = self._as_found(planned)
         if found is None:
@@ -94,7 +95,9 @@ class SelfCheck:
         if "kv_bank" in given:
             given["kv_bank"] = kv_bank
         was = {name: states[name].clone() for name in ("k", "v")}
-        was_bank = {name: _copied(kv_bank[name]) for name in ("k_new", "v_new", *INDICES) if kv_bank and name in kv_bank}
+        was_bank = {
+            name: _copied(kv_bank[name]) for name in ("k_new", "v_new", *INDICES) if kv_bank and name in kv_bank
+        }
         indices = tuple(int(kv_cache[name]) for name in INDICES if name in kv_cache)
         result = self._call_own(given)
         if not planned.stored:
@@ -197,7 +200,9 @@ class SelfCheck:
             places, states = [(place, slot) for place, slot in enumerate(order)], expected.kv_cache
         else:
             new = set(range(planned.call.start, planned.call.start + planned.call.grid[0]))
-            slot_of = {frame: slot for slot, frame in enumerate(step.frames) if frame not in new or slot not in step.places}
+            slot_of = {
+                frame: slot for slot, frame in enumerate(step.frames) if frame not in new or slot not in step.places
+            }
             places = [(place, slot_of[frame]) for place, frame in enumerate(expected.frames) if frame in slot_of]
             states = expected.was
         for place, slot in places:
@@ -238,7 +243,9 @@ class SelfCheck:
         if planned.chooses:
             return "Usually this means another choice of frames: another top_k, or scores of another kind."
         if call.start == 0:
-            return "Usually this means other positions, another scale of the logits, or values that are not as they came."
+            return (
+                "Usually this means other positions, another scale of the logits, or values that are not as they came."
+            )
         if planned.seen:
             return "Usually this means another record_interval, or a bank that is seen otherwise."
         if planned.step.overwritten or self.rolled:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from memflow.config import MemoryConfig
+from memflow.memory.config import MemoryConfig
 
 _READ = ("sink_size", "global_sink_size", "local_attn_size", "max_attention_size", "record_interval", "SMA")
 _TOP_K = ("top_k", "topk", "sma_top_k", "SMA_top_k")
@@ -18,8 +18,8 @@ PUBLISHED_TOP_K = 3  # of SMA, which the published module has as a number in its
 class Settings(NamedTuple):
     """Sizes in frames, unless they are said to be in tokens.
 
-    sink: the first frames of the cache, kept for ever; None where nobody said. rolls: whether a full cache gives up its oldest frames; one that
-    does not is as long as the video. seen_tokens: the most tokens of the cache that attention sees; None = all.
+    sink: the first frames of the cache, kept for ever; None where nobody said.
+    rolls: whether a full cache gives up its oldest frames; one that does not is as long as the video. seen_tokens: the most tokens of the cache that attention sees; None = all.
     top_k: frames of sink and bank that a head keeps; None = all. record_interval: every how many chunks a prototype is
     recorded; None where nobody said. chunk: frames that are denoised together.
     """
@@ -49,8 +49,8 @@ class ModuleSettings:
         self.settings: Settings | None = None
 
     def read(self, has_indices: bool, has_bank: bool) -> Settings:
-        """Raises ValueError where `memory` disagrees with the module, or where nobody says what a call needs: one with a
-        cache that counts what it holds, or with a bank."""
+        """Raises ValueError where `memory` disagrees with the module, or where nobody says what a call needs: one with
+        a cache that counts what it holds, or with a bank."""
         seen = self._attributes(self.module)
         if self.settings is None or seen != self.seen:
             values = dict(zip(self.names, seen if len(self.names) > 1 else (seen,), strict=True)) if self.names else {}
@@ -65,7 +65,7 @@ class ModuleSettings:
     def _ask_for(self, attribute: str, arguments: str, meaning: str) -> None:
         raise ValueError(
             f"{self.name}.{attribute}: is missing, so {meaning} cannot be read: say "
-            f"memory=MemoryConfig.reference({arguments})"
+            f"memory=MemoryConfig.published({arguments})"
         )
 
     def _settings(self, values: dict) -> Settings:
@@ -107,7 +107,7 @@ class ModuleSettings:
         if named is None and given is None and not self.checked:
             raise ValueError(
                 f"{self.name}.SMA: is on, and how many frames a head keeps cannot be read: say "
-                "memory=MemoryConfig.reference(top_k=...), or let check=True confirm the published 3"
+                "memory=MemoryConfig.published(top_k=...), or let check=True confirm the published 3"
             )
         return named or given or PUBLISHED_TOP_K
 

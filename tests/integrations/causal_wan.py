@@ -90,7 +90,11 @@ class SelfAttention(nn.Module):
         key = self.stored_key(key, self.turn(key, (rows, columns), start))
 
         end, size = current_start + x.shape[1], kv_cache["k"].shape[1]
-        before, held, sink = int(kv_cache["global_end_index"]), int(kv_cache["local_end_index"]), self.sink_size * tokens
+        before, held, sink = (
+            int(kv_cache["global_end_index"]),
+            int(kv_cache["local_end_index"]),
+            self.sink_size * tokens,
+        )
         states = kv_cache if self.store else {name: kv_cache[name].clone() for name in "kv"}
         last = held + end - before
         gone = max(0, last - size) if end > before else 0
@@ -100,7 +104,7 @@ class SelfAttention(nn.Module):
                 states[name][:, sink : held - gone] = states[name][:, sink + gone : held].clone()
         last -= gone
         first = last - x.shape[1]
-        again = not self.store and 0 < current_start and end <= before
+        again = not self.store and current_start > 0 and end <= before
         kept = max(0, sink - first) if again else 0  # the sink stays as it began
         states["k"][:, first + kept : last] = key[:, kept:]
         states["v"][:, first + kept : last] = value[:, kept:]
@@ -201,7 +205,9 @@ class Block(nn.Module):
 class StoringModel(nn.Module):
     """Layers store what they write in every pass."""
 
-    def __init__(self, layers: int = 2, sink: int = 3, top_k: int | None = None, store: bool = True, attention=SelfAttention):
+    def __init__(
+        self, layers: int = 2, sink: int = 3, top_k: int | None = None, store: bool = True, attention=SelfAttention
+    ):
         super().__init__()
         self.num_frame_per_block = CHUNK
         self.blocks = nn.ModuleList(Block(DIM, HEADS, sink, top_k, store, attention) for _ in range(layers))
