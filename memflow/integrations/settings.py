@@ -19,9 +19,11 @@ class Settings(NamedTuple):
     """Sizes in frames, unless they are said to be in tokens.
 
     sink: the first frames of the cache, kept for ever; None where nobody said.
-    rolls: whether a full cache gives up its oldest frames; one that does not is as long as the video. seen_tokens: the most tokens of the cache that attention sees; None = all.
-    top_k: frames of sink and bank that a head keeps; None = all. record_interval: every how many chunks a prototype is
-    recorded; None where nobody said. chunk: frames that are denoised together.
+    rolls: whether a full cache gives up its oldest frames; one that does not is as long as the video.
+    seen_tokens: the most tokens of the cache that attention sees; None = all.
+    top_k: frames of sink and bank that a head keeps; None = all.
+    record_interval: every how many chunks a prototype is recorded; None where nobody said.
+    chunk: frames that are denoised together.
     """
 
     sink: int | None

@@ -92,7 +92,7 @@ def test_names_that_no_model_has(tmp_path, name, message):
 )
 def test_a_part_of_an_image_to_video_model_is_no_model(extra):
     tensors = transformer() | extra
-    with pytest.raises(MemFlowError, match="i2v.pt: is an image-to-video model"):
+    with pytest.raises(MemFlowError, match=r"i2v\.pt: is an image-to-video model"):
         layout_of("transformer", tensors, source="i2v.pt", num_attention_heads=HEADS, partial=True)
 
 
