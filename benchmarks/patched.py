@@ -1,6 +1,6 @@
 """A patched self-attention beside its own code, pass by pass in turns, in one process.
 
-    python -m benchmarks.patched                                   # the tests' own module, at the size of the 1.3B layer
+    python -m benchmarks.patched                                   # the tests' own module, one layer of the 1.3B model
     python -m benchmarks.patched --module FILE.py:Class --sma      # a module of yours: anything that `patch` serves
     python -m benchmarks.patched --grid 3 4 --dim 48 --heads 2 --layers 2 --rounds 200
 
