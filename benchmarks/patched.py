@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from memflow.integrations import patch
 from memflow_kernels.reference.rotary import rotation_table
 
-OWN = f"{Path(__file__).parent.parent}/tests/model/causal_wan.py:SelfAttention"
+OWN = f"{Path(__file__).parent.parent}/tests/integrations/causal_wan.py:SelfAttention"
 SLOTS, SINK, PLACES, CHUNK = 12, 3, 3, 3
 
 
