@@ -65,7 +65,7 @@ def convert(request: Conversion) -> None:
     console = Console(stderr=True, highlight=False, markup=False)
     preset = find_preset(request.preset) if request.preset else Preset()
     with console.status("reading"):
-        sources = find_sources(request.sources, request.lora_alpha, request.weights or preset.weights)
+        sources = find_sources(request.sources, request.lora_alpha, request.weights or preset.weights, preset.lora)
         _refuse_incomplete(sources, request)
         parts = {name: _part(name, sources, request) for name in _STEM if name in sources.models}
     record = _record(sources, request)

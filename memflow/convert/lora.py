@@ -42,13 +42,14 @@ class Lora(NamedTuple):
     assumed_alpha: bool  # nobody said alpha
 
 
-def read_lora(checkpoint: Checkpoint, alpha: float | None = None) -> Lora:
+def read_lora(checkpoint: Checkpoint, alpha: float | None = None, published: tuple[int, float] | None = None) -> Lora:
     """The adapter in a file with names like `blocks.0.self_attn.q.lora_A.weight`. Its scale is alpha / rank.
 
     Args:
         checkpoint: The file.
         alpha: None = per module where the file holds `<module>.alpha`; else `lora_alpha` of an adapter_config.json
-            beside the file; else the rank (a scale of 1), as diffusers assumes too.
+            beside the file; else that of `published`; else the rank (a scale of 1), as diffusers assumes too.
+        published: rank and alpha of the preset's own adapter; alpha counts for modules of that rank.
 
     Raises:
         MemFlowError: Tensors are missing, unexpected or do not fit each other, by name; or alpha is no number.
@@ -68,19 +69,20 @@ def read_lora(checkpoint: Checkpoint, alpha: float | None = None) -> Lora:
     if unpaired:
         raise MemFlowError(f"{source}: {len(unpaired)} missing tensors: {listed(unpaired)}")
     config = _adapter_config(checkpoint.path)
-    updates = {}
+    updates, assumed = {}, 0
     for module, pair in factors.items():
         a, b = pair["A"], pair["B"]
         if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0] or not a.shape[0]:
             raise MemFlowError(f"{source}: {module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit")
         rank = a.shape[0]
-        stated = (alpha, alphas.get(module), config.get("lora_alpha"), rank)
+        recorded = published[1] if published is not None and published[0] == rank else None
+        stated = (alpha, alphas.get(module), config.get("lora_alpha"), recorded, rank)
+        assumed += all(value is None for value in stated[:-1])
         numerator = next(value for value in stated if value is not None)
         if not isinstance(numerator, int | float) or not math.isfinite(numerator):
             raise MemFlowError(f"{source}: {module}: alpha must be a number, got {numerator!r}")
         updates[f"{module}.weight"] = Update(a, b, numerator / (math.sqrt(rank) if config.get("use_rslora") else rank))
-    known = alpha is not None or config.get("lora_alpha") is not None or alphas.keys() == factors.keys()
-    return Lora(checkpoint.path, updates, assumed_alpha=not known)
+    return Lora(checkpoint.path, updates, assumed_alpha=assumed > 0)
 
 
 def check_fits(lora: Lora, weights: Mapping[str, Tensor]) -> None:

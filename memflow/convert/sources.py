@@ -30,7 +30,12 @@ class Sources:
     files: list[Path] = field(default_factory=list)  # all that were read
 
 
-def find_sources(paths: list[Path], lora_alpha: float | None = None, weights: str = GENERATORS[0]) -> Sources:
+def find_sources(
+    paths: list[Path],
+    lora_alpha: float | None = None,
+    weights: str = GENERATORS[0],
+    lora: tuple[int, float] | None = None,
+) -> Sources:
     """What the given files are.
 
     Args:
@@ -38,6 +43,7 @@ def find_sources(paths: list[Path], lora_alpha: float | None = None, weights: st
             earlier's.
         lora_alpha: Of the LoRAs; None = what their files say.
         weights: As in `read_checkpoint`.
+        lora: Rank and alpha of the preset's own LoRA, as in `read_lora`.
 
     Raises:
         MemFlowError: A file is none of ours, or not all there.
@@ -48,9 +54,9 @@ def find_sources(paths: list[Path], lora_alpha: float | None = None, weights: st
             raise MemFlowError(f"{path}: there is no such file or folder")
         found, taken = Sources(), {lora.path.resolve() for lora in sources.loras}
         if path.is_dir():
-            _take_folder(found, path, lora_alpha, weights)
+            _take_folder(found, path, (lora_alpha, lora), weights)
         else:
-            _take(found, read_checkpoint(path, weights), lora_alpha)
+            _take(found, read_checkpoint(path, weights), (lora_alpha, lora))
         sources.models |= found.models
         sources.titles |= found.titles
         sources.generators |= found.generators
@@ -60,14 +66,14 @@ def find_sources(paths: list[Path], lora_alpha: float | None = None, weights: st
     return sources
 
 
-def _take_folder(found: Sources, folder: Path, lora_alpha: float | None, weights: str) -> None:
+def _take_folder(found: Sources, folder: Path, alphas: tuple, weights: str) -> None:
     for file in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES):
         try:
             checkpoint = None if file in found.files else read_checkpoint(file, weights)
         except MemFlowError:
             continue  # other models may lie there too; what is missing in the end is said by name
         if checkpoint:
-            _take(found, checkpoint, lora_alpha)
+            _take(found, checkpoint, alphas)
     folders = sorted({file.parent for name in _TOKENIZER_FILES for file in folder.rglob(name)})
     if len(folders) > 1:
         folders = [path for path in folders if "umt5" in path.name] or folders
@@ -77,7 +83,7 @@ def _take_folder(found: Sources, folder: Path, lora_alpha: float | None, weights
         raise MemFlowError(f"{folder}: holds no files that are known here")
 
 
-def _take(found: Sources, checkpoint: Checkpoint, lora_alpha: float | None) -> None:
+def _take(found: Sources, checkpoint: Checkpoint, alphas: tuple) -> None:
     path, tensors = checkpoint.path, dict(checkpoint.tensors)
     shards, title = _shards(path), path.name
     if len(checkpoint.generators) > 1:
@@ -94,7 +100,7 @@ def _take(found: Sources, checkpoint: Checkpoint, lora_alpha: float | None) -> N
         tensors |= more.tensors
     found.files += shards
     if checkpoint.kind == "lora":
-        found.loras.append(read_lora(checkpoint._replace(tensors=tensors), lora_alpha))
+        found.loras.append(read_lora(checkpoint._replace(tensors=tensors), *alphas))
         return
     if checkpoint.kind in found.models:
         kind = checkpoint.kind.replace("_", " ")

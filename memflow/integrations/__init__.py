@@ -6,6 +6,7 @@ WanTransformer3DModel without `MemFlowPipeline`.
 
 from memflow.integrations.cache import contents
 from memflow.integrations.diffusers import StreamingAttention
-from memflow.integrations.patching import PatchedCall, patch, unpatch
+from memflow.integrations.patching import patch, unpatch
+from memflow.integrations.returns import PatchedCall
 
 __all__ = ["PatchedCall", "StreamingAttention", "contents", "patch", "unpatch"]

@@ -2,77 +2,125 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from memflow.integrations.bank import FrameBank
-from memflow.integrations.cache import FrameCache
-from memflow.memory.config import MemoryConfig
+from memflow.integrations.cache import FrameCache, Step
+from memflow.integrations.checks import Call
+from memflow.integrations.settings import Settings
 from memflow_kernels import memory_attention, merge_attention, qk_norm_rope_write, select_frames
+
+JOIN_BELOW = 1 << 17  # numbers of the keys
+
+
+class Planned(NamedTuple):
+    """A call before anything of it has been written. keeps_sink: frames that are encoded again leave the sink alone.
+    first: the first slot that attention sees. sink: slots that hold frames of the sink. seen: frames of the bank that
+    attention sees. chooses: whether heads choose among sink and bank."""
+
+    call: Call
+    settings: Settings
+    stored: bool
+    keeps_sink: bool
+    cache: FrameCache
+    step: Step
+    bank: FrameBank | None
+    first: int
+    sink: int
+    seen: int
+    chooses: bool
 
 
 class CallerAttention:
     """Attends over what a caller keeps.
 
-    module: the self-attention, for its weights. name: its name in the model, for errors. memory: what the caller's
-    cache holds and how many frames are activated.
+    module: the self-attention, for its weights. name: its name in the model, for errors.
     """
 
-    def __init__(self, module, name: str, memory: MemoryConfig):
-        self.module, self.name, self.memory = module, name, memory
+    def __init__(self, module, name: str):
+        self.module, self.name = module, name
 
-    def __call__(
-        self,
-        x: Tensor,
-        grid: tuple[int, int, int],
-        start: int,
-        kv_cache: dict,
-        kv_bank: dict | None,
-        record: bool,
-        is_recache: bool,
-        stored: bool,
-    ) -> tuple[Tensor, FrameCache]:
-        """x [B, F*N, C] of `grid` = (F, rows, columns), whose first frame has the number `start`."""
-        count, rows, columns = grid
+    def plan(self, call: Call, settings: Settings, stored: bool, keeps_sink: bool) -> Planned:
+        """What a call does to the caller's buffers and what it sees. keeps_sink: as modules do that leave the update of
+        the cache to the model; others write what they are given."""
+        count, rows, columns = call.grid
         tokens = rows * columns
-        cache = FrameCache.of(kv_cache, tokens, self.memory.sink_frames)
-        places = cache.place(start, count)
-        bank = None if kv_bank is None else FrameBank.of(kv_bank, tokens)
-        # The bank is seen from the second chunk on, and only beside a sink.
-        seen = bank.visible(kv_bank) if bank and self.memory.sink_frames and (start or is_recache) else 0
-        candidates = min(self.memory.sink_frames, len(cache.frames)) + seen
-        chooses = self.memory.top_k is not None and self.memory.top_k < candidates
-        if self.memory.top_k is not None:
-            cache.refresh_means(kv_cache)
-        query, query_mean = self._write(x, (rows, columns), start, cache, kv_cache, places, chooses)
-        choice = self._choose(query_mean, cache, bank, kv_bank, seen) if chooses else None
-        out = self._attend(query, choice, cache, kv_cache, kv_bank, seen)
-        cache.end_call(kv_cache, start, start + count, stored)
-        if bank and record and stored and not is_recache:
-            frame = slice(places[0] * tokens, (places[0] + 1) * tokens)
-            recorded = start // (count * self.memory.record_interval) + 1
-            bank.record(kv_bank, kv_cache["k"][:, frame], kv_cache["v"][:, frame], recorded)
-        return self.module.o(out.flatten(2)), cache
+        sink = settings.sink or 0
+        cache = FrameCache.of(call.kv_cache, tokens, sink, settings.rolls and call.has_indices, call.start)
+        step = cache.step(call.start, count, keeps_sink and not call.over_sink, call.x.device)
+        first = self._first_seen(cache, step, settings) if settings.seen_tokens is not None else 0
+        sink = min(sink, len(step.frames))
+        bank, seen = None, 0
+        if call.kv_bank is not None:
+            bank = FrameBank.of(call.kv_bank, tokens)
+            if settings.sink:  # it is seen beside a sink only
+                seen = bank.visible(call.kv_bank, call.start, call.start + count, settings, call.is_recache)
+        chooses = settings.top_k is not None and settings.top_k < sink + seen
+        return Planned(call, settings, stored, keeps_sink, cache, step, bank, first, sink, seen, chooses)
 
-    def _write(
-        self,
-        x: Tensor,
-        grid: tuple[int, int],
-        start: int,
-        cache: FrameCache,
-        kv_cache: dict,
-        places: list[int],
-        chooses: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, planned: Planned, scores: list[Tensor] | None = None) -> Tensor:
+        """The output [B, L, C]; buffers and indices of the caller are what they are after the call. scores: takes what
+        heads have chosen frames by, [B, H, candidates], for who wants to know."""
+        call, cache, step = planned.call, planned.cache, planned.step
+        if planned.settings.top_k is not None:
+            cache.refresh_means(call.kv_cache)
+        query, query_mean = self._write(planned)
+        out = self._attend(planned, query, query_mean, scores)
+        stop = call.start + call.grid[0]
+        if planned.bank is not None and call.update_bank and planned.stored:
+            self._record(planned, stop)
+        cache.end_call(call.kv_cache, step, stop, planned.stored)
+        return self.module.o(out.flatten(2))
+
+    def _first_seen(self, cache: FrameCache, step: Step, settings: Settings) -> int:
+        seen = settings.seen_tokens // cache.tokens
+        if len(step.frames) <= seen:
+            return 0
+        if settings.sink or list(step.frames) != sorted(step.frames):
+            raise ValueError(
+                f"{self.name}.max_attention_size: {settings.seen_tokens} tokens are {seen} frames, and the cache holds "
+                f"{len(step.frames)}; attention to a part of a cache with a sink, or of one that rolls, is not served"
+            )
+        return len(step.frames) - seen
+
+    def _record(self, planned: Planned, stop: int) -> None:
+        call, bank, tokens = planned.call, planned.bank, planned.cache.tokens
+        place = planned.step.places[0]
+        if place < 0 or call.is_recache:
+            raise ValueError(
+                f"{self.name}.forward: update_bank while frames are encoded again is not served: their first one is "
+                "not written"
+            )
+        frame = slice(place * tokens, (place + 1) * tokens)
+        ends = bank.ends(call.kv_bank, stop, planned.settings)
+        bank.record(call.kv_bank, call.kv_cache["k"][:, frame], call.kv_cache["v"][:, frame])
+        again = call.start > 0 and stop <= planned.cache.held.stop
+        if not (again and planned.keeps_sink):  # modules that leave the update to the model count a chunk once
+            bank.count(call.kv_bank, ends)
+
+    def _write(self, planned: Planned) -> tuple[Tensor, Tensor | None]:
         """Queries [B, L, H, D] and, where heads choose frames, their mean [B, H, D]."""
-        module = self.module
-        heads = (module.num_heads, -1)
-        query, key, value = (linear(x).unflatten(2, heads) for linear in (module.q, module.k, module.v))
-        held = kv_cache["k"]
-        if query.shape[::2] != held.shape[::2] or query.shape[3] != held.shape[3] or query.dtype != held.dtype:
+        module, call, step = self.module, planned.call, planned.step
+        x, heads = call.x, module.num_heads
+        if getattr(module, "fused_projections", False):
+            projected = module.to_qkv(x).chunk(3, dim=-1)
+        else:
+            projected = module.q(x), module.k(x), module.v(x)
+        held = call.kv_cache["k"]
+        query, key, value = (y.view(*x.shape[:2], heads, -1) for y in projected)
+        if query.shape[0] != held.shape[0] or query.shape[2:] != held.shape[2:] or query.dtype != held.dtype:
             raise ValueError(
                 f"{self.name}: kv_cache['k'] is {held.dtype} {list(held.shape)}; q, k and v of this call give "
                 f"{query.dtype}, batch {query.shape[0]}, {query.shape[2]} heads x {query.shape[3]}"
+            )
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            raise ValueError(
+                f"{self.name}.forward: gradients are asked for, and a patched model writes into its cache in place: "
+                "call it under torch.no_grad() or torch.inference_mode(), and unpatch(model) to train it"
             )
         written = qk_norm_rope_write(
             query,
@@ -81,38 +129,103 @@ class CallerAttention:
             weight_q=module.norm_q.weight,
             weight_k=module.norm_k.weight,
             eps=module.norm_q.eps,
-            grid=grid,
-            start_frame=torch.full((1,), start, device=x.device),
-            pool=cache.pool(kv_cache),
-            slots=torch.tensor(places, dtype=torch.int32).to(x.device, non_blocking=True),
-            query_mean=chooses,
+            grid=call.grid[1:],
+            start_frame=step.start,
+            pool=planned.cache.pool(call.kv_cache),
+            slots=step.slots,
+            query_mean=planned.chooses,
         )
-        cache.written(kv_cache)
-        return written if chooses else (written, None)
+        planned.cache.written(call.kv_cache)
+        return written if planned.chooses else (written, None)
 
-    def _choose(self, query_mean: Tensor, cache: FrameCache, bank: FrameBank | None, kv_bank, seen: int) -> Tensor:
-        """[B, H, top_k]: what each head keeps of the sink's frames and, numbered on from them, the bank's."""
-        means = cache.frame_mean[:, : min(self.memory.sink_frames, len(cache.frames))]
-        if seen:
-            means = torch.cat([means, bank.frame_means(kv_bank, seen)], dim=1)
-        return select_frames(query_mean.unsqueeze(1), means, self.memory.top_k)
-
-    def _attend(self, query: Tensor, choice: Tensor | None, cache: FrameCache, kv_cache, kv_bank, seen: int) -> Tensor:
-        """Attention over the cache and over `seen` frames of the bank, two buffers that are never joined: each gives
-        its part of the softmax."""
-        tokens, sink = cache.tokens, min(self.memory.sink_frames, len(cache.frames))
+    def _attend(
+        self, planned: Planned, query: Tensor, query_mean: Tensor | None, scores: list[Tensor] | None
+    ) -> Tensor:
+        """Attention over cache and bank, two buffers that are never joined: each gives its part of the softmax."""
+        tokens, sink, seen = planned.cache.tokens, planned.sink, planned.seen
+        cache, bank, held = planned.call.kv_cache, planned.call.kv_bank, len(planned.step.frames)
+        bank_part = [_frames(bank, 0, seen, tokens)] if seen else []
+        if not planned.chooses:
+            return _attention_over([*bank_part, _frames(cache, planned.first, held, tokens)], query, tokens)
+        choice = self._choose(planned, query_mean, scores)
+        if query.device.type == "cpu":  # what was chosen is known here: nothing but that is attended to
+            sources = [_frames(cache, 0, sink, tokens), *bank_part]
+            window = [_frames(cache, sink, held, tokens)] if held > sink else []
+            if window and _small(window[0][0]):
+                return _attention_over([_gather_joined(choice, [*sources, *window], tokens)], query, tokens)
+            return _attention_over([_gather(choice, sources, tokens), *window], query, tokens)
         parts = []
-        for entries, first, frames, candidates in (
-            (kv_cache, 0, len(cache.frames), sink),
-            (kv_bank, sink, seen, seen),
-        ):
-            if not frames:
-                continue
-            activation = {}
-            if choice is not None:
+        for entries, first, frames, candidates in ((cache, 0, held, sink), (bank, sink, seen, seen)):
+            if frames:
                 inside = (choice >= first) & (choice < first + candidates)
                 table = (choice - first).masked_fill(~inside, -1)
+                states = _frames(entries, 0, frames, tokens)
                 activation = {"candidate_frames": candidates, "frame_table": table}
-            states = (entries[name][:, : frames * tokens] for name in ("k", "v"))
-            parts.append(memory_attention(query, *states, tokens_per_frame=tokens, return_lse=True, **activation))
+                parts.append(memory_attention(query, *states, tokens_per_frame=tokens, return_lse=True, **activation))
         return parts[0][0] if len(parts) == 1 else merge_attention(*parts[0], *parts[1])[0]
+
+    def _choose(self, planned: Planned, query_mean: Tensor, scores: list[Tensor] | None) -> Tensor:
+        """[B, H, top_k]: what each head keeps of the sink's frames and, numbered on from them, the bank's."""
+        means = planned.cache.frame_mean[:, : planned.sink]
+        if planned.seen:
+            means = torch.cat([means, planned.bank.frame_means(planned.call.kv_bank, planned.seen)], dim=1)
+        if scores is not None:
+            scores.append(torch.einsum("bhd,bfhd->bhf", query_mean, means))
+        return select_frames(query_mean.unsqueeze(1), means, planned.settings.top_k)
+
+
+def _frames(entries: dict, first: int, stop: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Views of the keys and values of some frames."""
+    if first == 0 and stop * tokens == entries["k"].shape[1]:
+        return entries["k"], entries["v"]
+    return tuple(entries[name].narrow(1, first * tokens, (stop - first) * tokens) for name in ("k", "v"))
+
+
+def _small(key: Tensor) -> bool:
+    """Whether joining frames costs less than attending to two parts and merging them, on the host alone."""
+    return key.device.type == "cpu" and key.numel() < JOIN_BELOW
+
+
+def _attention_over(parts: list[tuple[Tensor, Tensor]], query: Tensor, tokens: int) -> Tensor:
+    if len(parts) > 1 and _small(parts[-1][0]):
+        parts = [tuple(torch.cat(states, dim=1) for states in zip(*parts, strict=True))]
+    if len(parts) == 1:
+        return memory_attention(query, *parts[0], tokens_per_frame=tokens)
+    outs = [memory_attention(query, *part, tokens_per_frame=tokens, return_lse=True) for part in parts]
+    return merge_attention(*outs[0], *outs[1])[0]
+
+
+def _gather(choice: Tensor, sources: list[tuple[Tensor, Tensor]], tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, k * N, H, D] of the frames in choice [B, H, k], which counts on through the sources; each is
+    copied once. A head's tokens follow one another."""
+    table = choice.tolist()
+    gathered = []
+    for part in (0, 1):
+        chosen = []
+        for row, heads in enumerate(table):
+            for head, numbers in enumerate(heads):
+                frames = [frame for source in sources for frame in source[part][row, :, head].split(tokens)]
+                chosen += [frames[number] for number in numbers]
+        shape = (len(table), len(table[0]), -1, chosen[0].shape[-1])
+        gathered.append(torch.cat(chosen).view(shape).transpose(1, 2))
+    return tuple(gathered)
+
+
+def _gather_joined(choice: Tensor, sources: list[tuple[Tensor, Tensor]], tokens: int) -> tuple[Tensor, Tensor]:
+    """The same and, behind what was chosen, the last source whole; in few calls, with one more copy of everything."""
+    whole = sources[-1][0].shape[1] // tokens
+    candidates = sum(source[0].shape[1] for source in sources[:-1]) // tokens
+    rows, columns, last = _index(choice.shape[0], choice.shape[1], candidates, whole)
+    index = torch.cat([choice, last], dim=2)
+    gathered = []
+    for states in zip(*sources, strict=True):
+        frames = torch.cat(states, dim=1).unflatten(1, (-1, tokens)).permute(0, 3, 1, 2, 4)  # [B, H, F, N, D]
+        gathered.append(frames[rows, columns, index].flatten(2, 3).transpose(1, 2))
+    return tuple(gathered)
+
+
+@functools.lru_cache(maxsize=16)
+def _index(batch: int, heads: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row, of every head, and of the frames from `first` on, for each of both."""
+    last = torch.arange(first, first + count, dtype=torch.int32).expand(batch, heads, -1)
+    return torch.arange(batch)[:, None, None], torch.arange(heads)[:, None], last

@@ -10,7 +10,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from memflow.integrations.cache import GLOBAL, LOCAL
 from memflow.integrations.mirror import Mirror, version
+from memflow.integrations.settings import Settings
 from memflow_kernels import frame_means
 
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # key buffer -> FrameBank
@@ -21,7 +23,7 @@ class FrameBank:
 
     def __init__(self, tokens: int):
         self.tokens = tokens
-        self.global_end, self.local_end = Mirror("global_end_index"), Mirror("local_end_index")
+        self.global_end, self.local_end = Mirror(GLOBAL), Mirror(LOCAL)
         self.means: tuple[int | None, Tensor] | None = None
 
     @classmethod
@@ -32,9 +34,19 @@ class FrameBank:
             bank = _KNOWN[kv_bank["k"]] = cls(tokens)
         return bank
 
-    def visible(self, kv_bank: dict) -> int:
-        """Frames that attention sees: as many as were recorded, at most as many as there are places."""
-        return min(self.local_end.read(kv_bank), kv_bank["k"].shape[1]) // self.tokens
+    def ends(self, kv_bank: dict, stop: int, settings: Settings) -> tuple[int, int]:
+        """Its indices in frames once a call that ends before frame `stop` has been stored: prototypes are counted as
+        one per `record_interval` chunks since the beginning of the video."""
+        recorded = (stop // settings.chunk - 1) // settings.record_interval + 1
+        before = self.local_end.read(kv_bank) - self.global_end.read(kv_bank)
+        return recorded, before // self.tokens + recorded
+
+    def visible(self, kv_bank: dict, start: int, stop: int, settings: Settings, is_recache: bool) -> int:
+        """Frames that attention sees in a call from `start` to `stop`: those recorded before it."""
+        _, recorded = self.ends(kv_bank, stop, settings)
+        if not is_recache and start // settings.chunk % settings.record_interval == 0:
+            recorded -= 1  # its own prototype
+        return max(0, min(recorded, kv_bank["k"].shape[1] // self.tokens))
 
     def frame_means(self, kv_bank: dict, frames: int) -> Tensor:
         """[B, frames, H, D]: mean keys, computed again when the caller has written into the bank."""
@@ -44,9 +56,12 @@ class FrameBank:
             self.means = count, frame_means(key[:, : frames * self.tokens], self.tokens)
         return self.means[1]
 
-    def record(self, kv_bank: dict, key: Tensor, value: Tensor, recorded: int) -> None:
-        """Make `key` and `value` [B, N, H, D] the pending prototype, number `recorded`."""
+    def record(self, kv_bank: dict, key: Tensor, value: Tensor) -> None:
+        """Make `key` and `value` [B, N, H, D] the pending prototype."""
         kv_bank["k_new"].copy_(key)
         kv_bank["v_new"].copy_(value)
-        self.global_end.write(kv_bank, recorded * self.tokens)
-        self.local_end.write(kv_bank, recorded * self.tokens)
+
+    def count(self, kv_bank: dict, ends: tuple[int, int]) -> None:
+        """Set its indices, in frames."""
+        self.global_end.write(kv_bank, ends[0] * self.tokens)
+        self.local_end.write(kv_bank, ends[1] * self.tokens)

@@ -7,6 +7,9 @@ newest frames behind it in order. Here a new frame takes the slot of the oldest 
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -16,143 +19,240 @@ from memflow_kernels import Pool, frame_means
 
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # key buffer -> FrameCache
 
+GLOBAL, LOCAL = INDICES = ("global_end_index", "local_end_index")
 
-class FrameCache:
-    """Which frame each slot of one layer's cache holds.
 
-    frames: their numbers, slot by slot; slots behind them are empty. sink: slots whose frames are never given up.
-    unstored: first frame of a chunk that a denoising pass wrote and that has not been stored yet. lost: frames of the
-    cache that were overwritten by it.
+class Held:
+    """Which frame each slot of a cache holds, before or after a call. All layers of a model go through the same ones,
+    so that what one call makes of them is found out once.
+
+    frames: their numbers, slot by slot; slots behind them are empty.
+    stop, count: the caller's two indices, in frames: behind the last that is stored, and how many are.
+    unstored: first frame of a chunk that a denoising pass wrote and that has not been stored yet.
+    lost: frames of the cache that were overwritten by it.
     """
 
-    def __init__(self, key: Tensor, tokens: int, sink: int):
+    __slots__ = ("count", "frames", "lost", "stop", "unstored")
+
+    def __init__(self, frames: tuple[int, ...], stop: int, count: int, unstored: int | None = None, lost: int = 0):
+        self.frames, self.stop, self.count, self.unstored, self.lost = frames, stop, count, unstored, lost
+
+    def is_like(self, other: Held) -> bool:
+        """The same state: where a pass changes nothing, what follows it has been found out already."""
+        return all(getattr(self, name) == getattr(other, name) for name in Held.__slots__)
+
+    def order(self, sink: int, slots: int) -> list[int]:
+        """Slots in the order that the caller expects. A chunk that is not stored comes first behind the sink: there
+        the frames lay that it overwrote, and the caller's next pass over it gives them up in turn."""
+        unstored = len(self.frames) if self.unstored is None else self.unstored
+        late = self.unstored is not None and self.lost
+        window = range(min(sink, len(self.frames)), len(self.frames))
+        moved = sorted(window, key=lambda slot: (not (late and self.frames[slot] >= unstored), self.frames[slot]))
+        return [*range(window.start), *moved, *range(len(self.frames), slots)]
+
+
+@functools.lru_cache(maxsize=256)
+def _held_by_indices(stop: int, held: int, sink: int) -> Held:
+    """What the caller's own code holds when its indices are `stop` and `held`, in frames."""
+    first = min(held, sink)
+    return Held((*range(first), *range(stop - (held - first), stop)), stop, held)
+
+
+class Step(NamedTuple):
+    """One call. places: the slot of each of its frames, -1 for those that are not kept. slots: the same as a tensor.
+    start: number of its first frame, as the kernels take it. frames: what the slots hold when it has been written.
+    overwritten: (slot, frame) of the stored frames that give way to it. stored, unstored: what is held after it."""
+
+    places: list[int]
+    slots: Tensor
+    start: int | Tensor
+    frames: tuple[int, ...]
+    overwritten: list[tuple[int, int]]
+    stored: Held
+    unstored: Held
+
+
+@functools.lru_cache(maxsize=64)  # all layers, and the passes of a chunk
+def _step(
+    held: Held, start: int, count: int, keeps_sink: bool, sink: int, slots: int, rolls: bool, device: torch.device
+) -> Step:
+    stop = start + count
+    before, lost = _without_unstored(held, start)
+    again = start > 0 and stop <= held.stop
+    if start == 0:
+        before, lost, end = (), 0, stop
+    elif max(before, default=-1) >= stop:
+        raise ValueError(
+            f"current_start: the call ends before frame {stop}, and the cache holds frames up to {max(before)}; "
+            "a stream cannot go back"
+        )
+    else:
+        end = held.count + stop - held.stop
+    frames, overwritten, places = list(before), [], []
+    slot_of = {frame: slot for slot, frame in enumerate(frames) if slot >= sink}
+    for frame in range(start, stop):
+        place = min(end, slots) - (stop - frame)  # where the caller's code has it, or would
+        if place < 0 or (place < sink and again and keeps_sink):
+            slot = -1  # too old, or in the sink, which stays as it began
+        elif place < min(sink, len(frames)):
+            slot = place
+        else:
+            slot = slot_of.get(frame)
+            slot = _free_slot(frames, overwritten, sink, slots, rolls) if slot is None else slot
+        if slot >= 0:
+            frames[slot] = frame
+        places.append(slot)
+    at = torch.tensor(places, dtype=torch.int32)
+    on_host = device.type == "cpu"
+    after = tuple(frames)
+    stored, unstored = Held(after, stop, len(after)), Held(after, held.stop, held.count, start, lost + len(overwritten))
+    return Step(
+        places,
+        at if on_host else at.to(device, non_blocking=True),
+        start if on_host else torch.full((1,), start, device=device),
+        after,
+        overwritten,
+        held if held.is_like(stored) else stored,
+        held if held.is_like(unstored) else unstored,
+    )
+
+
+def _free_slot(frames: list[int], overwritten: list[tuple[int, int]], sink: int, slots: int, rolls: bool) -> int:
+    if len(frames) < slots:
+        frames.append(-1)
+        return len(frames) - 1
+    if not rolls:
+        raise ValueError(
+            f"kv_cache holds {slots} frames and is full; its module keeps all frames and gives up none "
+            "(local_attn_size is -1, or there is none)"
+        )
+    slot = min(range(sink, slots), key=frames.__getitem__)
+    overwritten.append((slot, frames[slot]))
+    return slot
+
+
+def _without_unstored(held: Held, start: int) -> tuple[tuple[int, ...], int]:
+    """(frames, lost) as a call from `start` on finds them."""
+    if held.unstored in (None, start):
+        return held.frames, held.lost
+    if held.lost and start:
+        raise ValueError(
+            f"current_start: the chunk at frame {held.unstored} was denoised and never stored, and a call at frame "
+            f"{start} follows; {held.lost} frames that it should see have been overwritten"
+        )
+    return tuple(frame for frame in held.frames if frame < held.unstored), held.lost
+
+
+class FrameCache:
+    """One layer's cache: what it holds, and the mean key of every slot.
+
+    sink: slots whose frames are never given up. rolls: whether others give theirs up when all are taken.
+    """
+
+    def __init__(self, key: Tensor, tokens: int):
         batch, length, heads, head_dim = key.shape
-        self.tokens, self.sink, self.slots = tokens, sink, length // tokens
+        self.tokens, self.slots = tokens, length // tokens
         mean_dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
         # Beside the caller's buffers, which are not kept here: the key buffer is what this object is found by.
         self.frame_mean = torch.zeros((batch, self.slots, heads, head_dim), dtype=mean_dtype, device=key.device)
         self.key_version: int | None = None
-        self.frames: list[int] = []
-        self.unstored: int | None = None
-        self.lost = 0
-        self.global_end, self.local_end = Mirror("global_end_index"), Mirror("local_end_index")
+        self.sink, self.rolls = 0, True
+        self.held = Held((), 0, 0)
+        self.global_end, self.local_end = Mirror(GLOBAL), Mirror(LOCAL)
         self.expected: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, kv_cache: dict, tokens: int, sink: int) -> FrameCache:
-        """The state of a caller's cache, which may have been filled by its own code so far."""
+    def of(cls, kv_cache: dict, tokens: int, sink: int, rolls: bool, start: int) -> FrameCache:
+        """The state of a caller's cache before a call from frame `start` on; its own code may have filled it so far."""
         key = kv_cache["k"]
         cache = _KNOWN.get(key)
         if cache is None:
-            cache = _KNOWN[key] = cls(key, tokens, sink)
-        cache._follow(kv_cache)
+            cache = _KNOWN[key] = cls(key, tokens)
+        if sink != cache.sink:
+            cache.sink, cache.expected = sink, None
+        cache.rolls = rolls
+        cache._follow(kv_cache, start)
         return cache
 
     def pool(self, kv_cache: dict) -> Pool:
         """The caller's buffers and, beside them, the mean key of every slot."""
         return Pool(kv_cache["k"], kv_cache["v"], self.frame_mean)
 
-    def _follow(self, kv_cache: dict) -> None:
+    def ends(self) -> tuple[int, int]:
+        """The caller's indices as a call has left or found them; of a cache without any, those that it would have."""
+        return self.held.stop * self.tokens, self.held.count * self.tokens
+
+    def _follow(self, kv_cache: dict, start: int) -> None:
         """Take over what the caller did to its indices, a new video for example."""
-        ends = self.global_end.read(kv_cache), self.local_end.read(kv_cache)
+        if GLOBAL in kv_cache:
+            ends = self.global_end.read(kv_cache), self.local_end.read(kv_cache)
+        else:  # it keeps all frames before the call, and what lies behind them does not count
+            ends = (start * self.tokens,) * 2
         if ends == self.expected:
             return
-        for name, end in zip(("global_end_index", "local_end_index"), ends, strict=True):
+        for name, end in zip(INDICES, ends, strict=True):
             if end % self.tokens:
                 raise ValueError(f"kv_cache[{name!r}] is {end}, not a whole number of frames of {self.tokens} tokens")
         stop, held = (end // self.tokens for end in ends)
         if not 0 <= held <= min(self.slots, stop):
             raise ValueError(f"kv_cache: local_end_index {ends[1]} does not fit global_end_index {ends[0]}")
-        first = min(held, self.sink)
-        self.frames = [*range(first), *range(stop - (held - first), stop)]
-        self.unstored, self.lost, self.expected = None, 0, ends
+        self.held, self.expected = _held_by_indices(stop, held, self.sink), ends
 
-    def place(self, start: int, count: int) -> list[int]:
-        """Slots for the frames of a call from frame `start` on, -1 for those that are not kept."""
-        stop = start + count
-        self._forget_unstored(start)
-        if start == 0:
-            self.frames, self.lost = [], 0
-        elif max(self.frames, default=-1) >= stop:
-            raise ValueError(
-                f"current_start: the call ends before frame {stop}, and the cache holds frames up to "
-                f"{max(self.frames)}; a stream cannot go back"
-            )
-        slot_of = {frame: slot for slot, frame in enumerate(self.frames)}
-        oldest = stop - (self.slots - self.sink)
-        places = []
-        for frame in range(start, stop):
-            slot = slot_of.get(frame)
-            if slot is None and (frame >= oldest or len(self.frames) < self.sink):
-                slot = self._free_slot()
-                self.frames[slot] = frame
-            elif slot is None or slot < self.sink:
-                slot = -1  # too old for the window, or a frame of the sink, which stays as it began
-            places.append(slot)
-        return places
+    def step(self, start: int, count: int, keeps_sink: bool, device: torch.device) -> Step:
+        """What a call over `count` frames from `start` on does to the slots. keeps_sink: where it encodes frames again
+        that are stored, those in the place of the sink are not written."""
+        return _step(self.held, start, count, keeps_sink, self.sink, self.slots, self.rolls, device)
 
-    def _free_slot(self) -> int:
-        if len(self.frames) < self.slots:
-            self.frames.append(-1)
-            return len(self.frames) - 1
-        self.lost += 1
-        return min(range(self.sink, self.slots), key=self.frames.__getitem__)
-
-    def _forget_unstored(self, start: int) -> None:
-        if self.unstored in (None, start):
-            return
-        if self.lost and start:
-            raise ValueError(
-                f"current_start: the chunk at frame {self.unstored} was denoised and never stored, and a call at frame "
-                f"{start} follows; {self.lost} frames that it should see have been overwritten"
-            )
-        self.frames = [frame for frame in self.frames if frame < self.unstored]
-        self.unstored = None
-
-    def end_call(self, kv_cache: dict, start: int, stop: int, stored: bool) -> None:
-        """The frames from `start` to `stop` have been written; `stored`: for good."""
+    def end_call(self, kv_cache: dict, step: Step, stop: int, stored: bool) -> None:
+        """The call has been written, up to frame `stop`; `stored`: for good."""
         if not stored:
-            self.unstored = start
+            self.held = step.unstored
             return
-        self.unstored, self.lost = None, 0
-        self.expected = stop * self.tokens, len(self.frames) * self.tokens
-        self.global_end.write(kv_cache, self.expected[0])
-        self.local_end.write(kv_cache, self.expected[1])
+        self.held = step.stored
+        self.expected = self.ends()
+        if GLOBAL in kv_cache:
+            self.global_end.write(kv_cache, self.expected[0])
+            self.local_end.write(kv_cache, self.expected[1])
+
+    def touched(self, kv_cache: dict) -> bool:
+        """Whether anybody else may have written into the key buffer since our last write."""
+        return self.key_version is None or self.key_version != version(kv_cache["k"])
 
     def refresh_means(self, kv_cache: dict) -> None:
         """Before a write of ours: compute the sink's mean keys again if anybody else wrote into the buffer."""
-        key, frames = kv_cache["k"], min(self.sink, len(self.frames))
-        if self.key_version is None or self.key_version != version(key):
-            self.frame_mean[:, :frames] = frame_means(key[:, : frames * self.tokens], self.tokens)
+        if self.touched(kv_cache):
+            frames = min(self.sink, len(self.held.frames))
+            self.frame_mean[:, :frames] = frame_means(kv_cache["k"][:, : frames * self.tokens], self.tokens)
 
     def written(self, kv_cache: dict) -> None:
         """The last write into the buffer was ours."""
         self.key_version = version(kv_cache["k"])
 
     def order(self) -> list[int]:
-        """Slots in the order that the caller expects. A chunk that is not stored comes first behind the sink: there
-        the frames lay that it overwrote, and the caller's next pass over it gives them up in turn."""
-        unstored = len(self.frames) if self.unstored is None else self.unstored
-        late = self.unstored is not None and self.lost
-        window = range(min(self.sink, len(self.frames)), len(self.frames))
-        moved = sorted(window, key=lambda slot: (not (late and self.frames[slot] >= unstored), self.frames[slot]))
-        return [*range(window.start), *moved, *range(len(self.frames), self.slots)]
+        """Slots in the order that the caller expects."""
+        return self.held.order(self.sink, self.slots)
 
 
 def contents(kv_cache: dict) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, slots * N, H, D] of a patched layer's cache as its own code would hold them, made for this.
+    """Keys and values of a patched layer's cache as its own code would hold them, made for this call.
 
-    kv_cache: the caller's dictionary. Sink first, then the window, oldest frame first; empty slots behind.
-    Raises ValueError between the first denoising pass of a chunk and the pass that stores it, when frames that the
-    cache still counts have been overwritten.
+    Args:
+        kv_cache: the caller's dictionary.
+
+    Returns:
+        (key, value), each [B, slots * N, H, D]: sink first, then the window, oldest frame first; empty slots behind.
+
+    Raises:
+        ValueError: between the first denoising pass of a chunk and the pass that stores it, when frames that the cache
+            still counts have been overwritten.
     """
     cache = _KNOWN.get(kv_cache["k"])
     if cache is None:
         return kv_cache["k"].clone(), kv_cache["v"].clone()
-    if cache.unstored is not None and cache.lost:
+    if cache.held.unstored is not None and cache.held.lost:
         raise ValueError(
-            f"contents: the chunk at frame {cache.unstored} is being denoised and has taken the place of {cache.lost} "
-            "frames; ask again after the pass that stores it"
+            f"contents: the chunk at frame {cache.held.unstored} is being denoised and has taken the place of "
+            f"{cache.held.lost} frames; ask again after the pass that stores it"
         )
     order = torch.tensor(cache.order(), device=kv_cache["k"].device)
     frames = (kv_cache[name].unflatten(1, (cache.slots, cache.tokens)) for name in ("k", "v"))

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import reprlib
+import textwrap
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+from memflow.integrations.cache import INDICES
 from memflow.integrations.mirror import version
 from memflow.memory.config import MemoryConfig
 from memflow_kernels.ops._checks import MAX_HEAD_DIM
 from memflow_kernels.reference.rotary import rotation_table
 
 _KNOWN_PARAMETERS = {
-    "x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start", "cache_start",
-    "kv_bank", "update_bank", "is_recache", "update_cache",
+    "x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start", "current_end", "cache_start",
+    "kv_bank", "update_bank", "is_recache", "update_cache", "sink_recache_after_switch",
 }  # fmt: skip
+_CACHE_ENTRIES = {"k", "v", *INDICES}
+_BANK_ENTRIES = {*_CACHE_ENTRIES, "k_new", "v_new"}
 
 
 class Call(NamedTuple):
     """The arguments of a self-attention's forward. grid: (frames, rows, columns). start: number of the first frame.
-    update_cache: None where the module has no such parameter."""
+    over_sink: the sink is encoded again with the rest. update_cache: None where the module has no such parameter.
+    has_indices: the cache counts what it holds; otherwise that is all frames before the call.
+    unusual: arguments that some modules ignore and others do not, as far as they are set. given: all by name."""
 
     x: Tensor
     grid: tuple[int, int, int]
@@ -30,7 +40,11 @@ class Call(NamedTuple):
     kv_bank: dict | None
     update_bank: bool
     is_recache: bool
+    over_sink: bool
     update_cache: bool | None
+    has_indices: bool
+    unusual: tuple[str, ...]
+    given: dict
 
 
 def check_module(name: str, module: nn.Module, attributes: tuple[str, ...]) -> None:
@@ -88,21 +102,28 @@ class GridSizes:
 
 
 class Inputs:
-    """Reads the arguments of one self-attention's calls. sizes: shared by all layers of a model."""
+    """Reads the arguments of one self-attention's calls.
 
-    def __init__(self, name: str, signature: inspect.Signature, memory: MemoryConfig, sizes: GridSizes):
-        self.name, self.signature, self.memory, self.sizes = name, signature, memory, sizes
+    sizes: shared by all layers of a model. memory: what the user says of the caches, or None.
+    checked: the module's own code runs beside ours, and shows whether it ignores what others use.
+    """
+
+    def __init__(self, name: str, forward: Callable, memory: MemoryConfig | None, sizes: GridSizes, checked: bool):
+        self.name, self.memory, self.sizes, self.checked = name, memory, sizes, checked
+        self.signature = signature = inspect.signature(forward)
+        parameters = signature.parameters.values()
+        self.positions = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+        self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self.plain = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters)
+        self.needed = {p.name for p in parameters if p.default is p.empty}
+        self.unknown = tuple(p.name for p in parameters if p.name not in _KNOWN_PARAMETERS)
+        self.ignores_cache_start = _only_compared_with_none(forward, "cache_start")
         self.freqs: Tensor | None = None
 
     def read(self, module: nn.Module, args: tuple, kwargs: dict) -> Call:
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        for parameter, value in given.items():
-            unset = value is None or value is self.signature.parameters[parameter].default
-            unset = unset or (isinstance(value, (tuple, dict)) and not value)
-            if parameter not in _KNOWN_PARAMETERS and not unset:
-                raise ValueError(f"{self.name}.forward: its argument {parameter} is not served, got {value!r}")
+        given = self._given(args, kwargs)
+        for parameter in self.unknown:
+            self._check_unknown(parameter, given[parameter])
         x, kv_cache, kv_bank = given["x"], given["kv_cache"], given.get("kv_bank")
         if kv_cache is None:
             raise ValueError(f"{self.name}.forward: kv_cache is None (training with a block_mask) is not served")
@@ -112,41 +133,83 @@ class Inputs:
                 f"{self.name}.forward: x must be [B, {grid[0]} * {grid[1]} * {grid[2]}, C] as grid_sizes says, without "
                 f"padding, got {list(x.shape)}"
             )
-        self._check_freqs(given.get("freqs"), module)
-        start = self._start(given, grid[1] * grid[2])
-        self._check_cache(kv_cache, grid[1] * grid[2])
+        freqs = given.get("freqs")
+        if freqs is None or freqs is not self.freqs:
+            self._check_freqs(freqs, module)
+        tokens = grid[1] * grid[2]
+        start, unusual = self._start(given, tokens, x.shape[1])
+        has_indices = self._check_cache(kv_cache, tokens)
+        update_bank = bool(given.get("update_bank"))
         if kv_bank is not None:
-            self._check_bank(kv_bank, grid[1] * grid[2], bool(given.get("update_bank")))
+            self._check_bank(kv_bank, tokens, update_bank)
         update_cache = given.get("update_cache")
         return Call(
             x,
             grid,
-            start,
+            start // tokens,
             kv_cache,
             kv_bank,
-            bool(given.get("update_bank")),
+            update_bank,
             bool(given.get("is_recache")),
+            bool(given.get("sink_recache_after_switch")),
             None if update_cache is None else bool(update_cache),
+            has_indices,
+            unusual,
+            given,
         )
 
-    def _start(self, given: dict, tokens: int) -> int:
-        start = int(given["current_start"])
-        cache_start = given.get("cache_start")
-        if cache_start is not None and int(cache_start) != start:
-            raise ValueError(
-                f"{self.name}.forward: cache_start {int(cache_start)} must be current_start {start} or None; a cache "
-                "that is written elsewhere is not served"
-            )
+    def _given(self, args: tuple, kwargs: dict) -> dict:
+        """The arguments by name, as inspect binds them, which would take as long as a small model's attention."""
+        if self.plain and len(args) <= len(self.positions):
+            given = {**self.defaults, **dict(zip(self.positions, args, strict=False)), **kwargs}
+            if len(given) == len(self.signature.parameters) and self.needed <= given.keys():
+                return given
+        bound = self.signature.bind(*args, **kwargs)  # which says what is wrong with them
+        bound.apply_defaults()
+        return bound.arguments
+
+    def _check_unknown(self, parameter: str, value) -> None:
+        default = self.signature.parameters[parameter].default
+        if value is None or value is default or (isinstance(value, tuple | dict) and not value):
+            return
+        if isinstance(value, Tensor) or isinstance(default, Tensor) or value != default:
+            got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else reprlib.repr(value)
+            raise ValueError(f"{self.name}.forward: its argument {parameter} is not served, got {got}")
+
+    def _start(self, given: dict, tokens: int, length: int) -> tuple[int, tuple[str, ...]]:
+        """current_start in tokens, and which of the arguments are set that some modules ignore."""
+        start, unusual = self._number("current_start", given["current_start"]), []
         if start < 0 or start % tokens:
             raise ValueError(
                 f"{self.name}.forward: current_start {start} must be a whole number of frames of {tokens} tokens"
             )
-        return start // tokens
+        end = given.get("current_end")
+        if end is not None and self._number("current_end", end) != start + length:
+            raise ValueError(
+                f"{self.name}.forward: current_end {int(end)} must be current_start {start} + {length} tokens of x"
+            )
+        elsewhere = None if self.ignores_cache_start else given.get("cache_start")
+        if elsewhere is not None and self._number("cache_start", elsewhere) != start:
+            unusual.append("cache_start")
+        if given.get("block_mask") is not None:
+            unusual.append("block_mask")
+        if unusual and not self.checked:
+            raise ValueError(
+                f"{self.name}.forward: {' and '.join(unusual)} beside kv_cache: some modules ignore it, others attend "
+                "by it or write elsewhere. Only check=True can tell; it must be None"
+                + (f" (or cache_start {start}, as current_start)" if "cache_start" in unusual else "")
+            )
+        return start, tuple(unusual)
+
+    def _number(self, argument: str, value) -> int:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"{self.name}.forward: {argument} must be one number for all batch rows, got {value.tolist()}"
+            )
+        return int(value)
 
     def _check_freqs(self, freqs, module: nn.Module) -> None:
         """Our kernels compute the rotation; the caller's table must be the same one."""
-        if freqs is self.freqs is not None:
-            return
         pairs = module.norm_q.weight.numel() // module.num_heads // 2
         if not isinstance(freqs, Tensor) or not freqs.is_complex() or freqs.ndim != 2 or freqs.shape[1] != pairs:
             got = f"{freqs.dtype} {list(freqs.shape)}" if isinstance(freqs, Tensor) else type(freqs).__name__
@@ -158,31 +221,81 @@ class Inputs:
             )
         self.freqs = freqs
 
-    def _check_cache(self, kv_cache: dict, tokens: int) -> None:
-        self._check_entries("kv_cache", kv_cache, ("k", "v", "global_end_index", "local_end_index"))
-        frames = self.memory.sink_frames + self.memory.window_frames
+    def _check_cache(self, kv_cache: dict, tokens: int) -> bool:
+        """Whether it has indices."""
+        if not isinstance(kv_cache, dict) or kv_cache.keys() != _CACHE_ENTRIES:
+            self._check_entries("kv_cache", kv_cache, ("k", "v"), _CACHE_ENTRIES)
+        has_indices = INDICES[0] in kv_cache
+        if has_indices != (INDICES[1] in kv_cache):
+            self._check_entries("kv_cache", kv_cache, tuple(_CACHE_ENTRIES), _CACHE_ENTRIES)
         for entry in ("k", "v"):
             held = kv_cache[entry]
-            if not isinstance(held, Tensor) or held.ndim != 4 or held.shape[1] != frames * tokens:
+            if not isinstance(held, Tensor) or held.ndim != 4 or held.shape[1] % tokens or not held.shape[1]:
                 got = list(held.shape) if isinstance(held, Tensor) else type(held).__name__
                 raise ValueError(
-                    f"{self.name}: kv_cache[{entry!r}] must be [B, {frames} frames * {tokens} tokens, H, D] as memory "
-                    f"says (MemoryConfig.published(local_frames={frames})), got {got}"
+                    f"{self.name}: kv_cache[{entry!r}] must be [B, frames * {tokens} tokens, H, D], got {got}"
                 )
+        if self.memory is not None:
+            frames = self.memory.sink_frames + self.memory.window_frames
+            if kv_cache["k"].shape[1] != frames * tokens:
+                raise ValueError(
+                    f"{self.name}: kv_cache['k'] must be [B, {frames} frames * {tokens} tokens, H, D] as memory "
+                    f"says (MemoryConfig.published(local_frames={frames})), got {list(kv_cache['k'].shape)}"
+                )
+        return has_indices
 
     def _check_bank(self, kv_bank: dict, tokens: int, recorded: bool) -> None:
-        prototype = ("k_new", "v_new") if recorded else ()
-        self._check_entries("kv_bank", kv_bank, ("k", "v", "global_end_index", "local_end_index", *prototype))
-        frames = self.memory.bank_frames
-        if kv_bank["k"].shape[1] != frames * tokens:
+        if not isinstance(kv_bank, dict) or kv_bank.keys() != _BANK_ENTRIES:
+            prototype = ("k_new", "v_new") if recorded else ()
+            self._check_entries("kv_bank", kv_bank, ("k", "v", *INDICES, *prototype), _BANK_ENTRIES)
+        frames = kv_bank["k"].shape[1] // tokens if self.memory is None else self.memory.bank_frames
+        if not frames or kv_bank["k"].shape[1] != frames * tokens:
+            said = f"{frames or 'places'} frames" if self.memory is not None else "places"
             raise ValueError(
-                f"{self.name}: kv_bank['k'] must be [B, {frames} frames * {tokens} tokens, H, D] as memory says "
-                f"(bank_frames={frames}), got {list(kv_bank['k'].shape)}"
+                f"{self.name}: kv_bank['k'] must be [B, {said} * {tokens} tokens, H, D]"
+                + (f" as memory says (bank_frames={frames})" if self.memory is not None else "")
+                + f", got {list(kv_bank['k'].shape)}"
             )
 
-    def _check_entries(self, argument: str, given, needed: tuple[str, ...]) -> None:
+    def _check_entries(self, argument: str, given, needed: tuple[str, ...], known: set[str]) -> None:
         if not isinstance(given, dict):
             raise ValueError(f"{self.name}.forward: {argument} must be a dictionary, got {type(given).__name__}")
         missing = [entry for entry in needed if entry not in given]
         if missing:
             raise ValueError(f"{self.name}.forward: {argument} lacks {', '.join(missing)}; it has {', '.join(given)}")
+        unknown = [str(entry) for entry in given if entry not in known and not _inactive(given[entry])]
+        if unknown:
+            raise ValueError(
+                f"{self.name}.forward: {argument} has {', '.join(unknown)}, which may change what is held or seen and "
+                f"is not served; known are {', '.join(sorted(known))}"
+            )
+
+
+def _only_compared_with_none(forward: Callable, parameter: str) -> bool:
+    """Whether the code of a function does nothing with a parameter but to ask whether it is None."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    used = {node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == parameter}
+    used = {node for node in used if isinstance(node.ctx, ast.Load)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
+            against = node.comparators[0]
+            if isinstance(against, ast.Constant) and against.value is None:
+                used.discard(node.left)
+    return not used
+
+
+_OFF: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> its version when it said that something is off
+
+
+def _inactive(value) -> bool:
+    """Whether an entry that is not known says that something is off: nothing, False, 0 or -1, also in a tensor."""
+    if isinstance(value, Tensor):
+        if _OFF.get(value) is None or _OFF[value] != version(value):  # read on the host only where it has changed
+            if value.numel() != 1 or int(value) not in (0, -1):
+                return False
+            _OFF[value] = version(value)
+        return True
+    return value is None or value in (False, -1) or (isinstance(value, str | tuple | list | dict) and not value)

@@ -15,7 +15,8 @@ class Mirror:
 
     def __init__(self, name: str):
         self.name = name
-        self.seen: tuple[object, int | None] | None = None
+        self.seen: Tensor | None = None
+        self.count: int | None = None
         self.value = 0
 
     def read(self, entries: dict) -> int:
@@ -24,9 +25,11 @@ class Mirror:
         if not isinstance(entry, Tensor):
             return int(entry)
         count = version(entry)
-        if count is None or self.seen is None or self.seen[0] is not entry or self.seen[1] != count:
+        if count is None or self.seen is not entry or self.count != count:
+            if entry.numel() != 1:
+                raise ValueError(f"{self.name} must hold one number for all batch rows, got {entry.tolist()}")
             self.value = int(entry)
-            self.seen = (entry, count)
+            self.seen, self.count = entry, count
         return self.value
 
     def write(self, entries: dict, value: int) -> None:
@@ -35,6 +38,8 @@ class Mirror:
         if not isinstance(entry, Tensor):
             entries[self.name] = value
             return
+        if self.seen is entry and self.value == value and self.count is not None and self.count == entry._version:
+            return  # as in every denoising pass but the first, and nobody has written since
         entry.fill_(value)
         self.value = value
-        self.seen = (entry, version(entry))
+        self.seen, self.count = entry, version(entry)

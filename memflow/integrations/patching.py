@@ -7,38 +7,23 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memflow.integrations.attention import CallerAttention
 from memflow.integrations.cache import put_in_order
 from memflow.integrations.checks import GridSizes, Inputs, check_module
+from memflow.integrations.retrieval import BankUpdate, bank_updates
+from memflow.integrations.returns import PatchedCall, Returns, plain, recognised
+from memflow.integrations.selfcheck import SelfCheck
+from memflow.integrations.settings import ModuleSettings
 from memflow.memory.config import MemoryConfig
 
 ATTRIBUTES = ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads")
 PARAMETERS = ("x", "grid_sizes", "kv_cache", "current_start")
-
-
-class PatchedCall(NamedTuple):
-    """What a patched self-attention has just done, for `patch(returns=...)`.
-
-    output: [B, L, C]. kv_cache: the caller's dictionary. stored: whether the call counts in its indices.
-    global_end, local_end: the indices in tokens as they are now.
-    """
-
-    output: Tensor
-    kv_cache: dict
-    stored: bool
-    global_end: int
-    local_end: int
-
-
-Returns = Callable[[PatchedCall], object]
 
 
 def patch(
@@ -46,24 +31,51 @@ def patch(
     *,
     memory: MemoryConfig | None = None,
     returns: Returns | None = None,
+    retrieval: bool = False,
+    check: bool = True,
+    check_calls: int = 2,
+    check_tolerance: float | None = None,
 ) -> list[str]:
-    """Replace every self-attention of the causal Wan kind in `model`; returns the names of the patched modules.
+    """Replace every self-attention of the causal Wan kind in `model` by ours, over the cache that the caller keeps.
 
-    memory: `MemoryConfig.published(...)` with the sizes of the caller's cache (local_frames, sink_frames), its
-    record_interval and, to activate only some of the remembered frames, top_k. Its defaults where not given.
-    returns: makes the return value of a self-attention from a `PatchedCall`, for models whose blocks expect more than
-    the output [B, L, C].
+    The caller's "k" and "v" buffers become the pool: nothing is copied. Sizes are read from the modules (`sink_size`,
+    `local_attn_size`, `max_attention_size`, `record_interval`, `SMA`) and from the buffers. A pass of the model stores
+    what it wrote unless the caller passes `update_cache=False` to it (or that is the default of its `forward`).
 
-    The caller's "k" and "v" buffers become the pool: nothing is copied. A pass of the model stores what it wrote unless
-    the caller passes `update_cache=False` to it (or that is the default of its `forward`).
-    Raises ValueError, naming the module and the attribute, for what cannot be served, here or in a call.
+    With `check`, calls of a kind that has not been seen before (an empty cache, a full one, a prompt switch, ...) run
+    the module's own code on a copy of the cache beside ours, and both must agree: outputs, what is written, indices.
+    Such a call takes as long as both together and, while it runs, memory for two copies of one layer's cache; every
+    layer keeps a copy of the frames that a chunk overwrites until the chunk is stored. Calls of kinds that have been
+    checked pay a look-up, no copy. A CUDA graph can be captured when the calls in it have been checked.
+
+    Args:
+        model: the generator, or any module around its self-attentions.
+        memory: `MemoryConfig.published(...)`, for what modules do not say; it must agree with what they do say.
+        returns: makes the return value of a self-attention from a `PatchedCall`, where it is none of the kinds that are
+            recognised: the output, or (output, (global end, local end, deferred update)).
+        retrieval: also replace the model's own update of its bank (`_apply_cache_updates_before`) by ours: the same
+            frames, in a fraction of the time.
+        check: run the self-check. Without it, what two forks do differently under the same names is not noticed.
+        check_calls: how many calls of every kind are checked in every layer.
+        check_tolerance: the greatest relative difference (Frobenius norm). None: 1e-4 where a CPU computes in float32
+            or float64, 1e-2 elsewhere.
+
+    Returns:
+        The names of the patched modules.
+
+    Raises:
+        ValueError: naming the module and the attribute or argument, for what cannot be served, here or in a call.
+
+    Example:
+        >>> patch(generator.model)  # doctest: +SKIP
+        ['blocks.0.self_attn', 'blocks.1.self_attn']
     """
-    memory = MemoryConfig.published() if memory is None else memory
-    if not isinstance(memory, MemoryConfig) or memory.published is None:
+    if memory is not None and (not isinstance(memory, MemoryConfig) or memory.published_mode is None):
         raise ValueError(
             "memory: a patched model keeps the memory that its own code maintains, so it must be a "
             f"MemoryConfig.published(...), got {memory!r}"
         )
+    _check_options(check, check_calls, check_tolerance)
     if any(isinstance(getattr(module, "_memflow_patch", None), Patch) for module in model.modules()):
         raise ValueError("model: is patched already; unpatch(model) first")
     found = self_attentions(model)
@@ -74,10 +86,16 @@ def patch(
         )
     for name, module in found.items():
         check_module(name, module, ATTRIBUTES)
+    banks = bank_updates(model) if retrieval else {}
+    owners = _owners(model, found)
     mode, sizes = StoreMode(model, set(found.values())), GridSizes()
     for name, module in found.items():
-        inputs = Inputs(name, inspect.signature(module.forward), memory, sizes)
-        module._memflow_patch = Patch(module, inputs, CallerAttention(module, name, memory), returns, mode)
+        settings = ModuleSettings(name, module, memory, owners[name], check)
+        inputs = Inputs(name, module.forward, memory, sizes, check)
+        checking = SelfCheck(name, module, module.forward, check_calls if check else 0, check_tolerance)
+        module._memflow_patch = Patch(module, inputs, settings, checking, returns, mode)
+    for name, module in banks.items():
+        BankUpdate(name, module, check_calls if check else 0)
     model._memflow_store_mode = mode
     return list(found)
 
@@ -89,6 +107,9 @@ def unpatch(model: nn.Module) -> None:
         if isinstance(installed, Patch):
             installed.remove()
             del module._memflow_patch
+        updated = getattr(module, "_memflow_bank_update", None)
+        if isinstance(updated, BankUpdate):
+            updated.remove()
     mode = getattr(model, "_memflow_store_mode", None)
     if mode is not None:
         mode.remove()
@@ -96,12 +117,38 @@ def unpatch(model: nn.Module) -> None:
 
 
 def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose forward is that of a causal Wan self-attention, by name."""
-    return {
+    """The modules whose forward is that of a causal Wan self-attention, by name. Blocks around them have the same
+    parameters, which they pass on: only the innermost count."""
+    alike = {
         name or type(module).__name__: module
         for name, module in model.named_modules()
         if set(PARAMETERS) <= set(_signature(module).parameters) and hasattr(module, "num_heads")
     }
+    within = {id(module) for module in alike.values()}
+    return {
+        name: module
+        for name, module in alike.items()
+        if not any(id(part) in within for part in module.modules() if part is not module)
+    }
+
+
+def _owners(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Module | None]:
+    """For every self-attention the innermost module around it that says how many frames make a chunk."""
+    around = [module for module in model.modules() if hasattr(module, "num_frame_per_block")]
+    inside = [(module, {id(part) for part in module.modules()}) for module in around]
+    return {
+        name: next((owner for owner, parts in reversed(inside) if id(module) in parts), None)
+        for name, module in found.items()
+    }
+
+
+def _check_options(check: bool, check_calls: int, check_tolerance: float | None) -> None:
+    if not isinstance(check, bool):
+        raise ValueError(f"check must be True or False, got {check!r}")
+    if isinstance(check_calls, bool) or not isinstance(check_calls, int) or check_calls < 1:
+        raise ValueError(f"check_calls must be a whole number of at least 1, got {check_calls!r}")
+    if check_tolerance is not None and not 0 < check_tolerance < 1:
+        raise ValueError(f"check_tolerance must be between 0 and 1, got {check_tolerance!r}")
 
 
 def _signature(module: nn.Module) -> inspect.Signature:
@@ -116,26 +163,52 @@ class Patch:
     """One self-attention with our forward in place of its own."""
 
     def __init__(
-        self, module: nn.Module, inputs: Inputs, attention: CallerAttention, returns: Returns | None, mode: StoreMode
+        self,
+        module: nn.Module,
+        inputs: Inputs,
+        settings: ModuleSettings,
+        check: SelfCheck,
+        returns: Returns | None,
+        mode: StoreMode,
     ):
-        self.module, self.inputs, self.attention, self.returns, self.mode = module, inputs, attention, returns, mode
+        self.module, self.inputs, self.settings, self.check = module, inputs, settings, check
+        self.returns, self.mode = returns, mode
+        self.attention = CallerAttention(module, inputs.name)
         self.own = module.__dict__.get("forward")  # set on the object by offloading hooks, for example
         # Weakly: a video's buffers belong to the caller and go when the caller drops them.
         self.buffers: WeakIdKeyDictionary = WeakIdKeyDictionary()
         module.forward = self.forward
 
-    @torch.compiler.disable
     def forward(self, *args, **kwargs):
+        # Marking the whole of it as not to be compiled would cost every call as much as a small matrix product.
+        if torch.compiler.is_compiling():
+            return self._outside_graphs(*args, **kwargs)
+        return self._forward(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _outside_graphs(self, *args, **kwargs):
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args, **kwargs):
         call = self.inputs.read(self.module, args, kwargs)
+        settings = self.settings.read(call.has_indices, call.kv_bank is not None)
         stored = self.mode.stores if call.update_cache is None else call.update_cache
-        self.buffers[call.kv_cache["k"]] = weakref.ref(call.kv_cache["v"])
-        output, cache = self.attention(
-            call.x, call.grid, call.start, call.kv_cache, call.kv_bank, call.update_bank, call.is_recache, stored
-        )
+        key = call.kv_cache["k"]
+        if key not in self.buffers:
+            self.buffers[key] = weakref.ref(call.kv_cache["v"])
+        planned = self.attention.plan(call, settings, stored, self.returns is not plain)
+        kind = self.check.due(planned)
+        expected = self.check.run_own(planned) if kind is not None or self.returns is None else None
         if self.returns is None:
+            self.returns = recognised(self.inputs.name, expected.result)
+            planned = self.attention.plan(call, settings, stored, self.returns is not plain)
+        if kind is None or expected is None:
+            output = self.attention.run(planned)
+        else:
+            output = self.check.compare(planned, kind, expected, self.attention)
+        if self.returns is plain:
             return output
-        ends = cache.global_end.read(call.kv_cache), cache.local_end.read(call.kv_cache)
-        return self.returns(PatchedCall(output, call.kv_cache, stored, *ends))
+        return self.returns(PatchedCall(output, call.kv_cache, stored, *planned.cache.ends()))
 
     def remove(self) -> None:
         if self.own is None:

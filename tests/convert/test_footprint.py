@@ -160,10 +160,17 @@ def test_presets_are_those_of_the_published_system():
 
     assert frames(longlive) == (3, 9, 0)
     assert frames(forcing) == (0, 21, 0)
+    infinity, framewise, krea = (
+        PRESETS[name] for name in ("longlive-infinity-1.3b", "causal-forcing-framewise-1.3b", "krea-realtime-14b")
+    )
+    assert frames(infinity) == (3, 9, 0) and infinity.memory_config.positions == "relative"
+    assert frames(framewise) == (0, 21, 0) and framewise.memory_config.frames_per_chunk == 1
+    assert frames(krea) == (0, 6, 0) and krea.denoising_steps == (1000, 937, 833, 625) and krea.shift == 1.0
     for preset in PRESETS.values():
         from memflow.stream.sampler import DistilledSchedule
 
         schedule = DistilledSchedule(preset.scheduler(), preset.denoising_steps)
-        assert schedule.sigmas == pytest.approx([1.0, 0.9375, 0.8333333, 0.625], abs=1e-6)
-        assert schedule.timesteps == pytest.approx([1000.0, 937.5, 833.3333, 625.0], abs=1e-3)
+        rounded = 1000 if preset.shift == 1 else 1  # a list of shifted timesteps has whole numbers
+        assert schedule.sigmas == pytest.approx([1.0, 0.9375, 0.8333333, 0.625], abs=1e-6 * rounded)
+        assert schedule.timesteps == pytest.approx([1000.0, 937.5, 833.3333, 625.0], abs=1e-3 * rounded)
         json.dumps(preset.settings())

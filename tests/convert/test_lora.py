@@ -98,6 +98,14 @@ def test_alpha_from_the_command_line_the_file_or_peft(base, ours, tmp_path, caps
         assert_close(out, merged(plain, scale))
 
 
+@pytest.mark.parametrize(("rank", "scale", "assumed"), [(4, 0.5, False), (3, 1.0, True)])
+def test_alpha_of_the_preset_counts_for_its_own_rank(rank, scale, assumed, tmp_path):
+    save_file(lora(rank), tmp_path / "lora.safetensors")
+    found = read_lora(read_checkpoint(tmp_path / "lora.safetensors"), published=(4, 2.0))
+    assert {update.scale for update in found.updates.values()} == {scale}
+    assert found.assumed_alpha is assumed
+
+
 def test_two_loras_add_up(base, ours, tmp_path, capsys):
     first, second = lora(2, seed=3), lora(5, seed=4, modules=("ffn.0", "cross_attn.k"))
     torch.save(first, tmp_path / "a.pt")

@@ -81,6 +81,21 @@ def test_names_that_no_model_has(tmp_path, name, message):
         load_transformer(tmp_path / "a.pt", num_attention_heads=HEADS)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"img_emb.proj.0.weight": torch.zeros(4)},
+        {"blocks.0.cross_attn.k_img.weight": torch.zeros(4, 4)},
+        {"patch_embedding.weight": torch.zeros(96, 36, 1, 2, 2)},
+    ],
+    ids=["image embedding", "image keys", "channels of an image"],
+)
+def test_a_part_of_an_image_to_video_model_is_no_model(extra):
+    tensors = transformer() | extra
+    with pytest.raises(MemFlowError, match=r"i2v\.pt: is an image-to-video model"):
+        layout_of("transformer", tensors, source="i2v.pt", num_attention_heads=HEADS, partial=True)
+
+
 def test_a_size_of_nothing_is_refused(tmp_path):
     empty = {"patch_embedding.weight": torch.zeros(0, 16, 1, 2, 2), "blocks.0.attn.q.weight": torch.zeros(0, 24)}
     empty["blocks.0.pos_embedding.embedding.weight"] = torch.zeros(32, 0)

@@ -1,8 +1,9 @@
 """A streaming generator with the interface that `memflow.integrations.patch` takes over, its memory in plain buffers.
 
-Written from the description of the published system (docs/memory.md): the cache is filled from left to right, rolled
-when it is full, and joined with the bank for every call. `DeferringModel` stores nothing before the pass is over, and
-only if asked; `StoringModel` has layers that store at once.
+Written from the description of the published systems (docs/memory.md, docs/integrations.md): the cache is filled from
+left to right, rolled when it is full, and joined with the bank for every call. `StoringModel` has layers that store at
+once, whatever place their frames have. `DeferringModel` stores nothing before the pass is over, and only if asked; its
+layers describe the update, and leave the sink alone when frames are encoded again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from memflow_kernels.reference.rotary import rotate_3d, rotation_table
 
-DIM, HEADS, GRID, CHUNK = 48, 2, (2, 3), 3
+DIM, HEADS, GRID, CHUNK, SLOTS = 48, 2, (2, 3), 3, 12
 TOKENS = GRID[0] * GRID[1]
 
 
@@ -33,13 +34,37 @@ def wan_freqs(head_dim: int, positions: int = 64) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """bank_top_k: frames of sink and bank that a head keeps, None = all. store: at once, or given to the caller."""
+    """top_k: frames of sink and bank that a head keeps, None = all. store: at once, or described to the model.
+
+    The methods in front are what forks change: tests override them one at a time.
+    """
 
     def __init__(self, dim: int, heads: int, sink: int, top_k: int | None, store: bool):
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
-        self.num_heads, self.sink_size, self.top_k, self.store = heads, sink, top_k, store
+        self.num_heads, self.sink_size, self.store = heads, sink, store
+        self.local_attn_size, self.max_attention_size = SLOTS, SLOTS * TOKENS
+        self.SMA, self.top_k, self.record_interval = top_k is not None, top_k or 3, 1
+
+    def turn(self, x, grid, start):
+        return rotate_3d(x.double(), grid, start).type_as(x)
+
+    def stored_key(self, key, turned):
+        return turned
+
+    def stored_value(self, value, grid, start):
+        return value
+
+    def evicted(self, kv_cache, tokens, gone):
+        """Called before `gone` frames behind the sink are overwritten."""
+
+    def logits_bias(self, frames, new, tokens):
+        return None
+
+    def softmax(self, query, keys, values, bias):
+        query, keys, values = (y.transpose(1, 2) for y in (query, keys, values))
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=bias).transpose(1, 2)
 
     def forward(
         self,
@@ -55,47 +80,64 @@ class SelfAttention(nn.Module):
         update_bank=False,
         is_recache=False,
     ):
-        _, rows, columns = grid_sizes[0].tolist()
+        frames, rows, columns = grid_sizes[0].tolist()
         tokens, start = rows * columns, current_start // (rows * columns)
         query, key, value = (
             y.unflatten(2, (self.num_heads, -1)) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x))
         )
-        query, key = (rotate_3d(y.double(), (rows, columns), start).type_as(y) for y in (query, key))
+        value = self.stored_value(value, (rows, columns), start)
+        query = self.turn(query, (rows, columns), start)
+        key = self.stored_key(key, self.turn(key, (rows, columns), start))
 
-        # Frames after this call, oldest first: the sink, then the newest of what was held and is new.
-        size, sink = kv_cache["k"].shape[1], self.sink_size * tokens
-        end, held = current_start + x.shape[1], int(kv_cache["local_end_index"])
-        kept = held - (int(kv_cache["global_end_index"]) - current_start) if start else 0
-        buffers = []
-        for name, new in (("k", key), ("v", value)):
-            old = kv_cache[name][:, : max(kept, sink if start else 0)]
-            if start == 0:
-                first, rest = new[:, :sink], new[:, sink:]
-            else:
-                both = torch.cat([old, new], dim=1)
-                first, rest = both[:, :sink], both[:, sink:]
-            rest = rest[:, max(0, rest.shape[1] - (size - sink)) :]
-            buffers.append((first, rest))
-        seen = 0
-        if kv_bank is not None and sink and (start or is_recache):
-            seen = min(int(kv_bank["local_end_index"]), kv_bank["k"].shape[1])
-        candidates = [
-            torch.cat([first, kv_bank[name][:, :seen]], dim=1) if seen else first
-            for name, (first, _) in zip("kv", buffers, strict=True)
-        ]
-        out = self.attend(query, candidates, [rest for _, rest in buffers], tokens)
+        end, size = current_start + x.shape[1], kv_cache["k"].shape[1]
+        before, held, sink = (
+            int(kv_cache["global_end_index"]),
+            int(kv_cache["local_end_index"]),
+            self.sink_size * tokens,
+        )
+        states = kv_cache if self.store else {name: kv_cache[name].clone() for name in "kv"}
+        last = held + end - before
+        gone = max(0, last - size) if end > before else 0
+        if gone:
+            self.evicted(states, tokens, gone // tokens)
+            for name in "kv":
+                states[name][:, sink : held - gone] = states[name][:, sink + gone : held].clone()
+        last -= gone
+        first = last - x.shape[1]
+        again = not self.store and current_start > 0 and end <= before
+        kept = max(0, sink - first) if again else 0  # the sink stays as it began
+        states["k"][:, first + kept : last] = key[:, kept:]
+        states["v"][:, first + kept : last] = value[:, kept:]
 
-        store = {"kv": [torch.cat(pair, dim=1) for pair in buffers], "end": end, "prototype": None}
-        if kv_bank is not None and update_bank:
-            store["prototype"] = [y[:, :tokens].clone() for y in (key, value)]
+        chunk, recorded, seen = CHUNK * tokens, 0, 0
+        if kv_bank is not None:
+            recorded = ((end // chunk - 1) // self.record_interval + 1) * tokens
+            offset = int(kv_bank["local_end_index"]) - int(kv_bank["global_end_index"])
+            own = 0 if is_recache or current_start // chunk % self.record_interval else tokens
+            seen = min(recorded + offset - own, kv_bank["k"].shape[1]) if sink else 0
+        local = [states[name][:, min(sink, last) : last] for name in "kv"]
+        candidates = [states[name][:, : min(sink, last)] for name in "kv"]
+        if seen:
+            candidates = [torch.cat([y, kv_bank[name][:, :seen]], 1) for name, y in zip("kv", candidates, strict=True)]
+        out = self.attend(query, candidates, local, tokens, frames)
+
         if self.store:
-            apply(kv_cache, kv_bank, store)
+            for name, index in (("global_end_index", end), ("local_end_index", last)):
+                kv_cache[name].fill_(index)
+            if kv_bank is not None and update_bank:
+                for name, new in (("k_new", key), ("v_new", value)):
+                    kv_bank[name].copy_(new[:, :tokens])
+                for name in ("global_end_index", "local_end_index"):
+                    kv_bank[name].fill_(recorded)
             return self.o(out.flatten(2))
-        return self.o(out.flatten(2)), store
+        made = {"k": key[:, kept:], "v": value[:, kept:]}
+        update = {"action": "write", "gone": gone, "first": first + kept, "last": last, "is_recompute": again}
+        update |= {f"new_{name}": new for name, new in made.items()} | {"recorded": recorded, "tokens": tokens}
+        return self.o(out.flatten(2)), (end, last, update)
 
-    def attend(self, query, candidates, local, tokens):
+    def attend(self, query, candidates, local, tokens, new):
         keys, values = candidates
-        if self.top_k is not None and self.top_k < keys.shape[1] // tokens:
+        if self.SMA and self.top_k < keys.shape[1] // tokens:
             means = keys.unflatten(1, (-1, tokens)).mean(2)  # [B, n, H, D]
             scores = torch.einsum("bhd,bnhd->bhn", query.mean(1), means)
             chosen = scores.topk(self.top_k, dim=-1).indices.sort(-1).values  # [B, H, k]
@@ -103,43 +145,72 @@ class SelfAttention(nn.Module):
             index = place.flatten(2).transpose(1, 2)[..., None].expand(-1, -1, -1, keys.shape[-1])
             keys, values = (y.gather(1, index) for y in (keys, values))
         keys, values = (torch.cat(pair, dim=1) for pair in zip((keys, values), local, strict=True))
-        query, keys, values = (y.transpose(1, 2) for y in (query, keys, values))
-        return F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
+        return self.softmax(query, keys, values, self.logits_bias(keys.shape[1] // tokens, new, tokens))
 
 
-def apply(kv_cache: dict, kv_bank: dict | None, store: dict) -> None:
+def apply(kv_cache: dict, kv_bank: dict | None, made: tuple, sink: int, update_bank: bool) -> None:
     """Put into a layer's cache and bank what a pass has made."""
-    for name, frames in zip("kv", store["kv"], strict=True):
-        kv_cache[name][:, : frames.shape[1]] = frames
-    kv_cache["global_end_index"].fill_(store["end"])
-    kv_cache["local_end_index"].fill_(store["kv"][0].shape[1])
-    if store["prototype"] is not None:
-        kv_bank["k_new"].copy_(store["prototype"][0])
-        kv_bank["v_new"].copy_(store["prototype"][1])
-        for name in ("global_end_index", "local_end_index"):
-            kv_bank[name].fill_(store["recorded"] if "recorded" in store else store["end"] // CHUNK)
+    end, last, update = made
+    tokens, gone = update.get("tokens", 0), update.get("gone", 0)
+    if update["action"] == "write":
+        held = int(kv_cache["local_end_index"])
+        for name in "kv":
+            if gone:
+                kv_cache[name][:, sink * tokens : held - gone] = kv_cache[name][:, sink * tokens + gone : held].clone()
+            kv_cache[name][:, update["first"] : update["last"]] = update[f"new_{name}"]
+            if kv_bank is not None and update_bank:
+                kv_bank[f"{name}_new"].copy_(update[f"new_{name}"][:, :tokens])
+    if not update["is_recompute"]:
+        kv_cache["global_end_index"].fill_(end)
+        kv_cache["local_end_index"].fill_(last)
+        if kv_bank is not None and update_bank:
+            for name in ("global_end_index", "local_end_index"):
+                kv_bank[name].fill_(update["recorded"])
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, sink, top_k, store):
+    """It has the attributes that published blocks have, those of a self-attention among them, and passes on the same
+    parameters."""
+
+    def __init__(self, dim, heads, sink, top_k, store, attention=SelfAttention):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.self_attn = SelfAttention(dim, heads, sink, top_k, store)
+        self.dim, self.num_heads, self.local_attn_size, self.qk_norm, self.eps = dim, heads, SLOTS, True, 1e-6
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False)
+        self.self_attn = attention(dim, heads, sink, top_k, store)
         self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
-    def forward(self, x, **context):
-        made = self.self_attn(self.norm(x), **context)
-        out, store = made if isinstance(made, tuple) else (made, None)
+    def forward(
+        self,
+        x,
+        seq_lens,
+        grid_sizes,
+        freqs,
+        block_mask,
+        kv_cache=None,
+        current_start=0,
+        cache_start=None,
+        kv_bank=None,
+        update_bank=False,
+        is_recache=False,
+    ):
+        made = self.self_attn(
+            self.norm1(x), seq_lens, grid_sizes, freqs, block_mask, kv_cache, current_start, cache_start, kv_bank,
+            update_bank, is_recache,
+        )  # fmt: skip
+        out, update = made if isinstance(made, tuple) else (made, None)
         x = x + out
-        return x + self.ffn(x), store
+        return x + self.ffn(x), update
 
 
 class StoringModel(nn.Module):
-    """Layers store what they write in every pass; there is no bank."""
+    """Layers store what they write in every pass."""
 
-    def __init__(self, layers: int = 2, sink: int = 3, top_k: int | None = None, store: bool = True):
+    def __init__(
+        self, layers: int = 2, sink: int = 3, top_k: int | None = None, store: bool = True, attention=SelfAttention
+    ):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(DIM, HEADS, sink, top_k, store) for _ in range(layers))
+        self.num_frame_per_block = CHUNK
+        self.blocks = nn.ModuleList(Block(DIM, HEADS, sink, top_k, store, attention) for _ in range(layers))
         self.freqs = wan_freqs(DIM // HEADS)
 
     def forward(self, x, kv_cache, current_start, kv_bank=None, update_bank=False, is_recache=False):
@@ -154,12 +225,12 @@ class StoringModel(nn.Module):
             "block_mask": None,
             "current_start": current_start,
         }
-        stores = []
+        updates = []
         for index, block in enumerate(self.blocks):
             bank = {} if kv_bank is None else {"kv_bank": kv_bank[index], "update_bank": update_bank}
-            x, store = block(x, kv_cache=kv_cache[index], is_recache=is_recache, **bank, **context)
-            stores.append(store)
-        return x, stores
+            x, update = block(x, kv_cache=kv_cache[index], is_recache=is_recache, **bank, **context)
+            updates.append(update)
+        return x, updates
 
 
 class DeferringModel(StoringModel):
@@ -167,14 +238,13 @@ class DeferringModel(StoringModel):
 
     def __init__(self, **sizes):
         super().__init__(store=False, **sizes)
-        self.record_interval = 1
 
     def forward(self, x, kv_cache, current_start, kv_bank=None, update_bank=False, is_recache=False, update_cache=True):
-        x, stores = self.run(x, kv_cache, current_start, kv_bank, update_bank, is_recache)
-        for index, store in enumerate(stores):
-            if update_cache and store is not None:
-                store["recorded"] = (current_start // (CHUNK * TOKENS * self.record_interval) + 1) * TOKENS
-                apply(kv_cache[index], kv_bank and kv_bank[index], store)
+        x, updates = self.run(x, kv_cache, current_start, kv_bank, update_bank, is_recache)
+        for index, update in enumerate(updates):
+            if update_cache:
+                sink = self.blocks[index].self_attn.sink_size
+                apply(kv_cache[index], kv_bank and kv_bank[index], update, sink, update_bank)
         return x
 
 

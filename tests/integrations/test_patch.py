@@ -9,7 +9,7 @@ import torch
 from causal_wan import CHUNK, DIM, HEADS, TOKENS, DeferringModel, Generator, StoringModel, new_cache
 from torch import nn
 
-from memflow.integrations import contents, patch, unpatch
+from memflow.integrations import attention, contents, patch, returns, unpatch
 from memflow.memory import MemoryConfig
 from memflow_kernels.testing import Traffic
 
@@ -22,9 +22,7 @@ def built(kind, **sizes) -> nn.Module:
 
 
 def patched(model: nn.Module, **memory) -> nn.Module:
-    deferring = isinstance(model, DeferringModel)
-    returns = (lambda call: (call.output, None)) if deferring else None
-    names = patch(model, memory=MemoryConfig.published(record_interval=1, **memory), returns=returns)
+    names = patch(model, memory=MemoryConfig.published(record_interval=1, **memory))
     assert names == ["blocks.0.self_attn", "blocks.1.self_attn"]
     return model
 
@@ -58,20 +56,26 @@ def assert_same(ours: Generator, theirs: Generator, tolerance: float = 1e-5) -> 
 def test_ten_chunks_with_switches(kind, places, top_k):
     sizes = {"batch": 2, "places": places}
     theirs = told(Generator(built(kind, top_k=top_k), **sizes))
-    ours = told(Generator(patched(built(kind), top_k=top_k), **sizes))
+    ours = told(Generator(patched(built(kind, top_k=top_k), top_k=top_k), **sizes))
     assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize(("slots", "sink"), [(6, 3), (9, 0), (13, 2)])
 def test_other_sizes(slots, sink):
-    theirs = told(Generator(built(DeferringModel, sink=sink, top_k=2), slots=slots))
-    ours = patched(built(DeferringModel), top_k=2, local_frames=slots, sink_frames=sink)
+    def of_size():
+        model = built(DeferringModel, sink=sink, top_k=2)
+        for block in model.blocks:
+            block.self_attn.local_attn_size, block.self_attn.max_attention_size = slots, slots * TOKENS
+        return model
+
+    theirs = told(Generator(of_size(), slots=slots))
+    ours = patched(of_size(), top_k=2, local_frames=slots, sink_frames=sink)
     assert_same(told(Generator(ours, slots=slots)), theirs)
 
 
 def test_a_switch_that_empties_the_cache():
     theirs = told(Generator(built(DeferringModel, top_k=2)), empty=True)
-    assert_same(told(Generator(patched(built(DeferringModel), top_k=2)), empty=True), theirs)
+    assert_same(told(Generator(patched(built(DeferringModel, top_k=2), top_k=2)), empty=True), theirs)
 
 
 @pytest.mark.parametrize("top_k", [None, 2], ids=["dense", "activated"])
@@ -113,13 +117,15 @@ def test_the_next_video():
         generator.position, generator.made = 0, []
         return told(generator, 7)
 
-    assert_same(two_videos(patched(built(DeferringModel), top_k=2)), two_videos(built(DeferringModel, top_k=2)))
+    assert_same(
+        two_videos(patched(built(DeferringModel, top_k=2), top_k=2)), two_videos(built(DeferringModel, top_k=2))
+    )
 
 
 def test_inference_mode():
     theirs = told(Generator(built(DeferringModel, top_k=2)), 6, empty=True)
     with torch.inference_mode():
-        ours = told(Generator(patched(built(DeferringModel), top_k=2)), 6, empty=True)
+        ours = told(Generator(patched(built(DeferringModel, top_k=2), top_k=2)), 6, empty=True)
     assert_same(ours, theirs)
 
 
@@ -133,7 +139,7 @@ def test_whoever_is_innermost_says_whether_a_pass_stores():
             return self.model(*arguments, update_cache=update_cache)
 
     wrapper = Wrapper(built(DeferringModel))
-    names = patch(wrapper, returns=lambda call: (call.output, None))
+    names = patch(wrapper)
     assert names == ["model.blocks.0.self_attn", "model.blocks.1.self_attn"]
     cache, x = new_cache(2, 12), torch.zeros(1, CHUNK * TOKENS, DIM)
     ends = []
@@ -159,13 +165,14 @@ def live_bytes() -> int:
 
 
 @pytest.mark.parametrize("top_k", [None, 2], ids=["dense", "activated"])
-def test_no_copy_of_the_cache_is_made(top_k):
-    generator = told(Generator(built(DeferringModel)), 6)
+def test_no_copy_of_the_cache_is_made(top_k, monkeypatch):
+    monkeypatch.setattr(attention, "JOIN_BELOW", 0)  # as for frames of any real size
+    generator = told(Generator(built(DeferringModel, top_k=top_k)), 6)
     generator.outputs.clear()
     addresses = [entry[name].data_ptr() for entry in generator.cache for name in "kv"]
     cache_bytes = sum(entry[name].nbytes for entry in generator.cache for name in "kv")
     before = live_bytes()
-    patched(generator.model, top_k=top_k)
+    patch(generator.model, check=False, returns=returns.with_update)
     generator.chunk()
     generator.outputs.clear()
     generator.made.pop()
@@ -179,7 +186,7 @@ def test_no_copy_of_the_cache_is_made(top_k):
 
 
 def test_buffers_go_when_the_caller_drops_them():
-    generator = told(Generator(patched(built(DeferringModel), top_k=2)), 2)
+    generator = told(Generator(patched(built(DeferringModel, top_k=2), top_k=2)), 2)
     before = live_bytes()
     generator.cache, generator.bank, generator.outputs, generator.made = [], [], [], []
     assert before - live_bytes() > 2 * 12 * TOKENS * DIM * 2 * 4
@@ -236,7 +243,9 @@ GRID_SIZES = torch.tensor([[3, 2, 3]])
     [
         ({"kv_cache": None}, "kv_cache is None .* is not served"),
         ({"kv_cache": [1]}, "kv_cache must be a dictionary, got list"),
-        ({"kv_cache": {"k": 0, "v": 0}}, "kv_cache lacks global_end_index, local_end_index; it has k, v"),
+        ({"kv_cache": {"k": 0, "v": 0}}, r"kv_cache\['k'\] must be \[B, frames \* 6 tokens, H, D\], got int"),
+        ({"kv_cache": {"k": 0, "v": 0, "local_end_index": 0}}, "kv_cache lacks global_end_index; it has k, v"),
+        ({"kv_cache": new_cache(1, 12)[0] | {"pinned": 6}}, "kv_cache has pinned, which may change what is held"),
         ({"kv_cache": new_cache(1, 21)[0]}, r"kv_cache\['k'\] must be \[B, 12 frames \* 6 tokens, H, D\]"),
         ({"kv_cache": new_cache(1, 12, dtype=torch.bfloat16)[0]}, r"is torch.bfloat16 .* give torch.float32"),
         ({"kv_cache": new_cache(1, 12, batch=2)[0]}, r"is torch.float32 \[2, 72, 2, 24\]; .* batch 1"),
@@ -246,14 +255,13 @@ GRID_SIZES = torch.tensor([[3, 2, 3]])
         ({"grid_sizes": torch.tensor([[3, 2, 4]])}, r"x must be \[B, 3 \* 2 \* 4, C\] .* got \[1, 18, 48\]"),
         ({"grid_sizes": torch.tensor([[3, 2, 3], [2, 3, 3]])}, "for all batch rows"),
         ({"current_start": 5}, "current_start 5 must be a whole number of frames of 6 tokens"),
-        ({"cache_start": 18}, "cache_start 18 must be current_start 0"),
         ({"freqs": None}, r"freqs must be a complex table \[positions, 12\], got NoneType"),
         ({"freqs": torch.polar(torch.ones(4, 12), torch.ones(4, 12))}, "freqs is not the rotation of Wan 2.1"),
     ],
 )
 def test_a_call_names_what_it_cannot_serve(changes, complaint):
     model = built(StoringModel)
-    patch(model)
+    patch(model, memory=MemoryConfig.published(record_interval=1), check=False, returns=returns.plain)
     arguments = {
         "x": torch.zeros(1, 3 * TOKENS, DIM),
         "seq_lens": torch.tensor([3 * TOKENS]),
@@ -279,7 +287,7 @@ def test_an_argument_of_the_fork_that_is_not_known():
             raise NotImplementedError
 
     model = nn.ModuleList([Fork(DIM, HEADS, 3, None, True)])
-    patch(model)
+    patch(model, check=False, returns=returns.plain)
     arguments = (torch.zeros(1, 3 * TOKENS, DIM), GRID_SIZES, built(StoringModel).freqs, new_cache(1, 12)[0], 0)
     with torch.no_grad():
         assert model[0](*arguments).shape == (1, 18, DIM)

@@ -147,7 +147,8 @@ def changed(weights, **changes) -> dict[str, torch.Tensor]:
     [
         ({"blocks.1.ffn.2.bias": None}, r"1 missing tensors: blocks\.1\.ffn\.net\.2\.bias$"),
         ({"patch_embedding.weight": None}, r"without patch_embedding\.weight the size of the model is not known$"),
-        ({"img_emb.proj.0.weight": torch.zeros(2)}, r"1 unexpected tensors: img_emb\.proj\.0\.weight$"),
+        ({"ctrl_emb.proj.0.weight": torch.zeros(2)}, r"1 unexpected tensors: ctrl_emb\.proj\.0\.weight$"),
+        ({"img_emb.proj.0.weight": torch.zeros(2)}, r"is an image-to-video model \(img_emb\.proj\.0\.weight\)"),
         ({"blocks.9.norm3.bias": torch.zeros(96)}, r"missing tensors: .*blocks\.3\..* and \d+ more$"),
         ({"blocks.2.cross_attn.v.bias": torch.zeros(95)}, r"blocks\.2\.cross_attn\.v\.bias \[95\] \(needs \[96\]\)$"),
         (

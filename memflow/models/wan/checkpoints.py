@@ -165,6 +165,8 @@ def layout_of(
             raise MemFlowError(f"{source}: 1 misshapen tensors: {name} {list(found)} ({needed})")
         return found
 
+    if kind == "transformer":
+        _refuse_image_to_video(tensors, source)
     try:  # run on the names themselves the mapping tells which is which
         mapped = rename({name: name for name in tensors})
     except Exception as error:
@@ -180,6 +182,20 @@ def layout_of(
     needs = [f"{there[new]} {list(tensors[there[new]].shape)} (needs {list(wanted[new])})" for new in misshapen]
     refuse("misshapen", needs)
     return Layout(model, {new: old for new, old in there.items() if new not in misshapen}, notes)
+
+
+def _refuse_image_to_video(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Left out in part, such a model would be another one."""
+    image = [name for name in tensors if name.startswith("img_emb.") or ".cross_attn.k_img." in name]
+    patches, head = tensors.get("patch_embedding.weight"), tensors.get("head.head.weight")
+    if not image and patches is not None and head is not None and patches.ndim == 5 and head.ndim == 2:
+        given, made = patches.shape[1], head.shape[0] // max(1, math.prod(patches.shape[2:]))
+        image = [f"patch_embedding.weight of {given} channels for {made}"] if given > made else []
+    if image:
+        raise MemFlowError(
+            f"{source}: is an image-to-video model ({listed(image)}); text-to-video models are converted, and "
+            "a part of another is none"
+        )
 
 
 def kept_dtype(model: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:

@@ -3,7 +3,9 @@
 Repositories and file names are those of the projects' own READMEs and hub pages (docs/models.md says which). How a
 model is run no checkpoint says. MemFlow: the published code and configurations, as docs/memory.md describes them.
 LongLive: its window of 12 latent frames and sink of 3 (https://arxiv.org/abs/2509.22622), no bank. Self-Forcing: 21
-latent frames are kept (https://arxiv.org/abs/2506.08009), neither sink nor bank.
+latent frames are kept (https://arxiv.org/abs/2506.08009), neither sink nor bank. Causal Forcing (framewise, four
+steps): the same, a frame at a time (https://arxiv.org/abs/2602.02214). Krea Realtime: three frames are kept besides the
+chunk of three; its configuration does not shift the timesteps.
 
 Neither torch nor diffusers is imported before it is needed: help texts and completion list these names.
 """
@@ -44,6 +46,7 @@ class Preset:
     fps: float = 16.0  # video frames per second
     text_length: int = 512  # tokens that a prompt is padded to
     size: tuple[int, int] = (480, 832)  # height and width of the video in pixels
+    lora: tuple[int, float] | None = None  # rank and alpha of the published adapter, which does not say alpha itself
 
     @property
     def memory_config(self) -> MemoryConfig:
@@ -91,20 +94,40 @@ _PARTS = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/
 _WAN = Repository("Wan-AI/Wan2.1-T2V-1.3B", _PARTS, "Apache-2.0")
 _WHOLE = ("diffusion_pytorch_model*.safetensors", *_PARTS)
 _NONCOMMERCIAL = "CC BY-NC-SA 4.0: no commercial use"
+_UNKNOWN = "see its card"
 _LONGLIVE = "Efficient-Large-Model/LongLive-1.3B"
 
 MODELS: Mapping[str, PublishedModel] = {
     "memflow-1.3b": PublishedModel(
         (_WAN, Repository("KlingTeam/MemFlow", ("base.pt", "lora.pt"), "not stated on its card")),
-        Preset({"published_mode": "interactive", "record_interval": 3}, weights="generator"),
+        Preset({"published_mode": "interactive", "record_interval": 3}, weights="generator", lora=(256, 256.0)),
     ),
     "longlive-1.3b": PublishedModel(
         (_WAN, Repository(_LONGLIVE, ("models/longlive_base.pt", "models/lora.pt"), _NONCOMMERCIAL)),
-        Preset({"policy": "none", "sink_frames": 3, "window_frames": 9}, weights="generator"),
+        Preset({"policy": "none", "sink_frames": 3, "window_frames": 9}, weights="generator", lora=(256, 256.0)),
+    ),
+    "longlive-infinity-1.3b": PublishedModel(  # the same files, with positions by distance
+        (_WAN, Repository(_LONGLIVE, ("models/longlive_base.pt", "models/lora.pt"), _NONCOMMERCIAL)),
+        Preset(
+            {"policy": "none", "sink_frames": 3, "window_frames": 9, "positions": "relative"},
+            weights="generator",
+            lora=(256, 256.0),
+        ),
     ),
     "self-forcing-1.3b": PublishedModel(
         (_WAN, Repository("gdhe17/Self-Forcing", ("checkpoints/self_forcing_dmd.pt",), _NONCOMMERCIAL)),
         Preset({"policy": "none", "sink_frames": 0, "window_frames": 21}),
+    ),
+    "causal-forcing-framewise-1.3b": PublishedModel(
+        (_WAN, Repository("zhuhz22/Causal-Forcing", ("framewise/causal_forcing.pt",), _UNKNOWN)),
+        Preset({"policy": "none", "frames_per_chunk": 1, "sink_frames": 0, "window_frames": 21}),
+    ),
+    "krea-realtime-14b": PublishedModel(  # its timesteps are shifted already
+        (_WAN, Repository("krea/krea-realtime-video", ("krea-realtime-video-14b.safetensors",), _UNKNOWN)),
+        Preset(
+            {"policy": "none", "sink_frames": 0, "window_frames": 6}, denoising_steps=(1000, 937, 833, 625), shift=1.0
+        ),
+        transformer=_14B,
     ),
     "wan2.1-t2v-1.3b": PublishedModel((Repository("Wan-AI/Wan2.1-T2V-1.3B", _WHOLE, "Apache-2.0"),)),
     "wan2.1-t2v-14b": PublishedModel((Repository("Wan-AI/Wan2.1-T2V-14B", _WHOLE, "Apache-2.0"),), transformer=_14B),
