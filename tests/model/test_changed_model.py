@@ -14,6 +14,8 @@ from peft.utils import get_peft_model_state_dict
 
 from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowError
+from memflow.models.wan import graphs
+from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.changes import refuse_hooks, text_version
 
 STORY, SMALL = ["a red boat", "an owl"], {"height": 32, "width": 32, "seconds_per_prompt": 3 * 0.75}
@@ -152,6 +154,18 @@ def test_compiled_after_the_start(pipe, toy):
     next(stream)
     pipe.compile(backend="eager")
     torch.testing.assert_close(next(stream).latents, plain[1], rtol=0, atol=1e-5)
+
+
+def test_captured_passes_are_those_of_the_layers_in_force(pipe, monkeypatch):
+    """Without a GPU: what stands for a captured graph goes with any change of the layers, and with none else."""
+    monkeypatch.setattr(graphs, "require_gpu", lambda transformer: None)
+    monkeypatch.setattr(graphs, "Recorder", lambda device: None)
+    model = WanModel(pipe.transformer, cuda_graphs=True)
+    version = model.text_version()
+    model._run.captured["size"] = "graph"
+    assert model.text_version() == version and model._run.captured
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))  # nothing of the prompt's keys
+    assert model.text_version() == version and not model._run.captured
 
 
 def test_layerwise_casting_between_chunks(pipe):

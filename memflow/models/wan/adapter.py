@@ -15,7 +15,7 @@ from memflow.memory.frames import Pass, Prompt
 from memflow.memory.places import Rotation
 from memflow.models.base import weights_digest
 from memflow.models.wan.attention import CleanPassDone, StreamContext, install, uninstall
-from memflow.models.wan.changes import refuse_hooks, text_version
+from memflow.models.wan.changes import layout, refuse_hooks, text_version
 from memflow.models.wan.graphs import GraphedDenoiser
 
 
@@ -86,6 +86,8 @@ class WanModel:
         # Uninstalled meanwhile, by a stream that has ended for example: this one goes on.
         self.context = transformer.rope if isinstance(transformer.rope, StreamContext) else install(transformer)
         self.context.require_installed(transformer)
+        if isinstance(self._run, GraphedDenoiser):
+            self._run.follow(layout(transformer))
         return text_version(transformer)
 
     def denoise(self, latents: Tensor, timestep: float, step: Pass) -> Tensor:

@@ -74,6 +74,22 @@ def text_version(transformer: nn.Module) -> Hashable:
     return tuple(parts)
 
 
+def layout(transformer: nn.Module) -> Hashable:
+    """Changes with which layers a call runs and where their weights lie: what a captured CUDA graph fixes.
+
+    Args:
+        transformer: a WanTransformer3DModel.
+    """
+    parts = []
+    for module in _modules(transformer):
+        own = module.__dict__
+        parts.append(id(module))
+        if "scaling" in own:
+            parts += [repr(own["scaling"]), repr(module.active_adapters), module.disable_adapters]
+        parts += [getattr(x, "qdata", x).data_ptr() for x in own["_parameters"].values() if x is not None]
+    return tuple(parts)
+
+
 def _text_modules(transformer: nn.Module) -> Iterator[nn.Module]:
     yield transformer.condition_embedder.text_embedder
     for block in transformer.blocks:
