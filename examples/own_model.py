@@ -70,6 +70,9 @@ class OwnModel(nn.Module):
         shifts = [block.text_shift(embeds).unflatten(2, (self.heads, -1)) for block in self.blocks]
         return Prompt(torch.stack(keys), torch.stack(shifts), mask)
 
+    def text_version(self):
+        return tuple(tensor._version for tensor in self.parameters())  # torch counts what is written to each
+
     def denoise(self, latents, timestep, step):
         frames = latents.shape[2]
         x = self.enter(latents.flatten(3).permute(0, 2, 3, 1)) + self.place  # [B, F, N, dim]

@@ -7,6 +7,8 @@ from diffusers import ConfigMixin, ModelMixin  # diffusers loads a component by 
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from memflow.modes import own_modes
+
 
 class IndependentCodec(ModelMixin, ConfigMixin):
     """A codec whose latent frames are decoded without each other, so that a stream needs no state to decode them.
@@ -34,7 +36,7 @@ class IndependentDecoder:
         """Video frames that the next `latent_frames` latent frames decode to."""
         return latent_frames * self.temporal_factor
 
-    @torch.no_grad()
+    @own_modes()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, F, h, w] -> uint8 [B, T, H, W, 3] on the CPU."""
         return self.codec.decode(latents).cpu()
@@ -112,7 +114,7 @@ class StorybookCodec(IndependentCodec):
         """Latents [n, channels, h, w] -> pictures [n, 16 h, 16 w, 3], around 0 to 1, not upscaled."""
         return self.decoder(latents.to(self.dtype, memory_format=torch.channels_last)).permute(0, 2, 3, 1) + 0.5
 
-    @torch.no_grad()
+    @own_modes()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, channels, F, h, w] -> uint8 video [B, F, 16 h upscale, 16 w upscale, 3]."""
         if latents.ndim != 5 or latents.shape[1] != self.config.channels:

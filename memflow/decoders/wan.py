@@ -9,6 +9,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
+from memflow.modes import own_modes
+
 
 class CausalDecoder:
     """What decoders for the latents of a causal VAE share: of the first latent frame they make a single video frame.
@@ -29,7 +31,7 @@ class CausalDecoder:
         dropped = self.temporal_factor - 1 if latent_frames and not self.frames else 0
         return latent_frames * self.temporal_factor - dropped
 
-    @torch.no_grad()
+    @own_modes()
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes the next frames of the stream.
 
@@ -41,7 +43,7 @@ class CausalDecoder:
         """
         return torch.cat([_to_uint8(part) for part in self._parts(latents)], dim=1)
 
-    @torch.no_grad()
+    @own_modes()
     def decode_float(self, latents: Tensor) -> Tensor:
         """As `decode`, but [B, 3, T, H, W] in [-1, 1], in the VAE's dtype and on its device."""
         return torch.cat(list(self._parts(latents)), dim=2)

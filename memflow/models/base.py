@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
@@ -52,6 +53,11 @@ class VideoModel(Protocol):
             embeds: [B, T, text_dim] on `device`, rows of padding zero.
             mask: [B, T] bool, True where a token counts.
         """
+        ...
+
+    def text_version(self) -> Hashable:
+        """Changes when `encode_prompt` would give something else, because of other weights for example; asked before
+        every chunk. MemFlowError where the model was changed so that a stream cannot go on with it."""
         ...
 
     def denoise(self, latents: Tensor, timestep: float, step: Pass) -> Tensor:

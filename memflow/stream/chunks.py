@@ -8,7 +8,7 @@ and every server drive a story through it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,6 +55,7 @@ class ChunkDriver:
         self._text: tuple[Tensor, Tensor] | None = None  # embeddings and mask in force
         self._prompt: Prompt | None = None
         self._next: tuple[tuple[Tensor, Tensor], Prompt] | None = None  # from the next chunk on
+        self._version: Hashable = None  # of the model that the prompts were encoded with
         self._begun = self._ready = -1  # chunk whose preparation began, and the last that it ended for
         self._step: Pass | None = None
         self._unwritten: tuple[Tensor, Pass] | None = None  # the chunk whose clean pass is due
@@ -113,6 +114,7 @@ class ChunkDriver:
             raise MemFlowError(f"mask must be [B, T] = {list(embeds.shape[:2])}, got {list(mask.shape)}")
         if self.in_hand:
             raise MemFlowError(f"prompt: chunk {self.position} is under way under another one; keep it first")
+        self.follow_model()
         with own_modes():
             mask = (embeds != 0).any(-1) if mask is None else mask.bool()
             text = embeds.to(self.model.device, self.model.dtype, copy=True), mask.to(self.model.device, copy=True)
@@ -167,6 +169,8 @@ class ChunkDriver:
             raise MemFlowError(f"chunk {self.position} was interrupted while it began; go on from a saved state")
         if self._next is None and self._prompt is None:
             raise MemFlowError("which prompt? Call prompt(embeds) before the first chunk")
+        if self._unwritten is None:
+            self.follow_model()
         self.settle()
         self._begun = self.position
         start, frames = self.start_frame, self.config.frames_per_chunk
@@ -183,6 +187,7 @@ class ChunkDriver:
         """Write the keys and values of the last chunk into the memory, unless that has been done."""
         if self._unwritten is None:
             return
+        self.follow_model()
         with own_modes():
             self.model.write_clean(*self._unwritten)
             self.memory.end_chunk((self.position - 1) * self.config.frames_per_chunk)
@@ -239,6 +244,7 @@ class ChunkDriver:
                 if f"{name}.embeds" in tensors:
                     text = self._checked_text(name, tensors)
                     texts[name] = text, self.model.encode_prompt(*text)
+            self._version = self.model.text_version()
         if position and "text" not in texts:
             raise ValueError("text.embeds is missing: the prompt of the last chunk")
         self._text, self._prompt = texts.get("text", (None, None))
@@ -264,6 +270,39 @@ class ChunkDriver:
         if found != needed:
             raise ValueError(f"history must be {needed}, got {found}")
 
+    def follow_model(self) -> None:
+        """Encode the prompts again where the model has changed since: their keys and values are those of its weights.
+
+        Every step of a chunk does so first; nothing has happened yet where it raises.
+
+        Raises:
+            MemFlowError: a model that the memory does not fit any more.
+        """
+        model = self.model
+        with own_modes():
+            version = model.text_version()
+            if self.memory is not None:
+                pool = self.memory.pool.key
+                if not _same_device(model.device, pool.device):
+                    raise MemFlowError(_changed("device", pool.device, model.device))
+                if version != self._version and model.dtype != pool.dtype:
+                    raise MemFlowError(_changed("dtype", pool.dtype, model.dtype))
+            if version == self._version:
+                return
+            if self._text is not None:
+                self._text, self._prompt = self._encoded(*self._text)
+            if self._next is not None:
+                self._next = self._encoded(*self._next[0])
+            if self._unwritten is not None:
+                latents, step = self._unwritten
+                self._unwritten = latents, step._replace(prompt=self._prompt)
+        self._version = version
+
+    def _encoded(self, embeds: Tensor, mask: Tensor) -> tuple[tuple[Tensor, Tensor], Prompt]:
+        """A prompt's text as the model takes it, and its keys and values."""
+        text = embeds.to(self.model.device, self.model.dtype), mask.to(self.model.device)
+        return text, self.model.encode_prompt(*text)
+
     def _encode_again(self, start: int) -> None:
         """The frames that stay in the window, under the new prompt."""
         first, count = self.memory.recache_span(start)
@@ -282,4 +321,16 @@ class ChunkDriver:
         self.open(batch, *shape[3:])
 
     def _input(self, latents: Tensor) -> Tensor:
-        return latents.to(self.model.device, self.model.dtype)
+        pool = self.memory.pool.key
+        return latents.to(pool.device, pool.dtype)
+
+
+def _changed(name: str, before: object, now: object) -> str:
+    return (
+        f"the model's {name} has changed under a stream, from {before} to {now}: its memory keeps that of its first "
+        "chunk; change it back, or make the stream again"
+    )
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    return one == other or (one.type == other.type and None in (one.index, other.index))

@@ -23,6 +23,7 @@ from memflow.models.wan.float8 import to_float8
 from memflow.models.wan.graphs import require_gpu
 from memflow.models.wan.published import PRESETS, find_preset
 from memflow.models.wan.text import PromptCache, encode_prompts, losses
+from memflow.modes import own_modes
 from memflow.stream.chunks import ChunkDriver
 from memflow.stream.plan import Plan, check_text
 from memflow.stream.sampler import DistilledSchedule
@@ -118,6 +119,12 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             config["vae"] = current_class(*config["vae"])
         return found
 
+    @classmethod
+    def from_pretrained(cls, *arguments, **options):
+        """As diffusers' own, whatever torch is set to; torch's global random state is left as it was."""
+        with own_modes(), torch.random.fork_rng(devices=[]):
+            return super().from_pretrained(*arguments, **options)
+
     def use_preset(self, name: str) -> None:
         """Run as the published model `name` is run, whatever the folder recorded."""
         preset = find_preset(name)
@@ -125,10 +132,11 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.register_to_config(**preset.settings())
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt, one text per batch row."""
+        """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt, one text per batch row. Without gradients."""
         if self.prompts is not None:
             return self.prompts(list(texts))
-        return encode_prompts(self.tokenizer, self.text_encoder, list(texts), self.config.text_length)
+        with own_modes():
+            return encode_prompts(self.tokenizer, self.text_encoder, list(texts), self.config.text_length)
 
     @property
     def fps(self) -> float:

@@ -96,6 +96,7 @@ class Stream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         with self._lock, own_modes():
             self._refuse_if_broken()
+            self.driver.follow_model()  # before the plan goes on: it may refuse, and the stream go on later
             entry = self.plan.next()
             if entry is None:
                 raise StopIteration

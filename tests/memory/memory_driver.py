@@ -32,6 +32,9 @@ class NumberedModel:
     def encode_prompt(self, embeds, mask):
         return self.prompt
 
+    def text_version(self):
+        return None
+
     def denoise(self, latents, timestep, step):
         return latents
 

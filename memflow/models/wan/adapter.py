@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from contextlib import suppress
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from memflow.errors import MemFlowError
 from memflow.memory.frames import Pass, Prompt
 from memflow.memory.places import Rotation
 from memflow.models.base import weights_digest
-from memflow.models.wan.attention import CleanPassDone, install, uninstall
+from memflow.models.wan.attention import CleanPassDone, StreamContext, install, uninstall
+from memflow.models.wan.changes import layout, refuse_hooks, text_version
 from memflow.models.wan.graphs import GraphedDenoiser
 
 
@@ -51,8 +54,9 @@ class WanModel:
     @property
     def device(self) -> torch.device:
         # Under `enable_model_cpu_offload` the weights lie elsewhere between calls.
-        device = getattr(getattr(self.transformer, "_hf_hook", None), "execution_device", None)
-        return self.transformer.device if device is None else torch.device(device)
+        device = getattr(vars(self.transformer).get("_hf_hook"), "execution_device", None)
+        # diffusers' own property walks over all modules; streams ask before every chunk.
+        return self.transformer.scale_shift_table.device if device is None else torch.device(device)
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         _, high, wide = self.transformer.config.patch_size
@@ -76,6 +80,16 @@ class WanModel:
                 values.append(value.unflatten(2, (attn.heads, -1)))
         return Prompt(torch.stack(keys), torch.stack(values), mask)
 
+    def text_version(self) -> Hashable:
+        transformer = self.transformer
+        refuse_hooks(transformer)
+        # Uninstalled meanwhile, by a stream that has ended for example: this one goes on.
+        self.context = transformer.rope if isinstance(transformer.rope, StreamContext) else install(transformer)
+        self.context.require_installed(transformer)
+        if isinstance(self._run, GraphedDenoiser):
+            self._run.follow(layout(transformer))
+        return text_version(transformer)
+
     def denoise(self, latents: Tensor, timestep: float, step: Pass) -> Tensor:
         return self._run(latents, timestep, step._replace(unplaced=()))  # what later chunks see is of the clean pass
 
@@ -84,6 +98,7 @@ class WanModel:
         reads its output. Compiled blocks cannot end so; they compute the last layer to its end."""
         with suppress(CleanPassDone):
             self._forward(latents, 0.0, step, clean=True)
+        self._require_called()
 
     def identity(self) -> str:
         # The config's own entries: those that begin with _ say where the folder lay.
@@ -95,7 +110,9 @@ class WanModel:
         uninstall(self.transformer)
 
     def _denoise(self, latents: Tensor, timestep: float | Tensor, step: Pass) -> Tensor:
-        return self._forward(latents, timestep, step).clone()  # the caller's own, outside inference mode
+        flow = self._forward(latents, timestep, step).clone()  # the caller's own, outside inference mode
+        self._require_called()
+        return flow
 
     def _forward(self, latents: Tensor, timestep: float | Tensor, step: Pass, *, clean: bool = False) -> Tensor:
         self._bring_to_device()  # not in inference mode, which would leave weights that cannot be trained any more
@@ -105,6 +122,16 @@ class WanModel:
             # The prompt's keys and values come with the step; no text here saves its projection in every call.
             no_text = latents.new_empty((latents.shape[0], 0, self.text_dim))
             return self.transformer(latents, timestep, no_text, return_dict=False)[0]
+
+    def _require_called(self) -> None:
+        """MemFlowError where some layers were not called: they wrote no keys. Of compiled ones nothing is known."""
+        layers = zip(self.transformer.blocks, self.context.processors[::2], strict=True)
+        skipped = [of.layer for block, of in layers if not of.called and block._compiled_call_impl is None]
+        if 0 < len(skipped) < self.layers:
+            raise MemFlowError(
+                f"transformer: the attention of layer {skipped[0]} was not called, so that its keys are missing in the "
+                "memory; remove what skips it, a cache or a hook for example"
+            )
 
     def _bring_to_device(self) -> None:
         # Under model offloading only transformer.forward would fetch the weights.

@@ -11,6 +11,7 @@ stands. Numbers that the processors held themselves would be constants to torch.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from memflow.errors import MemFlowError
 from memflow.memory.attention import attend
 from memflow.memory.places import Unplaced
+from memflow.models.wan.changes import FETCHED, refuse_hooks
 from memflow_kernels import Pool, memory_attention, qk_norm_rope, qk_norm_rope_write
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class MemorySelfAttention:
         self.pool: Pool | None = None
         self.unplaced: Unplaced | None = None
         self.ends = False  # this is the last layer of a clean pass
+        self.called = False  # in the call in progress
 
     def bind(self, step: Pass, clean: bool) -> None:
         """The next calls belong to `step`.
@@ -46,7 +49,7 @@ class MemorySelfAttention:
         """
         self.pool = step.pools[self.layer]
         self.unplaced = step.unplaced[self.layer] if step.unplaced else None
-        self.ends = clean and self.layer == len(step.pools) - 1
+        self.ends, self.called = clean and self.layer == len(step.pools) - 1, False
 
     def release(self) -> None:
         """Hold nothing of a stream's any more: these are views, and any of them keeps the whole pool in memory."""
@@ -54,8 +57,10 @@ class MemorySelfAttention:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Pass = None):
         query, query_mean = self.write(attn, hidden_states, rotary_emb)
-        if not torch.compiler.is_compiling() and self.ends:
-            raise CleanPassDone
+        if not torch.compiler.is_compiling():
+            self.called = True
+            if self.ends:
+                raise CleanPassDone
         hidden_states = attend(query, query_mean, self.pool, rotary_emb)
         return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2)))
 
@@ -133,6 +138,23 @@ class StreamContext(nn.Module):
             )
         return self.step
 
+    def set_processors(self, transformer: WanTransformer3DModel) -> None:
+        """Let the transformer attend with these processors."""
+        for block, of_frames, of_text in zip(
+            transformer.blocks, self.processors[::2], self.processors[1::2], strict=True
+        ):
+            block.attn1.set_processor(of_frames)
+            block.attn2.set_processor(of_text)
+
+    def require_installed(self, transformer: WanTransformer3DModel) -> None:
+        """MemFlowError where the transformer has no longer the attention that `install` gave it."""
+        found = [attn.processor for block in transformer.blocks for attn in (block.attn1, block.attn2)]
+        if len(found) != len(self.processors) or not all(map(is_, found, self.processors)):
+            raise MemFlowError(
+                "transformer: its attention processors have been replaced since the stream began, which goes on with "
+                "MemFlow's own only: make the stream again, or resume it from a saved state"
+            )
+
     @contextmanager
     def during(self, step: Pass, *, clean: bool = False):
         """The calls of the transformer in this block belong to `step`; clean: nobody reads what they return."""
@@ -151,28 +173,21 @@ class StreamContext(nn.Module):
 
 def install(transformer: WanTransformer3DModel) -> StreamContext:
     """Give the transformer a memory; returns the context that its calls run in. Installing twice changes nothing."""
-    if _is_group_offloaded(transformer):
-        raise MemFlowError(
-            "transformer: group offloading moves its layers one by one, which a stream cannot use: its processors read "
-            "their weights directly; enable_model_cpu_offload moves whole models and works"
-        )
+    refuse_hooks(transformer)
     if isinstance(transformer.rope, StreamContext):
+        transformer.rope.set_processors(transformer)  # others may have been set since
         return transformer.rope
     if any(block.attn2.add_k_proj is not None for block in transformer.blocks):
         raise MemFlowError("transformer: image-to-video checkpoints (added_kv_proj_dim) have no streaming memory")
     if transformer.config.patch_size[0] != 1:
         raise MemFlowError(f"transformer: patch_size must be (1, h, w), got {tuple(transformer.config.patch_size)}")
     if any(parameter.is_meta for parameter in transformer.parameters()):
-        raise MemFlowError(
-            "transformer: its weights are fetched layer by layer (sequential offloading), which a stream cannot use: "
-            "its processors read them directly; enable_model_cpu_offload moves whole models and works"
-        )
+        raise MemFlowError(FETCHED)
     context = StreamContext()
     context.replaced_rope = [transformer.rope]
-    for layer, block in enumerate(transformer.blocks):
-        for attn, processor in ((block.attn1, MemorySelfAttention(layer)), (block.attn2, PromptCrossAttention(layer))):
-            attn.set_processor(processor)
-            context.processors.append(processor)
+    for layer in range(len(transformer.blocks)):
+        context.processors += [MemorySelfAttention(layer), PromptCrossAttention(layer)]
+    context.set_processors(transformer)
     transformer.rope = context
     return context
 
@@ -185,9 +200,3 @@ def uninstall(transformer: WanTransformer3DModel) -> None:
         for attn in (block.attn1, block.attn2):
             attn.set_processor(attn._default_processor_cls())
     transformer.rope = transformer.rope.replaced_rope[0].to(transformer.device)
-
-
-def _is_group_offloaded(transformer: WanTransformer3DModel) -> bool:
-    # Read from the modules' dictionaries: nn.Module is slow to say that an attribute is missing.
-    registries = (vars(module).get("_diffusers_hook") for module in transformer.modules())
-    return any(registry is not None and registry.get_hook("group_offloading") is not None for registry in registries)

@@ -51,6 +51,13 @@ class GraphedDenoiser:
         self.record = Recorder(transformer.device)
         self.calls: Counter[Hashable] = Counter()
         self.captured: dict[Hashable, Captured] = {}
+        self.layout: Hashable = None
+
+    def follow(self, layout: Hashable) -> None:
+        """Forget what was captured where `layout`, of the transformer's layers and weights, is another than before."""
+        if layout != self.layout:
+            self.captured.clear()
+        self.layout = layout
 
     def __call__(self, latents: Tensor, timestep: float, step: Pass) -> Tensor:
         """Flow [B, C, F, h, w]."""

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memflow.modes import own_modes
+
 _SMALL = 32 * 2**20  # bytes of a file that is read wholly for its model's identity
 _SAMPLES, _SAMPLE = 16, 2**16
 _SHOWN = 60  # characters of what is cut off
@@ -130,6 +132,7 @@ class PromptCache:
         """Have the embeddings of `texts` ready and no encoder in memory."""
         self._prepare([clean_prompt(text) for text in texts])
 
+    @own_modes()
     def _prepare(self, clean: list[str]) -> None:
         for text in clean:
             if text not in self._known:
@@ -139,6 +142,7 @@ class PromptCache:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # its room is needed by tensors of quite other sizes
 
+    @own_modes()  # without gradients: embeddings that drag the encoder's graph along would keep the encoder too
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """As `encode_prompts`, on the CPU: embeddings [B, text_length, text_dim], mask [B, text_length]. Leaves no
         encoder in memory."""
@@ -160,7 +164,6 @@ class PromptCache:
             self._write(text, row)
         return row
 
-    @torch.no_grad()  # a kept embedding that drags the encoder's graph along would keep the encoder too
     def _encode(self, text: str) -> Tensor:
         self._encoder = self._encoder or self._load_encoder()
         # One by one: what a prompt is encoded together with may change the last bits.
