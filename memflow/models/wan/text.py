@@ -186,7 +186,7 @@ class PromptCache:
         try:
             with safe_open(path, framework="pt") as file:
                 row, metadata = file.get_tensor("embeds").clone(), file.metadata() or {}
-        except (OSError, SafetensorError):
+        except (OSError, RuntimeError, SafetensorError):  # torch says that a file is gone by a RuntimeError
             return None
         fits = row.ndim == 2 and 1 <= len(row) <= self.text_length and row.dtype == self.dtype
         if not fits or self.text_dim not in (None, row.shape[1]) or metadata.get("digest") != self._digest(text, row):
