@@ -99,6 +99,7 @@ def load_pipeline(
             pipeline.config.text_length,
             dtype=dtype,
             folder=cache_folder(folder) if prompt_cache else None,
+            text_dim=pipeline.transformer.config.text_dim,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

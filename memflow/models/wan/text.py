@@ -13,10 +13,11 @@ from pathlib import Path
 import ftfy
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memflow.files import write_whole
 from memflow.modes import own_modes
 
 _SMALL = 32 * 2**20  # bytes of a file that is read wholly for its model's identity
@@ -101,7 +102,8 @@ def losses(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], max_lengt
 class PromptCache:
     """Embeddings of prompts; the encoder (11 GB of a real model) is loaded only for those that are not kept already.
 
-    An entry that is damaged or belongs to something else is made again; a folder that cannot be written to is no error.
+    An entry is used only when the digest in it fits its numbers and its text; what is damaged, or belongs to something
+    else, is made again. A folder that cannot be written to is no error.
 
     Args:
         tokenizer: The pipeline's.
@@ -109,6 +111,7 @@ class PromptCache:
         text_length: Tokens that a prompt is cut to.
         dtype: Of the embeddings.
         folder: Where they are kept, one file each; None = in memory only.
+        text_dim: Channels that an embedding must have; None = any.
     """
 
     def __init__(
@@ -119,11 +122,13 @@ class PromptCache:
         *,
         dtype: torch.dtype,
         folder: Path | None = None,
+        text_dim: int | None = None,
     ):
         self.tokenizer = tokenizer
         self.text_length = text_length
         self.dtype = dtype
         self.folder = folder
+        self.text_dim = text_dim
         self._load_encoder = load_encoder
         self._encoder: PreTrainedModel | None = None
         self._known: dict[str, Tensor] = {}
@@ -175,34 +180,46 @@ class PromptCache:
         return self.folder / f"{key}.safetensors"
 
     def _read(self, text: str) -> Tensor | None:
-        if self.folder is None or not (path := self._path(text)).is_file():
+        """The embeddings that were kept for a text; None where there are none, or what is there is not whole."""
+        if self.folder is None or not _is_file(path := self._path(text)):
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                row, known = file.get_tensor("embeds").clone(), (file.metadata() or {}).get("text")
-        except (OSError, SafetensorError):
+                row, metadata = file.get_tensor("embeds").clone(), file.metadata() or {}
+        except (OSError, RuntimeError, SafetensorError):  # torch says that a file is gone by a RuntimeError
             return None
         fits = row.ndim == 2 and 1 <= len(row) <= self.text_length and row.dtype == self.dtype
-        return row if fits and known == text else None
+        if not fits or self.text_dim not in (None, row.shape[1]) or metadata.get("digest") != self._digest(text, row):
+            return None
+        return row if row.isfinite().all() else None
 
     def _write(self, text: str, row: Tensor) -> None:
-        if self.folder is None:
+        if self.folder is None or not row.isfinite().all():
             return
-        path = self._path(text)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
+        path, metadata = self._path(text), {"digest": self._digest(text, row)}
+        with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"embeds": row}, partial, metadata={"text": text})
-            partial.replace(path)
-        except (OSError, SafetensorError):
-            with suppress(OSError):
-                partial.unlink()
+            if path.is_symlink():  # what it points to is not ours to write
+                path.unlink()
+            write_whole(path, lambda file: file.write(save({"embeds": row}, metadata=metadata)))
+
+    def _digest(self, text: str, row: Tensor) -> str:
+        """Of all that an entry says."""
+        total = hashlib.sha256(f"{self.text_length} {row.dtype} {list(row.shape)} {text}".encode())
+        total.update(row.contiguous().view(torch.uint8).numpy())
+        return total.hexdigest()
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a regular file itself, no link to one."""
+    return path.is_file() and not path.is_symlink()
 
 
 def cache_folder(model: Path) -> Path:
     """Where the embeddings of a pipeline's prompts are kept: one folder for all equal encoders, under XDG_CACHE_HOME.
 
-    Equal are encoders and tokenizers of the same files: contents of small ones, size and samples of large ones.
+    Equal are encoders and tokenizers of the same files: contents of small ones; size, time and samples of large ones.
+    An XDG_CACHE_HOME that is not absolute is ignored, as the standard says.
 
     Args:
         model: The folder of the pipeline.
@@ -210,14 +227,15 @@ def cache_folder(model: Path) -> Path:
     digest = hashlib.sha256()
     for part in ("text_encoder", "tokenizer"):
         for path in sorted(path for path in (model / part).rglob("*") if path.is_file()):
-            size = path.stat().st_size
+            size, changed = path.stat().st_size, path.stat().st_mtime_ns
             digest.update(f"{path.relative_to(model)} {size}\n".encode())
             with path.open("rb") as file:
                 if size <= _SMALL:
                     digest.update(file.read())
                     continue
+                digest.update(str(changed).encode())  # samples may miss what was written
                 for sample in range(_SAMPLES):
                     file.seek(sample * (size - _SAMPLE) // (_SAMPLES - 1))
                     digest.update(file.read(_SAMPLE))
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "memflow" / "prompts" / digest.hexdigest()[:32]
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (home if home.is_absolute() else Path.home() / ".cache") / "memflow" / "prompts" / digest.hexdigest()[:32]
