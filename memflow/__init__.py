@@ -5,7 +5,7 @@ The names below are imported when they are first used, so that `import memflow` 
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Chunk": "memflow.stream.stream",
