@@ -16,8 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from memflow.integrations.cache import INDICES
 from memflow.integrations.mirror import version
 from memflow.memory.config import MemoryConfig
-from memflow_kernels.ops._checks import MAX_HEAD_DIM
-from memflow_kernels.reference.rotary import rotation_table
+from memflow_kernels import MAX_HEAD_DIM
 
 _KNOWN_PARAMETERS = {
     "x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start", "current_end", "cache_start",
@@ -214,7 +213,12 @@ class Inputs:
         if not isinstance(freqs, Tensor) or not freqs.is_complex() or freqs.ndim != 2 or freqs.shape[1] != pairs:
             got = f"{freqs.dtype} {list(freqs.shape)}" if isinstance(freqs, Tensor) else type(freqs).__name__
             raise ValueError(f"{self.name}.forward: freqs must be a complex table [positions, {pairs}], got {got}")
-        expected = rotation_table(2 * pairs, 2, (2, 2), 0, freqs.device)[-1, 0]  # position 1 along every axis
+        third = pairs // 3
+        axes = [
+            torch.arange(m, dtype=torch.float64, device="cpu") / max(m, 1) for m in (pairs - 2 * third, third, third)
+        ]
+        speed = 10000.0 ** -torch.cat(axes)  # of a position along an axis, as Wan 2.1 defines it
+        expected = torch.polar(torch.ones_like(speed), speed).to(freqs.device)
         if freqs.shape[0] < 2 or not torch.allclose(freqs[1].to(expected.dtype), expected, atol=1e-3):
             raise ValueError(
                 f"{self.name}.forward: freqs is not the rotation of Wan 2.1 (base 10000 over frame, row and column)"
