@@ -22,7 +22,7 @@ print(json.dumps([seconds, sorted({name.split(".")[0] for name in set(sys.module
 
 
 def test_import_is_light():
-    """Under 0.3 s of a processor over `import torch` (best of three processes), without a model library or a compiler."""
+    """Under 0.3 s of a processor over `import torch`, best of three; without a model library or a compiler."""
     runs = [
         json.loads(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True, text=True).stdout)
         for _ in range(3)
