@@ -87,8 +87,12 @@ class Middle:
         tensors, counters = memory.state_dict()
         embeds, mask = self.text(pipeline)
         state = {f"memory.{name}": tensor for name, tensor in tensors.items()}
+        channels, _, *size = stream.latent_shape
+        history = torch.zeros(
+            case.batch, channels, case.sink + case.window, *size
+        )  # no prompt switches: nobody reads it
         stream.driver.load_state_dict(
-            {**state, "text.embeds": embeds, "text.mask": mask},
+            {**state, "text.embeds": embeds, "text.mask": mask, "history": history},
             {**counters, "bank_used": self.bank, "position": self.position},
         )
         return stream

@@ -98,7 +98,7 @@ class Request:
     ] = None
     preset: Annotated[
         str | None,
-        _run(metavar="NAME", help=f"Run the model as {', '.join(PRESETS)}. \\[default: what its folder says]"),
+        _run(metavar="NAME", help="Run the model as one of the presets below. \\[default: what its folder says]"),
         "Story",
     ] = None
     decoder: Annotated[
@@ -170,6 +170,10 @@ def _reads(options: type):
     return command
 
 
+# In a column beside its option a long name would be cut.
+_PRESETS = f"Presets: {', '.join(PRESETS)}"
+
+
 def _late(place: str):
     """The function at "module:name", imported when its command runs, so that options are read without it."""
     module, _, name = place.partition(":")
@@ -193,14 +197,14 @@ def _memflow(
     pass
 
 
-@app.command()
+@app.command(epilog=_PRESETS)
 @_reads(Request)
 def generate(request: Request) -> int:
     """Make the video of a story, written chunk by chunk while it is made."""
     return _late("memflow.cli.generate:generate")(request)
 
 
-@app.command()
+@app.command(epilog=_PRESETS)
 def convert(
     sources: Annotated[
         list[Path],
@@ -213,7 +217,7 @@ def convert(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"How the model is run, recorded in FOLDER: {', '.join(PRESETS)}."),
+        typer.Option(metavar="NAME", help="How the model is run, recorded in FOLDER: one of those below."),
     ] = None,
     weights: Annotated[
         Weights | None,
@@ -262,9 +266,9 @@ def convert(
     )
 
 
-@app.command()
+@app.command(epilog=f"Models: {', '.join(MODELS)}")
 def download(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(MODELS)}.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of those below.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where to put the files.")],
     yes: Annotated[bool, typer.Option("--yes", help="Accept the licences without being asked.")] = False,
 ) -> None:
