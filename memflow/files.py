@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +19,11 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> N
     """Replace the file `path` by what `write` writes; a reader finds the old contents or the new ones, never a part.
 
     When it returns, the new contents survive a loss of power. Where Linux can, the file has no name until it is
-    complete, so that a process that is killed leaves nothing; elsewhere the next call removes what was left behind.
+    complete, so that a process that is killed leaves nothing, but for the instant between its name and its place. What
+    is left behind then, and elsewhere, a call removes an hour later.
 
     Args:
-        path: the file; a link is followed.
+        path: the file; a link is followed, its permissions stay.
         write: gets the open file.
 
     Raises:
@@ -32,20 +34,24 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> N
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > _STALE:
                 left.unlink()
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+    before = path.stat() if path.exists() else None
+    if before is not None and not stat.S_ISREG(before.st_mode):  # a device would be replaced by a file
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    new = path.parent / f"{_PREFIX}{os.getpid()}-{os.urandom(8).hex()}{_SUFFIX}"
     name = None
     try:
-        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, mode)
+        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
     except (AttributeError, OSError):  # not Linux, or a file system without it
-        descriptor, name = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX, dir=path.parent)
-        os.chmod(name, mode)
+        descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        name = os.fspath(new)
     try:
         with open(descriptor, "wb") as file:
+            if before is not None:
+                os.chmod(file.fileno() if name is None else name, stat.S_IMODE(before.st_mode))
             write(file)
             file.flush()
             os.fsync(file.fileno())
             if name is None:
-                new = path.parent / f"{_PREFIX}{os.getpid()}-{os.urandom(8).hex()}{_SUFFIX}"
                 with _opened(path.parent) as folder:  # given a folder, Python follows the link that /proc shows
                     os.link(f"/proc/self/fd/{file.fileno()}", new.name, dst_dir_fd=folder)
                 name = os.fspath(new)
@@ -66,9 +72,3 @@ def _opened(folder: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

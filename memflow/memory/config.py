@@ -54,6 +54,9 @@ class MemoryConfig:
     def __post_init__(self):
         for name, least in (("frames_per_chunk", 1), ("sink_frames", 0), ("bank_frames", 0), ("record_interval", 1)):
             _require_count(name, getattr(self, name), least)
+        for name in ("recache", "global_sink"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _require_count("window_frames", self.window_frames, self.frames_per_chunk)
         if self.top_k is not None:
             _require_count("top_k", self.top_k, 1)
@@ -66,6 +69,10 @@ class MemoryConfig:
             self._check_published()
         elif not self.global_sink:
             raise ValueError("global_sink must be True without published_mode: only that code empties its sink")
+        for field in fields(self):  # numpy's whole numbers too, which no saved state could hold
+            value = getattr(self, field.name)
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                object.__setattr__(self, field.name, int(value))
 
     def _check_held(self) -> None:
         if self.held_frames is not None and (self.policy == "none" or self.bank_frames == 0):

@@ -202,10 +202,10 @@ class Archive:
         return {"archive.key": torch.stack(keys), "archive.value": torch.stack(values), "archive.mean": self.means()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], used: int) -> None:
+        mean, self.frames = self.mean_buffer, []
+        self.mean_buffer = mean.new_empty((*mean.shape[:2], used, *mean.shape[3:]))
         if not used:
             return
-        mean = self.mean_buffer
-        self.mean_buffer = mean.new_empty((*mean.shape[:2], used, *mean.shape[3:]))
         copy_exactly(self.mean_buffer, tensors, "archive.mean")
         key, value = self.pool.frame(0)
         frames = [torch.empty((used, *states.shape), dtype=states.dtype, device="cpu") for states in (key, value)]

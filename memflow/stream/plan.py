@@ -50,6 +50,13 @@ class Plan:
         self.remaining -= 1
         return self.current, switched
 
+    def give_back(self, switched: bool) -> None:
+        """The chunk of the last `next` was not begun: it is to be made still, and starts its prompt if that one did."""
+        self.remaining += 1
+        if switched:
+            self.queue.insert(0, (self.current, self.remaining))
+            self.remaining = 0
+
     def __len__(self) -> int:
         """Chunks still to be made."""
         sent = len(self.inbox)
@@ -91,6 +98,6 @@ def _count(value: object, least: int) -> int:
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(text, str) for text in value):
         raise ValueError(f"plan: a prompt must be a list of texts, got {value!r}")
     return tuple(value)

@@ -102,13 +102,19 @@ class Stream(Iterator[Chunk]):
                 raise StopIteration
             texts, switched = entry
             start = self.driver.start_frame
-            if switched:
-                with self._timed("text"):
-                    embeds, mask = self._encode(texts)
+            try:
+                if switched:
+                    with self._timed("text"):
+                        embeds, mask = self._encode(texts)
+                    with self._timed("loop"):
+                        self.driver.prompt(embeds, mask)
                 with self._timed("loop"):
-                    self.driver.prompt(embeds, mask)
+                    self.driver.begin()
+            except BaseException:
+                if not self.driver.in_hand:  # the stream can go on, and must not do so under the prompt before
+                    self.plan.give_back(switched)
+                raise
             with self._timed("loop"):
-                self.driver.begin()
                 latents = self._denoise()
             with self._timed("decode"):
                 frames = self.decoder.decode(latents)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from memory_driver import DIM, MemoryDriver, prompt_of
@@ -186,11 +189,17 @@ def test_the_update_is_made_once_per_chunk():
         ({"aggregate": "max"}, "aggregate must be one of mean, softmax"),
         ({"published_mode": "web"}, "published_mode"),
         ({"sink_frames": True}, "sink_frames"),
+        ({"recache": "no"}, "recache must be True or False, got 'no'"),
     ],
 )
 def test_config_refuses(fields, complaint):
     with pytest.raises(ValueError, match=complaint):
         MemoryConfig(**fields)
+
+
+def test_whole_numbers_of_numpy_can_be_saved():
+    config = MemoryConfig(window_frames=np.int64(6), top_k=np.int32(2), held_frames=np.int64(9))
+    assert MemoryConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(
