@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .builder import BuildError, Recipe, cache_folder, cached_library, find_toolchain, library_of
+from .builder.private import is_whole
 from .builder.toolchain import ARCHITECTURES_VARIABLE, parse
 
 AHEAD_OF_TIME = Path(__file__).with_name("memflow_cuda.abi3.so")  # where setup.py puts it
@@ -39,7 +40,7 @@ def described() -> str:
     recipe = _recipe()
     if isinstance(recipe, str):
         return f"not built and cannot be: {recipe}"
-    if library_of(recipe).is_file():
+    if is_whole(library_of(recipe)):
         return f"built at an earlier use, {library_of(recipe)}"
     where = f"into {cache_folder()}, for {recipe.target_names} ({ARCHITECTURES_VARIABLE} changes that)"
     return f"not built yet; the first use on a GPU does it with {recipe.toolchain}, {where}"

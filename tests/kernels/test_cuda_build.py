@@ -202,7 +202,7 @@ def test_a_library_is_built_once(recipe, tmp_path, capfd):
     assert said.err == title
     assert said.out == ""
     assert len(calls.read_text().splitlines()) == 4  # three files and the library
-    assert sorted(path.name for path in made.parent.iterdir()) == ["lock", "memflow_cuda.so"]
+    assert sorted(path.name for path in made.parent.iterdir()) == ["lock", "memflow_cuda.so", "memflow_cuda.so.sha256"]
     assert cached_library(recipe(f'echo "$all" >> {calls}')) == made
     assert len(calls.read_text().splitlines()) == 4
     assert capfd.readouterr().err == ""

@@ -76,7 +76,7 @@ def test_a_killed_builder_blocks_nobody(builders, tmp_path, whole_group):
     with open(library) as file:
         assert "-shared" in file.read()
     folder = os.path.dirname(library)
-    assert sorted(os.listdir(folder)) == ["lock", "memflow_cuda.so"]
+    assert sorted(os.listdir(folder)) == ["lock", "memflow_cuda.so", "memflow_cuda.so.sha256"]
 
 
 def test_a_library_is_there_as_a_whole_or_not_at_all(builders, tmp_path):

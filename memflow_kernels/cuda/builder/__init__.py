@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from .private import is_whole, make_private, move_sealed, open_lock, seal
 from .toolchain import Architecture, BuildError, Toolchain, architectures, find_toolchain
 
 __all__ = ["BuildError", "Recipe", "Toolchain", "cached_library", "compile_library", "find_toolchain", "source_folder"]
@@ -209,15 +210,17 @@ def _run(ninja: str, folder: Path, progress: Progress, log: TextIO) -> tuple[int
 
 
 def cache_folder() -> Path:
-    """MEMFLOW_CUDA_CACHE, or memflow/cuda in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
+    """MEMFLOW_CUDA_CACHE, or memflow/cuda in the user's cache folder (XDG_CACHE_HOME where it is absolute, else
+    ~/.cache).
 
     Raises BuildError where none of them is known.
     """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "memflow", "cuda")
+        return (home if home.is_absolute() else Path.home() / ".cache") / "memflow" / "cuda"
     except RuntimeError as error:
         raise BuildError(f"there is no place for a cache ({error}); {CACHE_VARIABLE} can name one") from None
 
@@ -232,7 +235,7 @@ def _locked(path: Path) -> Iterator[None]:
     """One process at a time; the system gives the lock free when its holder ends, however that happens."""
     import fcntl  # Unix alone has its locks
 
-    with open(path, "w") as file:
+    with open(open_lock(path), "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -245,18 +248,19 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def cached_library(recipe: Recipe) -> Path:
-    """The library of `recipe`, built now where the cache does not have it.
+    """The library of `recipe`, built now where the cache does not have it, or not as it was built.
 
     Raises BuildError with the compiler's first error; its whole output is then in build.log beside the library's place.
     """
     library = library_of(recipe)
-    if library.is_file():
+    if is_whole(library):
         return library
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
+        make_private(library.parent.parent)
+        make_private(library.parent)
         log, asked = library.parent / "build.log", time.time()
         with _locked(library.parent / "lock"):
-            if not library.is_file():  # else whoever held the lock has built it
+            if not is_whole(library):  # else whoever held the lock has built it
                 if log.is_file() and log.stat().st_mtime > asked:  # and it failed: so would this
                     error = first_error(log.read_text(errors="replace").splitlines())
                     raise BuildError(f"{error} (all of it: {log})")
@@ -271,7 +275,9 @@ def _build(recipe: Recipe, library: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="building-", dir=library.parent))
     try:
-        os.replace(compile_library(recipe, folder, LIBRARY), library)
+        built = compile_library(recipe, folder, LIBRARY)
+        seal(built)
+        move_sealed(built, library)
     except BuildError as error:
         log = library.parent / "build.log"
         os.replace(folder / "build.log", log)
