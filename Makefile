@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 TESTED := -c constraints.txt
 
-.PHONY: demo test test-all bench-quick gpu-check lint format clean
+.PHONY: demo test test-all mutants bench-quick gpu-check lint format clean
 
 demo: $(VENV)/installed-model
 	mkdir -p demo
@@ -16,6 +16,10 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Small faults put into the code one at a time, and whether a test sees them: hours. See tests/tools/mutants.py.
+mutants: $(VENV)/installed-test
+	$(BIN)/python tests/tools/mutants.py
 
 # Everything about the kernels that only a GPU can show, with the machine's own torch and triton, or one step of it:
 # make gpu-check STEP=correct. See benchmarks/gpu_check.py.

@@ -1,0 +1,160 @@
+"""Small faults put into the code one at a time: which of them does no test see?
+
+    python tests/tools/mutants.py                      all of the table below
+    python tests/tools/mutants.py policies --every 4   one file, every fourth mutant
+
+A copy of the repository is changed, never the checkout itself. Prints a line per mutant and a table, and ends with 1 if
+any survived. A survivor may be equivalent: EQUIVALENT names those, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+MEMORY = ["tests/memory/test_guards.py", "tests/memory/test_memory.py", "tests/memory/test_recall.py"]
+TESTS = {  # file -> the tests that should see a fault in it, the quickest first
+    "memflow/memory/policies.py": MEMORY,
+    "memflow/memory/held.py": MEMORY,
+    "memflow/memory/frames.py": [*MEMORY, "tests/memory/test_relative.py"],
+    "memflow/memory/slots.py": [*MEMORY, "tests/memory/test_relative.py", "tests/memory/test_no_copies.py"],
+    "memflow/memory/places.py": ["tests/memory/test_relative.py", "tests/memory/test_memory_attention.py"],
+    "memflow/memory/published.py": ["tests/memory/test_published.py"],
+    "memflow/memory/config.py": MEMORY,
+    "memflow/stream/chunks.py": [
+        *MEMORY[:2],
+        "tests/stream/test_streaming_attention.py",
+        "tests/stream/test_stream.py",
+    ],
+    "memflow/stream/saved.py": ["tests/stream/test_saved.py", "tests/stream/test_stream.py"],
+    "memflow/stream/sampler.py": ["tests/memory/test_guards.py", "tests/stream/test_schedule.py"],
+    "memflow/stream/plan.py": ["tests/stream/test_plan.py"],
+    "memflow/models/wan/changes.py": ["tests/models/test_changed_model.py"],
+    "memflow/convert/lora.py": ["tests/convert/test_lora.py"],
+    "memflow/convert/shards.py": ["tests/convert/test_shards.py"],
+    "memflow_kernels/cuda/builder/private.py": ["tests/kernels/test_cuda_private.py"],
+}
+EQUIVALENT: dict[tuple[str, str], str] = {}  # (file, what the mutant says) -> why no test can see it
+SECONDS = 300  # of one run of the tests; a mutant that never ends is seen
+
+_COMPARED = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+_COMPUTED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult}
+
+
+class Mutant(NamedTuple):
+    file: str
+    line: int
+    change: str  # "a < b -> a <= b"
+    source: str  # of the whole file
+
+
+def mutants(file: str) -> Iterator[Mutant]:
+    """Every mutant of a file."""
+    tree = ast.parse((ROOT / file).read_text())
+    for number, node in enumerate(ast.walk(tree)):
+        for edit in _edits(node):
+            changed = copy.deepcopy(tree)
+            target = next(other for index, other in enumerate(ast.walk(changed)) if index == number)
+            before = ast.unparse(target)
+            edit(target)
+            after = ast.unparse(target)
+            if before != after:
+                line = getattr(node, "lineno", 0)
+                yield Mutant(file, line, f"{_short(before)} -> {_short(after)}", ast.unparse(changed))
+
+
+def _short(code: str) -> str:
+    code = " ".join(code.split())
+    return code if len(code) <= 60 else f"{code[:57]}..."
+
+
+def _edits(node: ast.AST) -> list:
+    """Functions that each put one fault into a node equal to `node`."""
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in _COMPARED:
+        return [lambda n: n.ops.__setitem__(0, _COMPARED[type(n.ops[0])]())]
+    if isinstance(node, ast.BinOp) and type(node.op) in _COMPUTED:
+        return [lambda n: setattr(n, "op", _COMPUTED[type(n.op)]())]
+    if isinstance(node, ast.BoolOp):
+        return [lambda n: setattr(n, "op", ast.Or() if isinstance(n.op, ast.And) else ast.And())]
+    if isinstance(node, ast.IfExp):
+        return [lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))]
+    if isinstance(node, ast.If):
+        return [lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))]
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return [lambda n: setattr(n, "value", n.value + 1)]
+    if isinstance(node, ast.Constant) and type(node.value) is bool:
+        return [lambda n: setattr(n, "value", not n.value)]
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):  # a call for what it does is left out
+        return [lambda n: setattr(n, "value", ast.Constant(None))]
+    if isinstance(node, ast.Call) and any(word.arg in ("descending", "stable", "min", "max") for word in node.keywords):
+        return [lambda n: n.keywords.pop()]
+    if isinstance(node, ast.Attribute) and node.attr in ("argmin", "argmax"):
+        return [lambda n: setattr(n, "attr", {"argmin": "argmax", "argmax": "argmin"}[n.attr])]
+    return []
+
+
+def seen(mutant: Mutant, folder: Path) -> bool:
+    """Whether a test fails, or does not end, with the mutant in place."""
+    path = folder / mutant.file
+    good = path.read_text()
+    path.write_text(mutant.source)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        found = subprocess.run(
+            [*command, *TESTS[mutant.file]], cwd=folder, env=environment, capture_output=True, timeout=SECONDS
+        )
+        return found.returncode != 0
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        path.write_text(good)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", help="parts of file names; all of the table where none is given")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one mutant of N")
+    parser.add_argument("--count", action="store_true", help="say how many there are, and run none")
+    options = parser.parse_args()
+    chosen = [file for file in TESTS if not options.files or any(part in file for part in options.files)]
+    found = {file: list(mutants(file))[:: options.every] for file in chosen}
+    if options.count:
+        print("\n".join(f"{len(group):5}  {file}" for file, group in found.items()))
+        return 0
+    survivors = {file: [] for file in chosen}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "repository"
+        ignored = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "__pycache__", "bench", "demo")
+        shutil.copytree(ROOT, folder, ignore=ignored)
+        for file, group in found.items():
+            if seen(Mutant(file, 0, "", (ROOT / file).read_text()), folder):
+                sys.exit(f"the tests of {file} fail as it is")
+            for mutant in group:
+                killed = seen(mutant, folder)
+                reason = EQUIVALENT.get((file, mutant.change))
+                word = "killed" if killed else f"equivalent ({reason})" if reason else "SURVIVED"
+                print(f"{word:9} {file}:{mutant.line}: {mutant.change}", flush=True)
+                if not killed and not reason:
+                    survivors[file].append(mutant)
+    print(f"\n{'mutants':>8} {'killed':>7}  file")
+    for file, group in found.items():
+        print(f"{len(group):8} {len(group) - len(survivors[file]):7}  {file}")
+    return 1 if any(survivors.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
