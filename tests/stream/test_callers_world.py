@@ -221,12 +221,22 @@ def test_threads_that_tell_at_once(pipe, film):
 
 
 def test_the_last_to_leave_gives_the_default_dtype_back():
+    """Two threads: one leaves while the other is inside."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def stay():
+        with own_modes():
+            entered.set()
+            leave.wait(60)
+
     with default_dtype(torch.float64):
-        first, second = own_modes(), own_modes()
-        first.__enter__(), second.__enter__()
-        first.__exit__(None, None, None)
-        assert torch.get_default_dtype() == torch.float32, "the second is still inside"
-        second.__exit__(None, None, None)
+        other = threading.Thread(target=stay)
+        with own_modes():
+            other.start()
+            assert entered.wait(60)
+        assert torch.get_default_dtype() == torch.float32, "the other is still inside"
+        leave.set()
+        other.join()
         assert torch.get_default_dtype() == torch.float64
 
 
