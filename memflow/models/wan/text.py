@@ -13,10 +13,11 @@ from pathlib import Path
 import ftfy
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memflow.files import write_whole
 from memflow.modes import own_modes
 
 _SMALL = 32 * 2**20  # bytes of a file that is read wholly for its model's identity
@@ -188,15 +189,10 @@ class PromptCache:
     def _write(self, text: str, row: Tensor) -> None:
         if self.folder is None:
             return
-        path = self._path(text)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
+        with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"embeds": row}, partial, metadata={"text": text})
-            partial.replace(path)
-        except (OSError, SafetensorError):
-            with suppress(OSError):
-                partial.unlink()
+            contents = save({"embeds": row}, metadata={"text": text})
+            write_whole(self._path(text), lambda file: file.write(contents))
 
 
 def cache_folder(model: Path) -> Path:
