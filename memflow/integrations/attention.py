@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,10 @@ from torch import Tensor
 from memflow.integrations.bank import FrameBank
 from memflow.integrations.cache import FrameCache, Step
 from memflow.integrations.checks import Call
-from memflow.integrations.settings import Settings
 from memflow_kernels import memory_attention, merge_attention, qk_norm_rope_write, select_frames
+
+if TYPE_CHECKING:
+    from memflow.integrations.settings import Settings
 
 JOIN_BELOW = 1 << 17  # numbers of the keys
 

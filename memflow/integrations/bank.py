@@ -7,13 +7,17 @@ recorded so far. Choosing who stays is the caller's code, which runs between the
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memflow.integrations.cache import GLOBAL, LOCAL
 from memflow.integrations.mirror import Mirror, version
-from memflow.integrations.settings import Settings
 from memflow_kernels import frame_means
+
+if TYPE_CHECKING:
+    from memflow.integrations.settings import Settings
 
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # key buffer -> FrameBank
 
@@ -30,7 +34,7 @@ class FrameBank:
     def of(cls, kv_bank: dict, tokens: int) -> FrameBank:
         """The state of a caller's bank."""
         bank = _KNOWN.get(kv_bank["k"])
-        if bank is None:
+        if bank is None or bank.tokens != tokens:
             bank = _KNOWN[kv_bank["k"]] = cls(tokens)
         return bank
 

@@ -166,7 +166,7 @@ class FrameCache:
         """The state of a caller's cache before a call from frame `start` on; its own code may have filled it so far."""
         key = kv_cache["k"]
         cache = _KNOWN.get(key)
-        if cache is None:
+        if cache is None or cache.tokens != tokens:  # a buffer of its size may serve a video of another
             cache = _KNOWN[key] = cls(key, tokens)
         if sink != cache.sink:
             cache.sink, cache.expected = sink, None

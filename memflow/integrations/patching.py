@@ -110,10 +110,12 @@ def unpatch(model: nn.Module) -> None:
         updated = getattr(module, "_memflow_bank_update", None)
         if isinstance(updated, BankUpdate):
             updated.remove()
-    mode = getattr(model, "_memflow_store_mode", None)
-    if mode is not None:
-        mode.remove()
-        del model._memflow_store_mode
+    # It is on what was given to patch(): this model or a part of it.
+    for module in model.modules():
+        mode = vars(module).get("_memflow_store_mode")
+        if mode is not None:
+            mode.remove()
+            del module._memflow_store_mode
 
 
 def self_attentions(model: nn.Module) -> dict[str, nn.Module]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
@@ -79,19 +80,22 @@ class VideoModel(Protocol):
         ...
 
 
+_SAMPLES = 8  # numbers of every tensor
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = WeakKeyDictionary()
 
 
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers.
 
-    Computed once per module and again when a tensor has been replaced or written to.
+    Computed once per module and again when a tensor has been replaced or written to; some numbers of every tensor are
+    compared too, as `sampled` says why.
 
     Args:
         module: any model; its tensors may lie on any device.
     """
     tensors = {name: getattr(tensor, "qdata", tensor) for name, tensor in module.state_dict().items()}  # torchao's
     seen = tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors.values())
+    seen += (*tensors, *sampled(tensors.values()))
     known = _KNOWN.get(module)
     if known is None or known[0] != seen:
         total = hashlib.sha256()
@@ -100,3 +104,19 @@ def weights_digest(module: nn.Module) -> str:
             total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         known = _KNOWN[module] = (seen, total.hexdigest())
     return known[1]
+
+
+def sampled(tensors: Iterable[Tensor]) -> tuple[bytes, ...]:
+    """Numbers from all over some tensors, on the host, to tell whether they have been written to: peft fuses adapters
+    by writing through `weight.data`, of which torch keeps no count.
+
+    Args:
+        tensors: of any dtypes, on any devices.
+    """
+    groups = defaultdict(list)
+    for tensor in tensors:
+        count = min(_SAMPLES, tensor.numel())
+        tensor = tensor.contiguous() if 0 in tensor.stride() else tensor  # expanded: fewer numbers in memory
+        sample = tensor.detach().as_strided((count,), (tensor.numel() // max(1, count),))
+        groups[tensor.dtype, tensor.device].append(sample)
+    return tuple(torch.cat(group).view(torch.uint8).cpu().numpy().tobytes() for group in groups.values())

@@ -203,6 +203,8 @@ class ChunkDriver:
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """All that `load_state_dict` needs to go on with identical results: tensors, and whole numbers by name.
 
+        The tensors are the driver's own, which the next chunk writes into: clone what is kept.
+
         Raises:
             MemFlowError: a chunk has been begun and not kept.
         """
@@ -273,7 +275,7 @@ class ChunkDriver:
     def follow_model(self) -> None:
         """Encode the prompts again where the model has changed since: their keys and values are those of its weights.
 
-        Every step of a chunk does so first; nothing has happened yet where it raises.
+        A chunk does so when it begins, not between its steps; nothing has happened yet where it raises.
 
         Raises:
             MemFlowError: a model that the memory does not fit any more.

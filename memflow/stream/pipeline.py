@@ -49,7 +49,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """Text to video, streamed, with a memory of the past frames that the coming prompt calls for.
 
     tokenizer, text_encoder: a T5 family encoder. transformer: WanTransformer3DModel, distilled for few-step causal
-    generation. vae: AutoencoderKLWan or a `IndependentCodec`. scheduler: a diffusers flow-matching
+    generation. vae: AutoencoderKLWan or an `IndependentCodec`. scheduler: a diffusers flow-matching
     scheduler, the source of the noise levels. denoising_steps: its unshifted timesteps that are used. fps: video frames
     per second. text_length: tokens that a prompt is padded to. height, width: default size of the video in pixels.
     memory: fields of the `MemoryConfig` that this model was trained for; the defaults of that class where not given.

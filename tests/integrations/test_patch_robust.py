@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from causal_wan import Generator, StoringModel
+from causal_wan import TOKENS, Generator, StoringModel
 from torch import nn
 
 from memflow.integrations import patch, unpatch
@@ -37,3 +37,23 @@ def test_modules_without_a_signature_are_passed_over():
     around = nn.ModuleList([Opaque(model)])
     assert patch(around) == ["0.inner.blocks.0.self_attn", "0.inner.blocks.1.self_attn"]
     unpatch(around)
+
+
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_nothing_stays_whatever_part_is_unpatched(outer_first):
+    model = StoringModel().eval()
+    around = nn.ModuleDict({"model": model})
+    patched, unpatched = (around, model) if outer_first else (model, around)
+    patch(patched)
+    unpatch(unpatched)
+    unpatch(patched)
+    for module in around.modules():
+        assert not module._forward_pre_hooks and "_memflow_store_mode" not in vars(module)
+
+
+def test_a_buffer_serves_a_video_of_another_size():
+    key, value = torch.zeros(2, 1, 12 * TOKENS, 2, 4)
+    cache = {"k": key, "v": value}
+    first = FrameCache.of(cache, TOKENS, 0, True, 0)
+    assert first.slots == 12 and FrameCache.of(cache, TOKENS, 0, True, 0) is first
+    assert FrameCache.of(cache, TOKENS // 2, 0, True, 0).slots == 24

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from causal_wan import CHUNK, DIM, HEADS, TOKENS, DeferringModel, Generator, SelfAttention, StoringModel
+from causal_wan import CHUNK, DIM, TOKENS, DeferringModel, Generator, SelfAttention, StoringModel
 
 from memflow.integrations import attention as path
 from memflow.integrations import cache as slots
-from memflow.integrations import patch, retrieval, unpatch
+from memflow.integrations import patch, unpatch
 from memflow_kernels.reference.rotary import rotate_3d
 
 
@@ -236,66 +236,6 @@ def test_a_fault_of_ours_is_found(fault, monkeypatch):
     patch(model)
     with pytest.raises(ValueError, match=r"^blocks\.\d\.self_attn: its own code gives"):
         told(Generator(model, places=None), 7)
-
-
-# -- the update of the bank ------------------------------------------------------------------------------------------
-
-
-class UpdatingModel(DeferringModel):
-    """It updates a bank as the published model does, from the text keys of its layers."""
-
-    def _apply_cache_updates_before(self, kv_bank, crossattn_cache):
-        for bank, text in zip(kv_bank, crossattn_cache, strict=True):
-            recorded, places = int(bank["local_end_index"]) // TOKENS, bank["k"].shape[1] // TOKENS
-            if not recorded:
-                continue
-            if recorded > places:
-                logits = torch.einsum("bthd,bshd->bhts", text["k"], bank["k"])
-                scores = logits.mean((1, 2)).unflatten(1, (places, TOKENS)).mean(2)
-                kept = scores.topk(places - 1, dim=1).indices
-                for name in "kv":
-                    frames = bank[name].unflatten(1, (places, TOKENS))
-                    rows = torch.arange(len(frames))[:, None]
-                    frames[:, :-1] = frames[rows, kept]
-            place = (min(recorded, places) - 1) * TOKENS
-            for name in "kv":
-                bank[name][:, place : place + TOKENS] = bank[f"{name}_new"]
-
-
-def updating(model, batch: int = 2):
-    generator = Generator(model, batch=batch)
-    noise = torch.Generator().manual_seed(1)
-    text = [{"k": torch.randn(batch, 5, HEADS, DIM // HEADS, generator=noise)} for _ in model.blocks]
-    generator.maintain = lambda: model._apply_cache_updates_before(generator.bank, text)
-    return generator
-
-
-def test_our_update_of_the_bank_is_theirs():
-    theirs = told(updating(built(UpdatingModel)), 10)
-    model = built(UpdatingModel)
-    patch(model, retrieval=True)
-    assert isinstance(model._apply_cache_updates_before, retrieval.BankUpdate)
-    ours = told(updating(model), 10)
-    for a, b in zip(ours.outputs, theirs.outputs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-    for a, b in zip(ours.bank, theirs.bank, strict=True):
-        for name in "kv":
-            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
-    unpatch(model)
-    assert "_apply_cache_updates_before" not in vars(model)
-
-
-def test_another_update_of_the_bank_is_refused(monkeypatch):
-    class Newest(UpdatingModel):
-        def _apply_cache_updates_before(self, kv_bank, crossattn_cache):
-            super()._apply_cache_updates_before(kv_bank, [{"k": -text["k"]} for text in crossattn_cache])
-
-    model = built(Newest)
-    patch(model, retrieval=True)
-    with pytest.raises(ValueError, match="leaves other frames in the bank of layer"):
-        told(updating(model), 10)
-    with pytest.raises(ValueError, match="retrieval: StoringModel has no module with _apply_cache_updates_before"):
-        patch(built(StoringModel), retrieval=True)
 
 
 def test_options_that_make_no_sense():

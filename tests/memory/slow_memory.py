@@ -95,7 +95,7 @@ class SlowAttention:
     memory: SlowMemory
 
     def __init__(self, layer: int):
-        self.layer = layer
+        self.layer, self.called = layer, True
 
     def bind(self, step, clean):
         self.clean = bool(step.unplaced)

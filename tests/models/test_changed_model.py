@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict
 
 from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowError
+from memflow.models.base import weights_digest
 from memflow.models.wan import graphs
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.changes import refuse_hooks, text_version
@@ -128,6 +129,27 @@ def test_a_stream_ends_as_one_that_was_resumed_after_the_change(pipe, lora, tmp_
     resumed = pipe.resume(tmp_path / "state")
     for _ in range(3):
         assert torch.equal(next(stream).latents, next(resumed).latents)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_state_is_not_resumed_with_other_weights(pipe, lora, change, tmp_path):
+    stream = pipe.stream(STORY, **SMALL)
+    next(stream)
+    stream.save(tmp_path / "state")
+    pipe.identity()
+    change(pipe, lora)
+    with pytest.raises(MemFlowError, match="saved with another model, it differs in: transformer"):
+        pipe.resume(tmp_path / "state")
+
+
+def test_the_digest_takes_any_buffer():
+    module = torch.nn.Linear(3, 2)
+    module.register_buffer("expanded", torch.ones(1).expand(4, 5))
+    module.register_buffer("number", torch.tensor(3))
+    module.register_buffer("empty", torch.empty(0))
+    first = weights_digest(module)
+    module.weight.data += 1
+    assert weights_digest(module) != first
 
 
 def test_nothing_is_made_anew_where_nothing_changed(pipe):

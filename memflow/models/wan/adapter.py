@@ -124,9 +124,8 @@ class WanModel:
             return self.transformer(latents, timestep, no_text, return_dict=False)[0]
 
     def _require_called(self) -> None:
-        """MemFlowError where some layers were not called: they wrote no keys. Of compiled ones nothing is known."""
-        layers = zip(self.transformer.blocks, self.context.processors[::2], strict=True)
-        skipped = [of.layer for block, of in layers if not of.called and block._compiled_call_impl is None]
+        """MemFlowError where some layers were not called: they wrote no keys."""
+        skipped = [processor.layer for processor in self.context.processors[::2] if not processor.called]
         if 0 < len(skipped) < self.layers:
             raise MemFlowError(
                 f"transformer: the attention of layer {skipped[0]} was not called, so that its keys are missing in the "

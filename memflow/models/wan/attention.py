@@ -57,10 +57,9 @@ class MemorySelfAttention:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Pass = None):
         query, query_mean = self.write(attn, hidden_states, rotary_emb)
-        if not torch.compiler.is_compiling():
-            self.called = True
-            if self.ends:
-                raise CleanPassDone
+        self.called = True
+        if not torch.compiler.is_compiling() and self.ends:
+            raise CleanPassDone
         hidden_states = attend(query, query_mean, self.pool, rotary_emb)
         return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2)))
 

@@ -6,16 +6,14 @@ prompt's keys and values, is then made anew; what a stream cannot live with is r
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Hashable, Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memflow.errors import MemFlowError
+from memflow.models.base import sampled
 
 _HARMLESS = {"layerwise_casting", "peft_autocast_disable"}  # hooks of diffusers that call what they are set on
-_SAMPLES = 8  # numbers of every weight
 FETCHED = (
     "transformer: its weights are fetched layer by layer (sequential offloading), which a stream cannot use: "
     "its processors read them directly; enable_model_cpu_offload moves whole models and works"
@@ -49,13 +47,12 @@ def refuse_hooks(transformer: nn.Module) -> None:
 def text_version(transformer: nn.Module) -> Hashable:
     """Changes with whatever turns a prompt's embeddings into keys and values: weights, adapters, dtypes, fused layers.
 
-    Some numbers of every weight are compared too: peft fuses adapters by writing through `weight.data`, of which torch
-    keeps no count.
+    Some numbers of every weight are compared too, as `sampled` says why.
 
     Args:
         transformer: a WanTransformer3DModel.
     """
-    parts, samples = [], defaultdict(list)
+    parts, weights = [], []
     for root in _text_modules(transformer):
         for module in _modules(root) if root._modules else (root,):
             own = module.__dict__
@@ -69,9 +66,8 @@ def text_version(transformer: nn.Module) -> Hashable:
                         plain = getattr(tensor, "qdata", tensor)  # torchao's
                         if plain.is_meta:
                             raise MemFlowError(FETCHED)
-                        samples[plain.dtype, plain.device].append(_sample(plain))
-    parts += [torch.cat(group).view(torch.uint8).cpu().numpy().tobytes() for group in samples.values()]
-    return tuple(parts)
+                        weights.append(plain)
+    return *parts, *sampled(weights)
 
 
 def layout(transformer: nn.Module) -> Hashable:
@@ -105,9 +101,3 @@ def _modules(root: nn.Module) -> list[nn.Module]:
         level = [child for module in level for child in module._modules.values() if child is not None]
         found = found + level
     return found
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """[n]: numbers from all over a weight."""
-    count = min(_SAMPLES, weight.numel())
-    return weight.detach().as_strided((count,), (weight.numel() // max(1, count),))
