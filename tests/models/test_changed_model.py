@@ -142,6 +142,19 @@ def test_a_state_is_not_resumed_with_other_weights(pipe, lora, change, tmp_path)
         pipe.resume(tmp_path / "state")
 
 
+def test_a_state_is_not_resumed_with_adapters_otherwise_in_force(pipe, lora, tmp_path):
+    pipe.load_lora_weights(lora, adapter_name="a")
+    stream = pipe.stream(STORY, **SMALL)
+    next(stream)
+    stream.save(tmp_path / "state")
+    for change in (lambda: pipe.set_adapters(["a"], [0.25]), pipe.disable_lora):
+        change()
+        with pytest.raises(MemFlowError, match="saved with another model, it differs in: transformer"):
+            pipe.resume(tmp_path / "state")
+        pipe.enable_lora(), pipe.set_adapters(["a"], [1.0])
+    assert torch.equal(next(pipe.resume(tmp_path / "state")).latents, next(stream).latents)
+
+
 def test_the_digest_takes_any_buffer():
     module = torch.nn.Linear(3, 2)
     module.register_buffer("expanded", torch.ones(1).expand(4, 5))

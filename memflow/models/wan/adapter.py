@@ -15,7 +15,7 @@ from memflow.memory.frames import Pass, Prompt
 from memflow.memory.places import Rotation
 from memflow.models.base import weights_digest
 from memflow.models.wan.attention import CleanPassDone, StreamContext, install, uninstall
-from memflow.models.wan.changes import layout, refuse_hooks, text_version
+from memflow.models.wan.changes import adapters, layout, refuse_hooks, text_version
 from memflow.models.wan.graphs import GraphedDenoiser
 
 
@@ -103,7 +103,9 @@ class WanModel:
     def identity(self) -> str:
         # The config's own entries: those that begin with _ say where the folder lay.
         config = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
-        return f"{json.dumps(config, sort_keys=True, default=str)} {weights_digest(self.transformer)}"
+        found = f"{json.dumps(config, sort_keys=True, default=str)} {weights_digest(self.transformer)}"
+        used = adapters(self.transformer)  # how much of them counts is no weight
+        return f"{found} {json.dumps(used, sort_keys=True)}" if used else found
 
     def remove(self) -> None:
         """Give the transformer its own attention back."""

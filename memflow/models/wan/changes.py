@@ -70,6 +70,23 @@ def text_version(transformer: nn.Module) -> Hashable:
     return *parts, *sampled(weights)
 
 
+def adapters(transformer: nn.Module) -> dict[str, list]:
+    """Of every layer with peft's adapters, by name: their scales, which are active, and whether they are switched off.
+
+    Args:
+        transformer: a WanTransformer3DModel.
+    """
+    return {
+        name: [
+            {adapter: float(scale) for adapter, scale in layer.scaling.items()},
+            layer.active_adapters,
+            layer.disable_adapters,
+        ]
+        for name, layer in transformer.named_modules()
+        if "scaling" in vars(layer)
+    }
+
+
 def layout(transformer: nn.Module) -> Hashable:
     """Changes with which layers a call runs and where their weights lie: what a captured CUDA graph fixes.
 
