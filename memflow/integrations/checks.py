@@ -51,6 +51,9 @@ def check_module(name: str, module: nn.Module, attributes: tuple[str, ...]) -> N
     for attribute in attributes:
         if getattr(module, attribute, None) is None:
             raise ValueError(f"{name}.{attribute}: is missing")
+    heads = module.num_heads
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"{name}.num_heads: must be a whole number of at least 1, got {heads!r}")
     for attribute in ("q", "k", "v", "o"):
         if not callable(getattr(module, attribute)):
             raise ValueError(f"{name}.{attribute}: must be a linear layer, got {type(getattr(module, attribute))}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from functools import partial
+from numbers import Real
 
 import torch
 from torch import nn
@@ -75,7 +76,11 @@ def patch(
             "memory: a patched model keeps the memory that its own code maintains, so it must be a "
             f"MemoryConfig.published(...), got {memory!r}"
         )
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
     _check_options(check, check_calls, check_tolerance)
+    if returns is not None and not callable(returns):
+        raise ValueError(f"returns: must be a function of a PatchedCall, got {returns!r}")
     if any(isinstance(getattr(module, "_memflow_patch", None), Patch) for module in model.modules()):
         raise ValueError("model: is patched already; unpatch(model) first")
     found = self_attentions(model)
@@ -149,7 +154,8 @@ def _check_options(check: bool, check_calls: int, check_tolerance: float | None)
         raise ValueError(f"check must be True or False, got {check!r}")
     if isinstance(check_calls, bool) or not isinstance(check_calls, int) or check_calls < 1:
         raise ValueError(f"check_calls must be a whole number of at least 1, got {check_calls!r}")
-    if check_tolerance is not None and not 0 < check_tolerance < 1:
+    number = isinstance(check_tolerance, Real) and not isinstance(check_tolerance, bool)
+    if check_tolerance is not None and not (number and 0 < check_tolerance < 1):
         raise ValueError(f"check_tolerance must be between 0 and 1, got {check_tolerance!r}")
 
 

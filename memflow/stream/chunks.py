@@ -18,6 +18,7 @@ from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
 from memflow.memory.frames import FrameMemory, MemorySnapshot, Pass, Prompt, make_memory
 from memflow.modes import own_modes
+from memflow.stream.given import check_latents, check_size, check_text, one_timestep
 
 if TYPE_CHECKING:
     from memflow.models.base import VideoModel
@@ -86,6 +87,7 @@ class ChunkDriver:
             return
         if self.size is not None:
             raise MemFlowError(f"latents: a stream keeps its size; it began with {self.size} (B, h, w), not {size}")
+        check_size(size)
         model = self.model
         try:
             grid = model.grid(rows, columns)
@@ -107,11 +109,7 @@ class ChunkDriver:
         Raises:
             MemFlowError: shapes that do not fit, or a chunk that has been begun and not kept.
         """
-        dim = self.model.text_dim
-        if embeds.ndim != 3 or embeds.shape[2] != dim:
-            raise MemFlowError(f"embeds must be [B, T, {dim}], got {list(embeds.shape)}")
-        if mask is not None and mask.shape != embeds.shape[:2]:
-            raise MemFlowError(f"mask must be [B, T] = {list(embeds.shape[:2])}, got {list(mask.shape)}")
+        check_text(embeds, mask, self.model.text_dim, self.size and self.size[0])
         if self.in_hand:
             raise MemFlowError(f"prompt: chunk {self.position} is under way under another one; keep it first")
         self.follow_model()
@@ -120,12 +118,12 @@ class ChunkDriver:
             text = embeds.to(self.model.device, self.model.dtype, copy=True), mask.to(self.model.device, copy=True)
             self._next = text, self.model.encode_prompt(*text)
 
-    def denoise(self, latents: Tensor, timestep: float) -> Tensor:
+    def denoise(self, latents: Tensor, timestep: float | Tensor) -> Tensor:
         """What the model predicts for the noisy chunk in hand.
 
         Args:
             latents: [B, C, frames_per_chunk, h, w].
-            timestep: 0 (clean) to 1000.
+            timestep: 0 (clean) to 1000; or a tensor, of that one number or [B], whose range is not checked on a GPU.
 
         Returns:
             The flow, of the shape, dtype and device of latents.
@@ -133,6 +131,8 @@ class ChunkDriver:
         Raises:
             MemFlowError: no prompt yet, latents that do not fit, or a chunk that was interrupted.
         """
+        check_latents(latents)
+        timestep = one_timestep(timestep, latents.shape[0] if latents.ndim else 1)
         self.begin(latents.shape)
         with own_modes():
             return self.model.denoise(self._input(latents), timestep, self._step).to(latents)
@@ -146,6 +146,7 @@ class ChunkDriver:
         Raises:
             MemFlowError: as `denoise`.
         """
+        check_latents(latents)
         self.begin(latents.shape)
         with own_modes():
             latents = latents.detach().clone()  # the caller's, who may go on to write into them
@@ -206,8 +207,9 @@ class ChunkDriver:
         The tensors are the driver's own, which the next chunk writes into: clone what is kept.
 
         Raises:
-            MemFlowError: a chunk has been begun and not kept.
+            MemFlowError: a chunk has been begun and not kept, or there is no memory yet.
         """
+        self._require_memory("state_dict")
         if self.in_hand:
             raise MemFlowError(f"chunk {self.position} is under way: a state is saved between chunks")
         self.settle()
@@ -226,7 +228,12 @@ class ChunkDriver:
         Args:
             tensors: as it gave them; on any device. A driver that was opened with the same sizes takes them.
             counters: as it gave them.
+
+        Raises:
+            MemFlowError: there is no memory yet.
+            ValueError: a state of other sizes or settings, or one that no driver could have given.
         """
+        self._require_memory("load_state_dict")
         device = self.model.device
         position = counters.get("position")
         if not isinstance(position, int) or not 0 <= position < 2**48:
@@ -253,6 +260,10 @@ class ChunkDriver:
         self._next = texts.get("next")
         self._begun = self._ready = self.position - 1
         self._unwritten = None
+
+    def _require_memory(self, name: str) -> None:
+        if self.memory is None:
+            raise MemFlowError(f"{name}: there is no memory yet; call open(batch, rows, columns) first")
 
     def _checked_text(self, name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Embeddings and mask that were saved; ValueError where they are not those of this model."""

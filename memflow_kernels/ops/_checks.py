@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def integer(name: str, value: object, at_least: int) -> None:
 
 def positive(name: str, value: object) -> None:
     """A finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be above 0 and finite, got {value}")
@@ -114,7 +114,7 @@ def scale(value: float | None, head_dim: int) -> float:
     """The given scale, or D^-1/2."""
     if value is None:
         return head_dim**-0.5
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | Real):
         raise TypeError(f"scale must be a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"scale must be finite, got {value}")

@@ -32,7 +32,7 @@ Registered("memory_attention_backward", _fake_backward)
 
 def _hint(query: Tensor, key: Tensor, tokens_per_frame: int) -> str:
     """What else may be meant where heads or tokens do not fit."""
-    if query.dim() == key.dim() == 4 and query.shape[1] == key.shape[1] and key.shape[2] % tokens_per_frame == 0:
+    if query.shape[1] and key.shape[1] and query.shape[1] % key.shape[1] == 0 and key.shape[2] % tokens_per_frame == 0:
         return "; if they are [B, H, L, D], as torch's scaled_dot_product_attention takes them, say layout='bhld'"
     return ""
 
@@ -71,7 +71,7 @@ def _check(
     frames = key.shape[1] // tokens_per_frame
     _checks.scale(scale, head_dim)
     without_candidates = candidate_frames is None
-    candidate_frames = candidate_frames or 0
+    candidate_frames = 0 if without_candidates else candidate_frames
     _checks.integer("candidate_frames", candidate_frames, 0)
     if candidate_frames > frames:
         raise ValueError(f"candidate_frames must be at most the {frames} frames of key, got {candidate_frames}")
@@ -111,7 +111,10 @@ def _check(
 def _autocast(*states: Tensor) -> tuple[Tensor, ...]:
     """As torch's attention under torch.autocast: all in its format, float64 as it is."""
     dtype = torch.get_autocast_dtype(states[0].device.type)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in states)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x
+        for x in states
+    )
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor, frame_table: Tensor | None, sizes: tuple, block: int | None):
@@ -218,8 +221,10 @@ def memory_attention(
     if layout != "blhd":
         if layout != "bhld":
             raise ValueError(f"layout must be 'blhd' or 'bhld', got {layout!r}")
-        query, key, value = (x.transpose(1, 2) if x.dim() == 4 else x for x in (query, key, value))
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        query, key, value = (
+            x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x for x in (query, key, value)
+        )
+    if isinstance(query, Tensor) and query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query, key, value)
     frames = (tokens_per_frame, candidate_frames, top_k, frame_table, frame_mean, query_mean, query_block)
     _check(query, key, value, *frames, scale, layout)

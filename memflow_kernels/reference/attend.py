@@ -14,6 +14,7 @@ from .merge import merge_attention
 
 KEYS_PER_BLOCK = 2048  # of the plain forward: its logits are [B, H, Lq, 2048]
 LOGITS = 2**21  # of the plain backward that exist at a time
+VECTOR = 16  # numbers in the longest register of a CPU
 
 
 def nothing(query: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +30,9 @@ def attend(
     """query [B, Lq, H, D], key and value [B, Lk, H, D], bias [B, H, 1, Lk] -> out [B, Lq, H, D], lse [B, H, Lq]."""
     if 0 in query.shape or 0 in key.shape:
         return nothing(query)
-    return (_fused if query.device.type == "cpu" else plain)(query, key, value, scale, bias)
+    # Of fewer keys than a register holds torch's kernel takes a row of NaN for one without keys, with a result of 0.
+    fused = query.device.type == "cpu" and key.shape[1] >= VECTOR
+    return (_fused if fused else plain)(query, key, value, scale, bias)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,8 @@ class WanModel:
     rotation = Rotation()
 
     def __init__(self, transformer: WanTransformer3DModel, *, cuda_graphs: bool = False):
+        if not isinstance(transformer, WanTransformer3DModel):
+            raise MemFlowError(f"transformer must be a WanTransformer3DModel, got {type(transformer).__name__}")
         self.context = install(transformer)
         self.transformer = transformer
         config = transformer.config

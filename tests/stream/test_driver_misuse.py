@@ -1,0 +1,88 @@
+"""ChunkDriver as people call it by mistake: a sentence, and the chunk goes on as if nothing had been."""
+
+import pytest
+import torch
+from torch import nn
+
+from memflow import MemFlowError
+from memflow.integrations import StreamingAttention
+
+SHAPE = (1, 192, 3, 8, 8)
+
+
+@pytest.fixture
+def streaming(toy):
+    torch.manual_seed(0)
+    streaming = StreamingAttention(toy.transformer)
+    streaming.prompt(torch.randn(1, 5, streaming.model.text_dim))
+    return streaming
+
+
+def test_a_timestep_of_a_scheduler_is_a_number(streaming):
+    """`for timestep in scheduler.timesteps` gives tensors without dimensions, often of whole numbers."""
+    latents = torch.randn(SHAPE)
+    expected = streaming.denoise(latents, 500.0)
+    for same in (500, torch.tensor(500.0), torch.tensor(500), torch.tensor([500.0])):
+        assert torch.equal(streaming.denoise(latents, same), expected)
+
+
+@pytest.mark.parametrize(
+    ("timestep", "said"),
+    [
+        (None, "timestep must be a number or a tensor, got NoneType"),
+        ("500", "timestep must be a number or a tensor, got str"),
+        (True, "timestep must be a number or a tensor, got bool"),
+        (torch.nan, "timestep must be from 0 .clean. to 1000, got nan"),
+        (-1, "timestep must be from 0 .clean. to 1000, got -1"),
+        (torch.tensor(1001), "timestep must be from 0 .clean. to 1000, got 1001"),
+        (torch.ones(3), r"timestep must be one number, or a tensor \[B\] = \[1\], got \[3\]"),
+    ],
+)
+def test_a_wrong_timestep_is_named_before_the_chunk_begins(streaming, timestep, said):
+    with pytest.raises(MemFlowError, match=said):
+        streaming.denoise(torch.randn(SHAPE), timestep)
+    assert not streaming.in_hand
+
+
+def test_latents_that_are_no_floating_point_numbers_are_named(streaming):
+    for call in (streaming.keep, lambda latents: streaming.denoise(latents, 500.0)):
+        with pytest.raises(MemFlowError, match=r"latents must be floating-point numbers, got torch\.int64"):
+            call(torch.zeros(SHAPE, dtype=torch.int64))
+        with pytest.raises(MemFlowError, match=r"latents must be a torch\.Tensor, got ndarray"):
+            call(torch.zeros(SHAPE).numpy())
+    assert not streaming.in_hand
+
+
+def test_a_wrong_prompt_is_named_and_the_one_in_force_stays(streaming):
+    latents = torch.randn(SHAPE)
+    streaming.denoise(latents, 500.0)
+    streaming.keep(latents)
+    dim = streaming.model.text_dim
+    text = torch.randn(1, 5, dim)
+    for arguments, said in (
+        ((None,), "embeds must be a torch.Tensor"),
+        ((text[:0],), r"embeds must be \[B, T"),
+        ((text, [True] * 5), "mask must be a torch.Tensor"),
+        ((text.repeat(2, 1, 1),), rf"embeds must be \[1, T, {dim}\], one text for each story"),
+    ):
+        with pytest.raises(MemFlowError, match=said):
+            streaming.prompt(*arguments)
+    assert streaming.denoise(latents, 500.0).shape == latents.shape
+
+
+def test_there_is_no_state_without_a_memory(streaming):
+    with pytest.raises(MemFlowError, match="state_dict: there is no memory yet; call open"):
+        streaming.state_dict()
+    with pytest.raises(MemFlowError, match="load_state_dict: there is no memory yet; call open"):
+        streaming.load_state_dict({}, {"position": 0})
+
+
+@pytest.mark.parametrize("size", [(0, 8, 8), (1, -8, 8), (1, 8.0, 8)])
+def test_a_size_is_whole_numbers_above_0(streaming, size):
+    with pytest.raises(MemFlowError, match="latents: B, h and w must be whole numbers of at least 1, got"):
+        streaming.open(*size)
+
+
+def test_another_module_is_no_transformer():
+    with pytest.raises(MemFlowError, match="transformer must be a WanTransformer3DModel, got Linear"):
+        StreamingAttention(nn.Linear(2, 2))
