@@ -7,6 +7,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from .. import reference
+from ..backends import current_backend
 from ..dtypes import statistics_dtype
 from . import _checks
 from .means import _frame_means
@@ -115,6 +117,29 @@ def _autocast(*states: Tensor) -> tuple[Tensor, ...]:
         x.to(dtype) if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x
         for x in states
     )
+
+
+def _choose(
+    query: Tensor,
+    key: Tensor,
+    frame_mean: Tensor | None,
+    query_mean: Tensor | None,
+    tokens_per_frame: int,
+    candidate_frames: int,
+    top_k: int,
+    query_block: int | None,
+) -> Tensor:
+    """The table of frames."""
+    means = _frame_means
+    if query.device.type == "cpu" and not torch.compiler.is_compiling() and current_backend(query.device) == "torch":
+        means = reference.frame_means  # one operator less to go through, which a small call notices
+    key, query = key.detach(), query.detach()
+    if frame_mean is None:
+        frame_mean = means(key[:, : candidate_frames * tokens_per_frame], tokens_per_frame)
+    if query.shape[2] != key.shape[2]:
+        frame_mean = frame_mean.repeat_interleave(query.shape[2] // key.shape[2], 2)
+    choosing = query if query_mean is None else query_mean.detach().unsqueeze(1)
+    return _select_frames(choosing, frame_mean.detach(), top_k, None, query_block)
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor, frame_table: Tensor | None, sizes: tuple, block: int | None):
@@ -231,16 +256,12 @@ def memory_attention(
     candidate_frames = candidate_frames or 0
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
-    grouped = query.shape[2] != key.shape[2]
     if top_k is not None and top_k < candidate_frames and query.shape[1]:  # no queries choose nothing
-        if frame_mean is None:
-            frame_mean = _frame_means(key[:, : candidate_frames * tokens_per_frame].detach(), tokens_per_frame)
-        if grouped:
-            frame_mean = frame_mean.repeat_interleave(query.shape[2] // key.shape[2], 2)
-        choosing = query if query_mean is None else query_mean.unsqueeze(1)
-        frame_table = _select_frames(choosing.detach(), frame_mean.detach(), top_k, None, query_block)
+        frame_table = _choose(
+            query, key, frame_mean, query_mean, tokens_per_frame, candidate_frames, top_k, query_block
+        )
     sizes = (tokens_per_frame, candidate_frames, scale)
-    if grouped:
+    if query.shape[2] != key.shape[2]:
         out, lse = _grouped(query, key, value, frame_table, sizes, query_block)
     else:
         out, lse = _memory_attention(query, key, value, frame_table, *sizes, query_block)

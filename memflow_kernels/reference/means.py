@@ -9,7 +9,7 @@ from ..dtypes import statistics_dtype
 def frame_means(key: Tensor, tokens_per_frame: int) -> Tensor:
     """key [B, F*N, H, D] -> [B, F, H, D]."""
     wide = statistics_dtype(key.dtype)
-    frames = key.unflatten(1, (-1, tokens_per_frame))
+    frames = torch.unflatten(key, 1, (-1, tokens_per_frame))  # the method takes 4 us more
     if key.device.type == "cpu":  # its mean of 16-bit numbers in float32 is several times slower than of wide ones
         return frames.to(wide).mean(2)
     return frames.mean(2, dtype=wide)

@@ -6,14 +6,15 @@ from torch import Tensor
 from .means import frame_means
 
 PRODUCTS = 2**22  # of queries and frames that exist at a time
+FEW = 256  # scores that the host sorts sooner than torch's operators
 
 
 def mean_queries(query: Tensor, query_block: int) -> Tensor:
     """query [B, Lq, H, D] -> [B, blocks, H, D] means of every query_block tokens; the last block may be shorter."""
     whole = query.shape[1] // query_block * query_block
-    means = frame_means(query[:, :whole], query_block) if whole else None
     if whole == query.shape[1]:
-        return means
+        return frame_means(query, query_block)
+    means = frame_means(query[:, :whole], query_block) if whole else None
     rest = frame_means(query[:, whole:], query.shape[1] - whole)
     return rest if means is None else torch.cat([means, rest], 1)
 
@@ -26,8 +27,21 @@ def scores(mean_query: Tensor, frame_mean: Tensor) -> Tensor:
     """
     queries, means = mean_query.transpose(1, 2).unsqueeze(3), frame_mean.transpose(1, 2).unsqueeze(2)
     at_a_time = max(PRODUCTS // queries.numel(), 1) if queries.numel() else 1
-    parts = [(queries * some).sum(-1) for some in means.split(at_a_time, 3)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    if means.shape[3] <= at_a_time:
+        return (queries * means).sum(-1)
+    return torch.cat([(queries * some).sum(-1) for some in means.split(at_a_time, 3)], -1)
+
+
+def _best_of_few(score: Tensor, top_k: int) -> Tensor | None:
+    """The table [B, H, blocks, k] from scores [B, H, blocks, F] in host memory; None where some may be NaN."""
+    rows = score.flatten(0, 2).tolist()
+    total = sum(map(sum, rows))
+    if total != total:  # NaN, or infinities of both signs
+        return None
+    frames = range(score.shape[3])
+    # sorted is stable: of equal scores, the lower index
+    best = [sorted(sorted(frames, key=row.__getitem__, reverse=True)[:top_k]) for row in rows]
+    return torch.tensor(best, dtype=torch.int32, device=score.device).view(*score.shape[:3], -1)
 
 
 def select_frames(
@@ -43,6 +57,10 @@ def select_frames(
     if valid is not None:
         valid = valid[:, None, None]  # [B, 1, 1, F]
         score = score.masked_fill(~valid, -torch.inf)
+    elif score.device.type == "cpu" and score.numel() <= FEW:
+        table = _best_of_few(score, top_k)
+        if table is not None:
+            return table.squeeze(2) if query_block is None else table
     order = score.sort(dim=-1, descending=True, stable=True).indices  # stable: of equal scores, the lower index
     table = order[..., :top_k].to(torch.int32)
     if valid is not None:

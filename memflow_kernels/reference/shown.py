@@ -6,6 +6,7 @@ the same for all) nothing is copied. On another device the host would have to wa
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,22 @@ class Range(NamedTuple):
         total[:, self.start : self.stop] += gradient
 
 
+@lru_cache(maxsize=64)
+def _lines(sizes: tuple, strides: tuple, tokens_per_frame: int, candidate_frames: int) -> tuple[Tensor, Tensor, int]:
+    """Where the lines of head_dim numbers of dense CPU states [B, L, H, D] lie, counted in lines from the first number.
+
+    Those of frame 0 [B, H, 1, N], those of the frames behind the candidates [B, H, rest], and how many there are. The
+    strides, of batch, tokens and heads, are counted in lines too.
+    """
+    rows, tokens, heads = (
+        torch.arange(size, device="cpu") * stride for size, stride in zip(sizes, strides, strict=True)
+    )
+    lines = rows[:, None, None] + heads[:, None] + tokens  # [B, H, L]
+    last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    behind = lines[..., candidate_frames * tokens_per_frame :].contiguous()
+    return lines[..., None, :tokens_per_frame].contiguous(), behind, last + 1
+
+
 class Gathered:
     """Frames that each head has chosen, copied next to each other: table [B, H, n], -1 is an empty place.
 
@@ -48,14 +65,12 @@ class Gathered:
         dtype: torch.dtype,
         rest: Range | None = None,
     ) -> None:
-        batch, heads, _ = table.shape
         self.tokens_per_frame, self.rest, self.numbers = tokens_per_frame, rest, numbers
         some_empty = numbers is None or any(-1 in row for row in numbers)
         self.different = not some_empty and all(len(set(row)) == len(row) for row in numbers)
-        self.rows = torch.arange(batch, device=table.device)[:, None, None]
-        self.columns = torch.arange(heads, device=table.device)[:, None]
         self.empty = self.bias = None
         self.index = table.long()
+        self.found: tuple[tuple, Tensor, int] | None = None  # the lines, for states of these sizes and strides
         if some_empty:
             self.empty = (table < 0).repeat_interleave(tokens_per_frame, -1)  # [B, H, n*N + rest]
             if rest is not None:
@@ -67,13 +82,39 @@ class Gathered:
     def _frames(self, states: Tensor) -> Tensor:
         return states.unflatten(1, (-1, self.tokens_per_frame)).permute(0, 3, 1, 2, 4)  # [B, H, F, N, D]
 
+    def _at(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Batch row, head and frame, to index frames with."""
+        batch, heads, _ = index.shape
+        rows, columns = torch.arange(batch, device=index.device), torch.arange(heads, device=index.device)
+        return rows[:, None, None], columns[:, None], index
+
+    def _lines_of(self, states: Tensor) -> tuple[Tensor, int] | None:
+        """The lines of head_dim numbers to copy, in the order of the result; None where states are not made of such."""
+        head_dim = states.shape[3]
+        *strides, dense = states.stride()
+        if states.device.type != "cpu" or dense != 1 or any(stride % head_dim for stride in strides):
+            return None
+        kind = (tuple(states.shape[:3]), tuple([stride // head_dim for stride in strides]))
+        if self.found is None or self.found[0] != kind:
+            frame, behind, count = _lines(*kind, self.tokens_per_frame, self.rest.start // self.tokens_per_frame)
+            step = self.tokens_per_frame * kind[1][1]
+            chosen = torch.add(frame, self.index.unsqueeze(-1), alpha=step).flatten(2)
+            self.found = kind, torch.cat([chosen, behind], 2).flatten(), count
+        return self.found[1:]
+
     def of(self, states: Tensor) -> Tensor:
         """[B, n*N + rest, H, D], a view of [B, H, n*N + rest, D]."""
         if self.rest is not None and self.empty is None and states[:, self.rest.start :].numel() > SMALL:
             return self._in_one_pass(states)
-        chosen = self._frames(states)[self.rows, self.columns, self.index].flatten(2, 3)
-        if self.rest is not None:
-            chosen = torch.cat([chosen, self.rest.of(states).transpose(1, 2)], 2)
+        lines = None if self.rest is None else self._lines_of(states)
+        if lines is not None:
+            batch, _, heads, head_dim = states.shape
+            numbers = states.as_strided((lines[1], head_dim), (head_dim, 1))
+            chosen = numbers.index_select(0, lines[0]).view(batch, heads, -1, head_dim)
+        else:
+            chosen = self._frames(states)[self._at(self.index)].flatten(2, 3)
+            if self.rest is not None:
+                chosen = torch.cat([chosen, self.rest.of(states).transpose(1, 2)], 2)
         if self.empty is not None:
             chosen = chosen.masked_fill(self.empty.unsqueeze(-1), 0.0)
         return chosen.transpose(1, 2)
@@ -101,8 +142,7 @@ class Gathered:
         gradient = gradient.unflatten(2, (-1, self.tokens_per_frame))  # [B, H, n, N, D]
         frames, places = self._frames(total), self.index.shape[-1]
         for place in [slice(None)] if self.different else [slice(i, i + 1) for i in range(places)]:
-            at = (self.rows, self.columns, self.index[..., place])
-            frames.index_put_(at, gradient[:, :, place], accumulate=True)
+            frames.index_put_(self._at(self.index[..., place]), gradient[:, :, place], accumulate=True)
 
 
 Part = Range | Gathered
