@@ -265,7 +265,7 @@ def _show(films: list[Film]) -> None:
         for label, text in lines:
             console.print(Text.assemble((f"{label:<8}", "dim"), shown(text)), soft_wrap=True)
         if film.interrupted:
-            console.print(f"stopped by Ctrl-C after chunk {film.position} of {film.length}")
+            console.print(f"stopped after chunk {film.position} of {film.length}")
 
 
 def _clock(seconds: float) -> str:
