@@ -50,8 +50,8 @@ class Driver(aot.Driver):
 
 @triton.jit(do_not_specialize=[f"n{i}" for i in range(10)])
 def empty_forward(
-    t0, t1, t2, t3, t4, t5, t6, t7, d0, d1, d2, d3,
-    s0, s1, s2, s3, s4, s5, s6, s7, s8, scale, n0, n1, n2, n3, n4, n5, n6, n7, n8, n9,
+    t0, t1, t2, d0, d1, d2, d3, t3, t4, t5, t6, t7,
+    scale, s0, s1, s2, s3, s4, s5, s6, s7, s8, n0, n1, n2, n3, n4, n5, n6, n7, n8, n9,
     C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl.constexpr,
     C5: tl.constexpr, C6: tl.constexpr, C7: tl.constexpr,
 ):  # fmt: skip
