@@ -17,7 +17,7 @@ from ..dtypes import statistics_dtype
 from ..reference.attend import nothing
 from . import configs, gluon
 from .attention_backward import memory_attention_backward
-from .attention_plan import KEPT, Call, Plan, plan
+from .attention_plan import KEPT, Call, Plan, in_order, plan
 from .attention_schedule import schedule, share_of_program
 from .attention_tiles import (
     chosen_tokens,
@@ -32,7 +32,7 @@ from .attention_tiles import (
 from .descriptors import key_forms
 from .gather import gather_frames
 from .integers import cdiv, next_power_of_2
-from .layouts import layout
+from .layouts import Layout
 from .vendor import attend_dense, serves
 
 __all__ = ["memory_attention", "memory_attention_backward"]
@@ -143,7 +143,7 @@ def forward_kernel(
 
 def _plan(call: Call) -> Plan | None:
     """The plan of this file's kernel; None where no key is attended to."""
-    batch, queries, heads, head_dim = call.query.shape
+    batch, queries, heads, _ = call.query.shape
     query_block, blocks = call.block_sizes
     places, candidate_frames = call.chosen
     tokens, tokens_per_frame = call.key.shape[1], call.tokens_per_frame
@@ -164,23 +164,26 @@ def _plan(call: Call) -> Plan | None:
     strides = (stride for x in (call.query, call.key, call.value) for stride in x.strides[:3])
     numbers = (queries, heads, query_block, blocks, places, tokens_per_frame, candidate_frames, tokens, whole, pieces)
     described = zip((1, 2, 1, 2), forms, strict=True) if forms else ((3, None),) * 4
-    options = {
+    constants = {
         "BM": rows, "BN": keys, "DESCRIPTORS": forms is not None, "ONLY_INCOMPLETE": call.only_incomplete,
         "PLACES_PAD": next_power_of_2(max(places, 1)), **head_sizes(call.query),
-        "num_warps": warps, "num_stages": config.stages,
     }  # fmt: skip
+    numbers = (*strides, *numbers, *in_order(forward_kernel, constants))
+    options = {"num_warps": warps, "num_stages": config.stages}
     operands = ((0, None), (1, None), (2, None), *described)
-    return plan(call, forward_kernel, operands, (*strides, *numbers), options, rows, tiles, whole, pieces)
+    return plan(call, forward_kernel, operands, numbers, options, rows, tiles, whole, pieces)
 
 
 @functools.lru_cache(maxsize=KEPT)
-def planned(call: Call) -> Plan | None:
+def planned(device: torch.device, query: tuple, key: tuple, value: tuple, *others: object) -> Plan | None:
     """The plan of a call by the kernel that the configuration names; None where no key is attended to.
 
-    What it depends on beside `call` is fixed while a program runs; whoever changes configs.py's tables calls
-    planned.cache_clear().
+    The arguments are the fields of `Call`; tensors are the fields of `Layout`, as making those takes longer than
+    finding the plan. What it depends on beside them is fixed while a program runs; whoever changes the tables of
+    configs.py calls planned.cache_clear().
     """
-    head_dims = configs.of_family(configs.SPECIALISED, call.device)
+    call = Call(device, Layout(*query), Layout(*key), Layout(*value), *others)
+    head_dims = configs.of_family(configs.SPECIALISED, device)
     if gluon.AVAILABLE and call.query.shape[3] in head_dims and not call.only_incomplete:
         from .gluon import attention as specialised  # only here: older releases of Triton cannot import it
 
@@ -205,9 +208,17 @@ def launch_forward(
     """Writes out and lse, contiguous; with only_incomplete those of heads whose table has an empty place."""
     if scale <= 0:  # the kernels find the largest logit before they scale
         query, scale = -query, max(-scale, 1e-30)
-    shape = None if frame_table is None else frame_table.shape
-    sizes = (tokens_per_frame, candidate_frames, query_block, only_incomplete)
-    found = planned(Call(query.device, layout(query), layout(key), layout(value), shape, *sizes))
+    found = planned(
+        query.device,
+        (query.dtype, query.shape, query.stride(), query.data_ptr() % 16 == 0),
+        (key.dtype, key.shape, key.stride(), key.data_ptr() % 16 == 0),
+        (value.dtype, value.shape, value.stride(), value.data_ptr() % 16 == 0),
+        None if frame_table is None else frame_table.shape,
+        tokens_per_frame,
+        candidate_frames,
+        query_block,
+        only_incomplete,
+    )
     if found is None:
         out.zero_()
         lse.fill_(-torch.inf)
@@ -230,7 +241,8 @@ def memory_attention(
     A table per block of queries, or of no place at all, is always read in place.
     """
     sizes = (tokens_per_frame, candidate_frames, scale, query_block)
-    if 0 in query.shape or 0 in key.shape:
+    shape = query.shape
+    if 0 in shape or 0 in key.shape:
         return nothing(query)
     if frame_table is None:
         kernel = configs.of_family(configs.DENSE, query.device)
@@ -244,8 +256,8 @@ def memory_attention(
             # zeros in an empty place are keys too: heads that have one are done again, in place
             launch_forward(query, key, value, frame_table, *sizes, out, lse, only_incomplete=True)
             return out, lse
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse_shape = (query.shape[0], query.shape[2], query.shape[1])
-    lse = torch.empty(lse_shape, dtype=statistics_dtype(query.dtype), device=query.device)
+    dtype, device = query.dtype, query.device
+    out = torch.empty(shape, dtype=dtype, device=device)
+    lse = torch.empty((shape[0], shape[2], shape[1]), dtype=statistics_dtype(dtype), device=device)
     launch_forward(query, key, value, frame_table, *sizes, out, lse)
     return out, lse

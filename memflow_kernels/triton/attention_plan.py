@@ -56,14 +56,14 @@ class Pieces(NamedTuple):
 
     grid: tuple[int, int]
     numbers: tuple[int, ...]
-    options: dict[str, int]
 
 
 class Plan(NamedTuple):
     """kernel[grid](*operands, frame_table, out, lse, partial_out, partial_lse, scale, *numbers, **options).
 
     operands: a number (0 query, 1 key, 2 value, 3 None) and the form of the descriptor that is passed in its place.
-    partial: shape of partial_out.
+    numbers: constants of the kernel too, since Triton takes longer to bind arguments by name. partial: shape of
+    partial_out.
     """
 
     kernel: object
@@ -92,13 +92,13 @@ class Plan(NamedTuple):
         operands = [tensors[n] if form is None else form.of(tensors[n]) for n, form in self.operands]
         partial_out = torch.empty(partial, dtype=torch.float32, device=device)
         partial_lse = torch.empty(partial[:2], dtype=torch.float32, device=device)
-        self.kernel[self.grid](
+        self.kernel.run(  # what kernel[grid] calls, with all arguments once more
             *operands, frame_table.contiguous(), out, lse, partial_out, partial_lse,
-            scale * LOG2_E, *self.numbers, **self.options,
+            scale * LOG2_E, *self.numbers, grid=self.grid, warmup=False, **self.options,
         )  # fmt: skip
         if self.pieces is not None:
-            grid, numbers, options = self.pieces
-            combine_kernel[grid](partial_out, partial_lse, out, lse, *numbers, **options)
+            grid, numbers = self.pieces
+            combine_kernel.run(partial_out, partial_lse, out, lse, *numbers, grid=grid, warmup=False)
 
 
 def plan(
@@ -114,7 +114,7 @@ def plan(
 ) -> Plan:
     """The plan of a kernel for tiles of `rows` queries, of which those from `whole` on are in `pieces`.
 
-    numbers: the kernel's arguments between scale and the four sizes of the queries, and from there to whole and pieces.
+    numbers, options: as in `Plan`.
     """
     _, queries, heads, head_dim = call.query.shape
     shared = (tiles - whole) * pieces
@@ -122,6 +122,14 @@ def plan(
     if shared:
         rows_each = min(rows, 16)
         constants = {"D": head_dim, "D_PAD": max(16, next_power_of_2(head_dim)), "BM": rows, "ROWS": rows_each}
-        numbers_ = (queries, heads, *call.block_sizes, whole, pieces)
-        combining = Pieces((tiles - whole, rows // rows_each), numbers_, constants)
+        sizes = (queries, heads, *call.block_sizes, whole, pieces)
+        combining = Pieces((tiles - whole, rows // rows_each), (*sizes, *in_order(combine_kernel, constants)))
     return Plan(kernel, (whole + shared,), operands, numbers, options, (shared, rows, head_dim), combining)
+
+
+def in_order(kernel: object, constants: dict[str, object]) -> tuple[object, ...]:
+    """The constants of a kernel, which are its last arguments, as it takes them without their names."""
+    names = kernel.arg_names[-len(constants) :]
+    if set(names) != set(constants):
+        raise TypeError(f"{kernel.__name__}: its last arguments are {names}, got {sorted(constants)}")
+    return tuple(constants[name] for name in names)

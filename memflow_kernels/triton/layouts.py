@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 Sizes = tuple[int, ...]
 
@@ -17,11 +16,6 @@ class Layout(NamedTuple):
     shape: Sizes
     strides: Sizes
     aligned: bool
-
-
-def layout(x: Tensor) -> Layout:
-    """The layout of `x`."""
-    return Layout(x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0)
 
 
 def describable(x: Layout) -> bool:

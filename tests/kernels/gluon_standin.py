@@ -71,7 +71,7 @@ class Source:
 
 
 class StandIn:
-    """Launched like the kernel: stand_in[grid](*arguments, **constants); a seed is an order of events."""
+    """Launched like the kernel: stand_in.run(*arguments, grid=.., **constants); a seed is an order of events."""
 
     def __init__(self, module: str, kernel: str, seed: int = 0, faults: tuple[tuple[str, str], ...] = ()):
         self.kernel, self.seed = getattr(Source(f"{TRITON}.gluon.{module}", faults).main, kernel), seed
@@ -81,13 +81,9 @@ class StandIn:
     def programs(self) -> int:
         return len(self.histories)
 
-    def __getitem__(self, grid):
-        return lambda *arguments, **constants: self.launch(grid[0], arguments, constants)
-
-    def launch(self, programs: int, arguments: tuple, constants: dict) -> None:
-        constants.pop("num_warps")
+    def run(self, *arguments: object, grid: tuple[int], warmup: bool, num_warps: int, **constants: object) -> None:
         arguments = [self._argument(x) for x in arguments]
-        for program in range(programs):
+        for program in range(grid[0]):
             machine = Machine(1000 * self.seed + program)
             simulated.language.program_id = lambda axis, program=program: simulated.Scalar(program)
             self.kernel(*arguments, **constants)
