@@ -36,6 +36,7 @@ class Counted:
 
     def __init__(self, kernel):
         self.kernel, self.programs = kernel, 0
+        self.__name__, self.arg_names = kernel.__name__, kernel.arg_names
 
     def run(self, *arguments, grid, **options):
         self.programs += grid[0]

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .. import configs
-from ..attention_plan import Call, Plan, plan
+from ..attention_plan import Call, Plan, in_order, plan
 from ..attention_schedule import schedule
 from ..descriptors import Form
 from ..integers import cdiv, next_power_of_2
@@ -61,8 +61,8 @@ def planned(call: Call) -> Plan:
         *((n, _form(x, by_frame(x, tokens_per_frame), keys)) for n, x in states),
         *((n, _form(x, by_token(x), keys)) for n, x in states),
     )
-    options = {
+    constants = {
         "D": head_dim, "STAGES": config.stages, "PLACES_PAD": max(8, next_power_of_2(max(places, 1))), **config.blocks,
-        "num_warps": config.warps,
     }  # fmt: skip
-    return plan(call, kernel, operands, numbers, options, rows, tiles, whole, pieces)
+    numbers = (*numbers, *in_order(kernel, constants))
+    return plan(call, kernel, operands, numbers, {"num_warps": config.warps}, rows, tiles, whole, pieces)
