@@ -162,8 +162,8 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Compile the blocks of the transformer, all of them with the same graphs: one for a first chunk, one for all
         that follow and one for prompt switches, whatever memory holds. For streams that are made from now on.
 
-        graphs: also replay denoising passes as CUDA graphs, once the memory is full; needs a GPU, and weights that stay
-        where they are. options: of torch.compile, `mode="max-autotune-no-cudagraphs"` for example.
+        graphs: also replay passes, denoising and clean, as CUDA graphs, once the memory is full; needs a GPU, and
+        weights that stay where they are. options: of torch.compile, `mode="max-autotune-no-cudagraphs"` for example.
         """
         if graphs:
             require_gpu(self.transformer)

@@ -6,6 +6,8 @@ tile and the end of the frame masked, then those of the tokens behind the candid
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -15,9 +17,9 @@ from ..dtypes import statistics_dtype
 from ..reference.attend import nothing
 from . import configs, gluon
 from .attention_backward import memory_attention_backward
-from .attention_schedule import combine, schedule, share_of_program
+from .attention_plan import KEPT, Call, Plan, in_order, plan
+from .attention_schedule import schedule, share_of_program
 from .attention_tiles import (
-    LOG2_E,
     chosen_tokens,
     head_kind,
     head_sizes,
@@ -27,9 +29,10 @@ from .attention_tiles import (
     rows_per_tile,
     store_rows,
 )
-from .descriptors import key_descriptors
+from .descriptors import key_forms
 from .gather import gather_frames
 from .integers import cdiv, next_power_of_2
+from .layouts import Layout
 from .vendor import attend_dense, serves
 
 __all__ = ["memory_attention", "memory_attention_backward"]
@@ -65,12 +68,12 @@ def _absorb(logits, v, acc, top, mass, scale, PRECISION: tl.constexpr):
     ]
 )  # fmt: skip
 def forward_kernel(
-    query, key, value, frame_table, out, lse, partial_out, partial_lse,
-    key_frames, value_frames, key_rest, value_rest,
+    query, key, value, key_frames, value_frames, key_rest, value_rest,
+    frame_table, out, lse, partial_out, partial_lse, scale,
     query_batch, query_token, query_head,
     key_batch, key_token, key_head,
     value_batch, value_token, value_head,
-    scale, queries, heads, query_block, blocks, places, tokens_per_frame, candidate_frames, tokens, whole, pieces,
+    queries, heads, query_block, blocks, places, tokens_per_frame, candidate_frames, tokens, whole, pieces,
     D: tl.constexpr, D_PAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, ONLY_INCOMPLETE: tl.constexpr, PLACES_PAD: tl.constexpr,
 ):  # fmt: skip
@@ -138,14 +141,55 @@ def forward_kernel(
         tl.store(partial_lse + slot + row, log_mass, mask=row < rows)
 
 
-def _reading(query: Tensor, key: Tensor, value: Tensor, tokens_per_frame: int) -> tuple[configs.Config, tuple | None]:
-    """The configuration, and tensor descriptors of key and value where it wants them and their layout allows them."""
-    kernel = f"attention_forward_{head_kind(query)}"
-    config = configs.config(kernel, query.device)
-    if not config.descriptors:
-        return config, None
-    descriptors = key_descriptors(key, value, tokens_per_frame, config.blocks["BN"])
-    return (config if descriptors else configs.TABLE[kernel]["any"]), descriptors
+def _plan(call: Call) -> Plan | None:
+    """The plan of this file's kernel; None where no key is attended to."""
+    batch, queries, heads, _ = call.query.shape
+    query_block, blocks = call.block_sizes
+    places, candidate_frames = call.chosen
+    tokens, tokens_per_frame = call.key.shape[1], call.tokens_per_frame
+    name = f"attention_forward_{head_kind(call.query)}"
+    config, forms = configs.config(name, call.device), None
+    if config.descriptors:
+        forms = key_forms(call.key, call.value, tokens_per_frame, config.blocks["BN"])
+        config = config if forms else configs.TABLE[name]["any"]
+    rows, warps = rows_per_tile(config, query_block)
+    keys = config.blocks["BN"]
+    units = places * cdiv(tokens_per_frame, keys) + cdiv(tokens - candidate_frames * tokens_per_frame, keys)
+    if units == 0:
+        return None
+    tiles = batch * heads * blocks * cdiv(query_block, rows)
+    whole, pieces = schedule(tiles, units, config.resident * configs.multiprocessors(call.device))
+    if call.only_incomplete:
+        whole, pieces = tiles, 1
+    strides = (stride for x in (call.query, call.key, call.value) for stride in x.strides[:3])
+    numbers = (queries, heads, query_block, blocks, places, tokens_per_frame, candidate_frames, tokens, whole, pieces)
+    described = zip((1, 2, 1, 2), forms, strict=True) if forms else ((3, None),) * 4
+    constants = {
+        "BM": rows, "BN": keys, "DESCRIPTORS": forms is not None, "ONLY_INCOMPLETE": call.only_incomplete,
+        "PLACES_PAD": next_power_of_2(max(places, 1)), **head_sizes(call.query),
+    }  # fmt: skip
+    numbers = (*strides, *numbers, *in_order(forward_kernel, constants))
+    options = {"num_warps": warps, "num_stages": config.stages}
+    operands = ((0, None), (1, None), (2, None), *described)
+    return plan(call, forward_kernel, operands, numbers, options, rows, tiles, whole, pieces)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def planned(device: torch.device, query: tuple, key: tuple, value: tuple, *others: object) -> Plan | None:
+    """The plan of a call by the kernel that the configuration names; None where no key is attended to.
+
+    The arguments are the fields of `Call`; tensors are the fields of `Layout`, as making those takes longer than
+    finding the plan. What it depends on beside them is fixed while a program runs; whoever changes the tables of
+    configs.py calls planned.cache_clear().
+    """
+    call = Call(device, Layout(*query), Layout(*key), Layout(*value), *others)
+    head_dims = configs.of_family(configs.SPECIALISED, device)
+    if gluon.AVAILABLE and call.query.shape[3] in head_dims and not call.only_incomplete:
+        from .gluon import attention as specialised  # only here: older releases of Triton cannot import it
+
+        if specialised.serves(call):
+            return specialised.planned(call)
+    return _plan(call)
 
 
 def launch_forward(
@@ -162,42 +206,24 @@ def launch_forward(
     only_incomplete: bool = False,
 ) -> None:
     """Writes out and lse, contiguous; with only_incomplete those of heads whose table has an empty place."""
-    batch, queries, heads, head_dim = query.shape
-    if frame_table is None:
-        frame_table, candidate_frames = torch.empty(0, dtype=torch.int32, device=query.device), 0
-    query_block = min(query_block or queries, queries)
-    blocks = cdiv(queries, query_block)
-    places = frame_table.shape[-1] if candidate_frames else 0
-    config, descriptors = _reading(query, key, value, tokens_per_frame)
-    rows, warps = rows_per_tile(config, query_block)
-    keys = config.blocks["BN"]
-    units = places * cdiv(tokens_per_frame, keys)
-    units += cdiv(key.shape[1] - candidate_frames * tokens_per_frame, keys)
-    if units == 0:
+    if scale <= 0:  # the kernels find the largest logit before they scale
+        query, scale = -query, max(-scale, 1e-30)
+    found = planned(
+        query.device,
+        (query.dtype, query.shape, query.stride(), query.data_ptr() % 16 == 0),
+        (key.dtype, key.shape, key.stride(), key.data_ptr() % 16 == 0),
+        (value.dtype, value.shape, value.stride(), value.data_ptr() % 16 == 0),
+        None if frame_table is None else frame_table.shape,
+        tokens_per_frame,
+        candidate_frames,
+        query_block,
+        only_incomplete,
+    )
+    if found is None:
         out.zero_()
         lse.fill_(-torch.inf)
-        return
-    if scale <= 0:  # the kernel finds the largest logit before it scales
-        query, scale = -query, max(-scale, 1e-30)
-    tiles = batch * heads * blocks * cdiv(query_block, rows)
-    whole, pieces = schedule(tiles, units, config.resident * configs.multiprocessors(query.device))
-    if only_incomplete:
-        whole, pieces = tiles, 1
-    shared = (tiles - whole) * pieces
-    partial_out = torch.empty((shared, rows, head_dim), dtype=torch.float32, device=query.device)
-    partial_lse = torch.empty((shared, rows), dtype=torch.float32, device=query.device)
-    sizes = (queries, heads, query_block, blocks)
-    forward_kernel[(whole + shared,)](
-        query, key, value, frame_table.contiguous(), out, lse, partial_out, partial_lse,
-        *(descriptors or (None,) * 4),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        scale * LOG2_E, *sizes, places, tokens_per_frame, candidate_frames, key.shape[1], whole, pieces,
-        BM=rows, BN=keys, DESCRIPTORS=descriptors is not None, ONLY_INCOMPLETE=only_incomplete,
-        PLACES_PAD=next_power_of_2(max(places, 1)), **head_sizes(query),
-        num_warps=warps, num_stages=config.stages,
-    )  # fmt: skip
-    if shared:
-        combine(partial_out, partial_lse, out, lse, sizes, rows, tiles, whole, pieces)
+    else:
+        found.launch(query, key, value, frame_table, scale, out, lse)
 
 
 def memory_attention(
@@ -215,7 +241,8 @@ def memory_attention(
     A table per block of queries, or of no place at all, is always read in place.
     """
     sizes = (tokens_per_frame, candidate_frames, scale, query_block)
-    if 0 in query.shape or 0 in key.shape:
+    shape = query.shape
+    if 0 in shape or 0 in key.shape:
         return nothing(query)
     if frame_table is None:
         kernel = configs.of_family(configs.DENSE, query.device)
@@ -229,13 +256,8 @@ def memory_attention(
             # zeros in an empty place are keys too: heads that have one are done again, in place
             launch_forward(query, key, value, frame_table, *sizes, out, lse, only_incomplete=True)
             return out, lse
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse_shape = (query.shape[0], query.shape[2], query.shape[1])
-    lse = torch.empty(lse_shape, dtype=statistics_dtype(query.dtype), device=query.device)
-    launch = launch_forward
-    if gluon.AVAILABLE and query.shape[3] in configs.of_family(configs.SPECIALISED, query.device):
-        from .gluon import attention as specialised  # only here: older releases of Triton cannot import it
-
-        launch = specialised.launch_forward if specialised.serves(query, key, value, query_block) else launch
-    launch(query, key, value, frame_table, *sizes, out, lse)
+    dtype, device = query.dtype, query.device
+    out = torch.empty(shape, dtype=dtype, device=device)
+    lse = torch.empty((shape[0], shape[2], shape[1]), dtype=statistics_dtype(dtype), device=device)
+    launch_forward(query, key, value, frame_table, *sizes, out, lse)
     return out, lse

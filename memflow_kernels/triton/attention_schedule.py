@@ -11,10 +11,8 @@ import functools
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .attention_tiles import query_rows, row_offsets, store_rows
-from .integers import next_power_of_2
 
 MOST_PIECES = 32
 START = 2  # what a program costs before and after its loop over keys, in units
@@ -77,23 +75,3 @@ def combine_kernel(
     store_rows(base, first_row, heads * D, rows - first, acc / some[:, None], ROWS, D, D_PAD)
     log_mass = tl.where(mass == 0, float("-inf"), top + tl.log2(some)) * 0.6931471805599453
     tl.store(lse + (batch * heads + head) * queries + first_row + row, log_mass, mask=inside_row)
-
-
-def combine(
-    partial_out: Tensor,
-    partial_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sizes: tuple[int, int, int, int],
-    rows: int,
-    tiles: int,
-    whole: int,
-    pieces: int,
-) -> None:
-    """Writes the rows of out and lse that belong to tiles in pieces; sizes: queries, heads, query_block, blocks."""
-    head_dim = out.shape[-1]
-    rows_each = min(rows, 16)
-    combine_kernel[(tiles - whole, rows // rows_each)](
-        partial_out, partial_lse, out, lse, *sizes, whole, pieces,
-        D=head_dim, D_PAD=max(16, next_power_of_2(head_dim)), BM=rows, ROWS=rows_each,
-    )  # fmt: skip

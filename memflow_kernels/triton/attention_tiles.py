@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import configs
 from .integers import next_power_of_2
+from .layouts import Layout
 
 LOG2_E = 1.4426950408889634
 
@@ -64,7 +65,7 @@ def chosen_tokens(unit, table_row, tokens_per_frame, candidate_frames, BN: tl.co
     return frame, start, tl.where(exists, tokens_per_frame - start, 0)
 
 
-def head_kind(query: Tensor) -> str:
+def head_kind(query: Tensor | Layout) -> str:
     """The suffix of the rows of the configuration table that serve a tensor of this format and head size."""
     head_dim = query.shape[3]
     size = "64" if head_dim <= 64 else "128" if head_dim <= 128 else "256"
@@ -78,7 +79,7 @@ def rows_per_tile(config: configs.Config, query_block: int) -> tuple[int, int]:
     return rows, config.warps if rows == most else min(config.warps, 4)
 
 
-def head_sizes(query: Tensor) -> dict[str, object]:
+def head_sizes(query: Tensor | Layout) -> dict[str, object]:
     """The constexpr arguments that follow from the tensors: head size, padded head size, exact products for float32."""
     head_dim = query.shape[3]
     precision = "ieee" if query.dtype == torch.float32 else None

@@ -1,5 +1,7 @@
 """Settings of the kernel tests: the same examples on every run, no wall-clock deadlines, one thread, every backend."""
 
+import sys
+
 import host_build
 import interpreter
 import pytest
@@ -32,6 +34,15 @@ def _kernel_settings():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _launches_planned_anew():
+    """Tests change the tables of configurations; launches planned by those are nobody else's."""
+    yield
+    attention = sys.modules.get("memflow_kernels.triton.attention")
+    if attention is not None:
+        attention.planned.cache_clear()
 
 
 @pytest.fixture(params=["torch", "triton", *(["cuda"] if torch.cuda.is_available() else [])])

@@ -15,9 +15,20 @@ from memflow_kernels import reference
 from memflow_kernels.backends import implementation
 from memflow_kernels.testing import AttentionCase, assert_close, attention_inputs, draw, poisoned_memory
 from memflow_kernels.triton import configs
+from memflow_kernels.triton.attention import planned
 from memflow_kernels.triton.gluon import attention_sm90, attention_sm100
 
 KERNELS = {"sm90": attention_sm90, "sm100": attention_sm100}
+
+
+@contextmanager
+def anew() -> Iterator[None]:
+    """Launches inside the block are planned inside it, and nobody else takes its plans."""
+    planned.cache_clear()
+    try:
+        yield
+    finally:
+        planned.cache_clear()
 
 
 class Counted:
@@ -25,10 +36,11 @@ class Counted:
 
     def __init__(self, kernel):
         self.kernel, self.programs = kernel, 0
+        self.__name__, self.arg_names = kernel.__name__, kernel.arg_names
 
-    def __getitem__(self, grid):
+    def run(self, *arguments, grid, **options):
         self.programs += grid[0]
-        return self.kernel[grid]
+        return self.kernel.run(*arguments, grid=grid, **options)
 
 
 @contextmanager
@@ -41,7 +53,8 @@ def on_gpu(chip: str) -> Iterator[Counted]:
         counted = Counted(getattr(KERNELS[chip], f"forward_{chip}_kernel"))
         patch.setattr(KERNELS[chip], f"forward_{chip}_kernel", counted)
         patch.setattr(configs, "SPECIALISED", configs.SPECIALISED | configs.SPECIALISED_UNTIMED)
-        yield counted
+        with anew():
+            yield counted
 
 
 @contextmanager
@@ -62,7 +75,8 @@ def small_tiles(
         patch.setattr(KERNELS[chip], f"forward_{chip}_kernel", stand_in)
         patch.setattr(configs, "family", lambda device: chip.replace("sm", "sm_"))
         patch.setattr(configs, "SPECIALISED", {"any": {64: config, 128: config}})
-        yield stand_in
+        with anew():
+            yield stand_in
 
 
 @dataclass

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 import memflow_kernels.triton as kernels
 from memflow_kernels.triton import configs
+from memflow_kernels.triton.attention import planned
 
 FULL = 1560  # tokens of a frame at 480 x 832
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,6 +32,7 @@ def compile_variant(variant: str, folder: Path) -> dict[str, int]:
     chip = "sm_100" if "blackwell" in options else "sm_90"
     triton.runtime.driver.set_active(aot.Driver(aot.TARGETS[chip]))
     configs._gpu_family = lambda index: chip
+    planned.cache_clear()
     found, chosen = {}, configs.SPECIALISED
     configs.SPECIALISED = chosen | configs.SPECIALISED_UNTIMED
     if "pipelined" in options:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import inspect
 import linecache
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,26 +72,26 @@ class Source:
 
 
 class StandIn:
-    """Launched like the kernel: stand_in[grid](*arguments, **constants); a seed is an order of events."""
+    """Launched like the kernel: stand_in.run(*arguments, grid=...); a seed is an order of events."""
 
     def __init__(self, module: str, kernel: str, seed: int = 0, faults: tuple[tuple[str, str], ...] = ()):
         self.kernel, self.seed = getattr(Source(f"{TRITON}.gluon.{module}", faults).main, kernel), seed
+        parameters = inspect.signature(self.kernel).parameters.values()
+        self.__name__, self.arg_names = kernel, [parameter.name for parameter in parameters]
+        self.constants = [str(parameter.annotation) == "gl.constexpr" for parameter in parameters]
         self.histories: list[list[str]] = []  # of every program so far
 
     @property
     def programs(self) -> int:
         return len(self.histories)
 
-    def __getitem__(self, grid):
-        return lambda *arguments, **constants: self.launch(grid[0], arguments, constants)
-
-    def launch(self, programs: int, arguments: tuple, constants: dict) -> None:
-        constants.pop("num_warps")
-        arguments = [self._argument(x) for x in arguments]
-        for program in range(programs):
+    def run(self, *arguments: object, grid: tuple[int], warmup: bool, num_warps: int) -> None:
+        pairs = zip(arguments, self.constants, strict=True)
+        arguments = [x if constant else self._argument(x) for x, constant in pairs]
+        for program in range(grid[0]):
             machine = Machine(1000 * self.seed + program)
             simulated.language.program_id = lambda axis, program=program: simulated.Scalar(program)
-            self.kernel(*arguments, **constants)
+            self.kernel(*arguments)
             self.histories.append(machine.history)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What a launch costs the host, without a GPU: `python tests/kernels/host_time.py`.
+"""What a launch costs the host, without a GPU: `python tests/kernels/host_time.py [triton | gluon]`.
 
 A stand-in for the driver loads nothing and launches nothing; all that Triton and this package do before it is real. The
 measure is an empty Triton kernel with as many arguments of the same kinds, launched as often as a call of
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 
 import aot
@@ -16,12 +17,14 @@ import torch
 import triton
 import triton.language as tl
 from aot_cases import FULL, numbers, states
+from triton.experimental import gluon
 from triton.runtime.jit import JITFunction
 
 import memflow_kernels.triton as kernels
 from memflow_kernels.triton import configs
 
 ROUNDS, CALLS = 15, 40
+FORWARD = {"triton": "forward_kernel", "gluon": "forward_sm90_kernel"}
 
 
 class Utilities:
@@ -50,12 +53,20 @@ class Driver(aot.Driver):
 
 @triton.jit(do_not_specialize=[f"n{i}" for i in range(10)])
 def empty_forward(
-    t0, t1, t2, t3, t4, t5, t6, t7, d0, d1, d2, d3,
-    s0, s1, s2, s3, s4, s5, s6, s7, s8, scale, n0, n1, n2, n3, n4, n5, n6, n7, n8, n9,
+    t0, t1, t2, d0, d1, d2, d3, t3, t4, t5, t6, t7,
+    scale, s0, s1, s2, s3, s4, s5, s6, s7, s8, n0, n1, n2, n3, n4, n5, n6, n7, n8, n9,
     C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl.constexpr,
     C5: tl.constexpr, C6: tl.constexpr, C7: tl.constexpr,
 ):  # fmt: skip
     """As many arguments as the forward's kernel."""
+
+
+@gluon.jit(do_not_specialize=[f"n{i}" for i in range(10)])
+def empty_gluon(
+    d0, d1, d2, d3, d4, t0, t1, t2, t3, t4, scale, n0, n1, n2, n3, n4, n5, n6, n7, n8, n9,
+    C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr,
+):  # fmt: skip
+    """As many arguments as the Gluon kernel."""
 
 
 @triton.jit(do_not_specialize=[f"n{i}" for i in range(6)])
@@ -73,12 +84,16 @@ def per_call(run) -> float:
     return (time.process_time() - begin) / CALLS
 
 
-def measure() -> dict[str, float]:
-    """Microseconds of a call of memory_attention, of as many empty launches, and of one; their ratio; launches."""
+def measure(kernel: str) -> dict[str, float]:
+    """By the kernel "triton" or "gluon": microseconds of a call of memory_attention and of as many empty launches.
+
+    ratio: the median of their quotients. launches: how many they are.
+    """
     triton.runtime.driver.set_active(Driver(aot.TARGETS["sm_90"]))
     configs._gpu_family = lambda index: "sm_90"
     configs._gpu_multiprocessors = lambda index: 132
-    configs.SPECIALISED = {"any": ()}  # Triton's kernel; the Gluon kernel has fewer arguments
+    if kernel == "triton":
+        configs.SPECIALISED = {"any": ()}
     torch.Tensor.data_ptr = lambda x: x.storage_offset() * x.element_size()
     allocated, allocate = {}, torch.empty
 
@@ -95,7 +110,8 @@ def measure() -> dict[str, float]:
     launch = JITFunction.run
 
     def noted(self, *args, **options):
-        given.append((self.__name__, args))
+        constants = sum(parameter.is_constexpr for parameter in self.params)
+        given.append((self.__name__, args[: len(self.params) - constants]))
         return launch(self, *args, **options)
 
     def attention():
@@ -105,11 +121,14 @@ def measure() -> dict[str, float]:
     attention()
     JITFunction.run = launch
     arguments = dict(given)
-    forward, combine = arguments["forward_kernel"], arguments["combine_kernel"]
-    sizes = {f"C{i}": 16 for i in range(8)}
+    forward, combine = arguments[FORWARD[kernel]], arguments["combine_kernel"]
+    launched, options = {
+        "triton": (empty_forward, {**{f"C{i}": 16 for i in range(8)}, "num_warps": 8, "num_stages": 3}),
+        "gluon": (empty_gluon, {**{f"C{i}": 16 for i in range(4)}, "num_warps": 4}),
+    }[kernel]
 
     def empty():
-        empty_forward[(684,)](*forward, **sizes, num_warps=8, num_stages=3)
+        launched[(684,)](*forward, **options)
         empty_combine[(48, 8)](*combine, C0=128, C1=128, C2=128, C3=16)
 
     empty()
@@ -131,4 +150,4 @@ def measure() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    print(json.dumps(measure(*(sys.argv[1:] or ["triton"]))))

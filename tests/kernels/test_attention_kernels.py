@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memflow_kernels.triton import configs, descriptors, gather
 from memflow_kernels.triton.attention_schedule import schedule
+from memflow_kernels.triton.layouts import Layout
 from memflow_kernels.triton.scratch import attend_beside_window
 
 SIZES = {"tokens_per_frame": 24, "candidate_frames": 3, "scale": 0.25}
@@ -173,18 +174,21 @@ def test_descriptors_are_checked_once_per_layout_and_keep_nothing_alive(monkeypa
     checks = []
     check = TensorDescriptor.__post_init__
     monkeypatch.setattr(TensorDescriptor, "__post_init__", lambda made: (checks.append(made), check(made))[1])
-    sizes = (1, 72, 5, 48)  # of no other test
-    first = descriptors.key_descriptors(torch.zeros(sizes), torch.zeros(sizes), 24, 16)
-    assert len(checks) == 2  # by frame and by token; key and value lie alike
-    checks.clear()
-    key, value = torch.ones(sizes), torch.full(sizes, 2.0)
-    second = descriptors.key_descriptors(key, value, 24, 16)
-    assert not checks
-    assert [made.base is x for made, x in zip(second, (key, value, key, value), strict=True)] == [True] * 4
-    for old, new in zip(first, second, strict=True):
-        assert (old.shape, old.strides, old.block_shape) == (new.shape, new.strides, new.block_shape)
+
+    def layout(x):
+        return Layout(x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0)
+
+    key, value = torch.ones(1, 72, 5, 48), torch.full((1, 72, 5, 48), 2.0)
+    forms = descriptors.key_forms(layout(key), layout(value), 24, 16)
+    assert len(checks) == 4  # by frame and by token
+    made = [form.of(x) for form, x in zip(forms, (key, value, key, value), strict=True)]
+    assert len(checks) == 4
+    assert [descriptor.base is x for descriptor, x in zip(made, (key, value, key, value), strict=True)] == [True] * 4
+    assert made[0] == TensorDescriptor(key, [1, 5, 3, 24, 48], [17280, 48, 5760, 240, 1], [1, 1, 1, 16, 64])
     alive = weakref.ref(key)
-    del key, second, new
+    checks.clear()
+    del key, made
     gc.collect()
     assert alive() is None
-    assert descriptors.key_descriptors(torch.zeros(1, 72, 5, 45), torch.zeros(1, 72, 5, 45), 24, 16) is None
+    narrow = layout(torch.zeros(1, 72, 5, 45))
+    assert descriptors.key_forms(narrow, narrow, 24, 16) is None

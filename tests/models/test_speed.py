@@ -24,8 +24,9 @@ SMALL = {"height": 32, "width": 32}
 STORY = ["a red boat", "an owl"]
 
 
-def latents_of(pipeline, prompts=STORY, **settings) -> torch.Tensor:
-    stream = pipeline.stream(prompts, seconds_per_prompt=6 * 0.75, memory=MemoryConfig(top_k=2), **SMALL, **settings)
+def latents_of(pipeline, prompts=STORY, **memory) -> torch.Tensor:
+    config = MemoryConfig(top_k=2, **memory)
+    stream = pipeline.stream(prompts, seconds_per_prompt=6 * 0.75, memory=config, **SMALL)
     return torch.cat([chunk.latents for chunk in stream], dim=2)
 
 
@@ -85,22 +86,32 @@ def test_graphs_need_a_gpu(toy):
     assert not toy.cuda_graphs
 
 
-def test_a_captured_pass_takes_everything_that_changes_from_its_inputs(toy, monkeypatch):
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
+def test_a_captured_pass_takes_everything_that_changes_from_its_inputs(toy, monkeypatch, positions):
     """Played on a CPU: a capture is a function that runs the pass again on the tensors that it was captured with."""
-    captures = []
+    captures, replays = [], []
 
     def capture(run):
-        result = run()
-        captures.append(1)
-        return lambda: result.copy_(run()), result
+        result, number = run(), len(captures)
+        captures.append("clean" if result is None else "denoise")
+
+        def replay():
+            replays.append(captures[number])
+            again = run()
+            if result is not None:
+                result.copy_(again)
+
+        return replay, result
 
     monkeypatch.setattr(graphs, "Recorder", lambda device: capture)
     monkeypatch.setattr(graphs, "require_gpu", lambda transformer: None)
-    expected = latents_of(toy, [*STORY, "a lighthouse"])
+    expected = latents_of(toy, [*STORY, "a lighthouse"], positions=positions)
     pipeline = noise_pipeline()
     pipeline.cuda_graphs = True
-    assert torch.equal(latents_of(pipeline, [*STORY, "a lighthouse"]), expected)
-    assert len(captures) == 1, "one size, that of a full memory, lasts long enough"
+    assert torch.equal(latents_of(pipeline, [*STORY, "a lighthouse"], positions=positions), expected)
+    assert sorted(captures) == ["clean", "denoise"], "one size of each, that of a full memory, lasts long enough"
+    assert replays.count("clean") > 1
+    assert replays.count("denoise") > replays.count("clean")
 
 
 def test_graphs_of_a_stream_share_their_memory_and_run_on_its_device(monkeypatch):

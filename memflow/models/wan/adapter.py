@@ -16,7 +16,7 @@ from memflow.memory.places import Rotation
 from memflow.models.base import weights_digest
 from memflow.models.wan.attention import CleanPassDone, StreamContext, install, uninstall
 from memflow.models.wan.changes import adapters, layout, refuse_hooks, text_version
-from memflow.models.wan.graphs import GraphedDenoiser
+from memflow.models.wan.graphs import GraphedPasses
 
 
 class WanModel:
@@ -27,7 +27,8 @@ class WanModel:
 
     Args:
         transformer: a text-to-video WanTransformer3DModel.
-        cuda_graphs: replay denoising passes as CUDA graphs; needs a GPU, and weights that stay where they are.
+        cuda_graphs: replay passes, denoising and clean, as CUDA graphs; needs a GPU, and weights that stay where they
+            are.
 
     Raises:
         MemFlowError: the transformer cannot have a memory (image to video, layers that are moved one by one).
@@ -47,7 +48,7 @@ class WanModel:
             config.attention_head_dim,
         )
         self.channels, self.text_dim = config.in_channels, config.text_dim
-        self._run = GraphedDenoiser(transformer, self._denoise) if cuda_graphs else self._denoise
+        self._graphs = GraphedPasses(transformer, self._denoise, self._write_clean) if cuda_graphs else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,19 +89,19 @@ class WanModel:
         # Uninstalled meanwhile, by a stream that has ended for example: this one goes on.
         self.context = transformer.rope if isinstance(transformer.rope, StreamContext) else install(transformer)
         self.context.require_installed(transformer)
-        if isinstance(self._run, GraphedDenoiser):
-            self._run.follow(layout(transformer))
+        if self._graphs is not None:
+            self._graphs.follow(layout(transformer))
         return text_version(transformer)
 
     def denoise(self, latents: Tensor, timestep: float, step: Pass) -> Tensor:
-        return self._run(latents, timestep, step._replace(unplaced=()))  # what later chunks see is of the clean pass
+        denoise = self._denoise if self._graphs is None else self._graphs.denoise
+        return denoise(latents, timestep, step._replace(unplaced=()))  # what later chunks see is of the clean pass
 
     def write_clean(self, latents: Tensor, step: Pass) -> None:
         """As in the protocol: a forward at timestep 0, which ends where the last layer's keys are written, since nobody
         reads its output. Compiled blocks cannot end so; they compute the last layer to its end."""
-        with suppress(CleanPassDone):
-            self._forward(latents, 0.0, step, clean=True)
-        self._require_called()
+        write_clean = self._write_clean if self._graphs is None else self._graphs.write_clean
+        write_clean(latents, step)
 
     def identity(self) -> str:
         # The config's own entries: those that begin with _ say where the folder lay.
@@ -117,6 +118,11 @@ class WanModel:
         flow = self._forward(latents, timestep, step).clone()  # the caller's own, outside inference mode
         self._require_called()
         return flow
+
+    def _write_clean(self, latents: Tensor, step: Pass) -> None:
+        with suppress(CleanPassDone):
+            self._forward(latents, 0.0, step, clean=True)
+        self._require_called()
 
     def _forward(self, latents: Tensor, timestep: float | Tensor, step: Pass, *, clean: bool = False) -> Tensor:
         self._bring_to_device()  # not in inference mode, which would leave weights that cannot be trained any more
