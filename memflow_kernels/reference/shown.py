@@ -16,7 +16,7 @@ from ..dtypes import statistics_dtype
 
 RUNS = 3  # ranges that are attended to one by one rather than gathered
 HALF = (torch.bfloat16, torch.float16)
-SMALL = 2**16  # numbers of always visible keys that are copied next to the chosen ones, rather than merged with them
+SMALL = 2**17  # numbers of always visible keys that are copied next to the chosen ones, rather than merged with them
 
 
 class Range(NamedTuple):

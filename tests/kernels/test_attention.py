@@ -214,12 +214,12 @@ def test_dense_copies_nothing(layout):
 
 
 def test_activation_gathers_only_what_was_chosen():
-    query, key, value = (states(1, tokens, 2, 64, layout="sliced", seed=tokens) for tokens in (4, 15 * 80, 15 * 80))
+    query, key, value = (states(1, tokens, 2, 64, layout="sliced", seed=tokens) for tokens in (4, 15 * 120, 15 * 120))
     table = torch.tensor([[[0, 2, 5], [1, 3, 4]]], dtype=torch.int32)
     with Traffic() as traffic:
-        memory_attention(query, key, value, tokens_per_frame=80, candidate_frames=6, frame_table=table)
-    chosen = 3 * key[:, :80].nbytes
-    copied = [(name, size) for name, size in traffic.written if size >= key[:, :80].nbytes]
+        memory_attention(query, key, value, tokens_per_frame=120, candidate_frames=6, frame_table=table)
+    chosen = 3 * key[:, :120].nbytes
+    copied = [(name, size) for name, size in traffic.written if size >= key[:, :120].nbytes]
     assert copied == [("aten::index", chosen), ("aten::index", chosen)]
 
 
