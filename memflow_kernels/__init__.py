@@ -5,7 +5,7 @@ Layouts: query [B, Lq, H, D], key and value [B, F*N, H, D] with N tokens per fra
 
 from .backends import available_backends, use_backend
 from .masks import block_causal_table
-from .ops._checks import MAX_HEAD_DIM
+from .ops._checks import MAX_HEAD_DIM as MAX_HEAD_DIM
 from .ops.attention import memory_attention
 from .ops.means import frame_means
 from .ops.merge import merge_attention
@@ -17,7 +17,6 @@ from .ops.selection import select_frames
 from .pool import Pool
 
 __all__ = [
-    "MAX_HEAD_DIM",
     "Pool",
     "available_backends",
     "block_causal_table",
