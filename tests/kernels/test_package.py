@@ -33,7 +33,6 @@ def test_import_is_light():
 
 def test_public_names():
     assert set(memflow_kernels.__all__) == {
-        "MAX_HEAD_DIM",
         "Pool",
         "available_backends",
         "block_causal_table",
