@@ -199,8 +199,8 @@ class PromptCache:
         path, metadata = self._path(text), {"digest": self._digest(text, row)}
         with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if path.is_symlink():  # what it points to is not ours to write
-                path.unlink()
+            if not _is_file(path):  # a link, whose target is not ours to write, or a pipe
+                path.unlink(missing_ok=True)
             write_whole(path, lambda file: file.write(save({"embeds": row}, metadata=metadata)))
 
     def _digest(self, text: str, row: Tensor) -> str:
