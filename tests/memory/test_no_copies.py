@@ -13,7 +13,7 @@ from memflow.memory import MemoryConfig, Prompt, make_memory
 from memflow.models.wan.attention import MemorySelfAttention
 from memflow_kernels.testing import Traffic
 
-BATCH, HEADS, DIM, GRID = 1, 12, 24, (5, 7)
+BATCH, HEADS, DIM, GRID = 1, 12, 24, (7, 9)  # beyond the sizes at which a small call copies all it sees
 TOKENS = GRID[0] * GRID[1]
 UNIT = TOKENS * HEADS * DIM * 4  # bytes of a frame of K in float32
 

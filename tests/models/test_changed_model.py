@@ -197,10 +197,10 @@ def test_captured_passes_are_those_of_the_layers_in_force(pipe, monkeypatch):
     monkeypatch.setattr(graphs, "Recorder", lambda device: None)
     model = WanModel(pipe.transformer, cuda_graphs=True)
     version = model.text_version()
-    model._run.captured["size"] = "graph"
-    assert model.text_version() == version and model._run.captured
+    model._graphs.captured["size"] = "graph"
+    assert model.text_version() == version and model._graphs.captured
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))  # nothing of the prompt's keys
-    assert model.text_version() == version and not model._run.captured
+    assert model.text_version() == version and not model._graphs.captured
 
 
 def test_layerwise_casting_between_chunks(pipe):
