@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import platform
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +22,8 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> N
 
     When it returns, the new contents survive a loss of power. Where Linux can, the file has no name until it is
     complete, so that a process that is killed leaves nothing, but for the instant between its name and its place. What
-    is left behind then, and elsewhere, a call removes an hour later.
+    is left behind then, and elsewhere, the next call removes: at once where the process ran on this host and is gone,
+    otherwise an hour later.
 
     Args:
         path: the file; a link is followed, its permissions stay.
@@ -32,12 +35,12 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> N
     path = Path(os.path.realpath(path))
     for left in path.parent.glob(f"{_PREFIX}*{_SUFFIX}"):
         with suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE:
+            if _is_orphan(left.name) or time.time() - left.stat().st_mtime > _STALE:
                 left.unlink()
     before = path.stat() if path.exists() else None
     if before is not None and not stat.S_ISREG(before.st_mode):  # a device would be replaced by a file
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-    new = path.parent / f"{_PREFIX}{os.getpid()}-{os.urandom(8).hex()}{_SUFFIX}"
+    new = path.parent / f"{_PREFIX}{_host()}-{os.getpid()}-{os.urandom(8).hex()}{_SUFFIX}"
     name = None
     try:
         descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
@@ -63,6 +66,24 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> N
                 os.unlink(name)
     with _opened(path.parent) as folder, suppress(OSError):  # some file systems cannot; the file itself is safe
         os.fsync(folder)
+
+
+def _host() -> str:
+    """Tells apart the hosts that share a folder, in letters that any file name may have."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
+
+
+def _is_orphan(name: str) -> bool:
+    """Whether a process of this host gave a file this name and is gone."""
+    match name.removeprefix(_PREFIX).removesuffix(_SUFFIX).split("-"):
+        case [host, pid, _] if host == _host() and pid.isdecimal():
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                return True
+            except OSError:  # it is another user's
+                return False
+    return False
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 
-from memflow import MemFlowError
+from memflow import MemFlowError, files
 from memflow.files import write_whole
 from memflow.memory import MemoryConfig
 from memflow.stream import saved
@@ -199,6 +199,7 @@ def test_save_from_another_thread_waits_for_the_chunk(toy, tmp_path):
 
 WRITER = """
 import os, sys
+from memflow import files
 from memflow.files import write_whole
 path, mark = sys.argv[1], sys.argv[2].encode()
 while True:
@@ -207,7 +208,7 @@ while True:
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.slow)])
-def test_a_killed_writer_leaves_the_old_file_or_the_new_and_no_part_of_one(tmp_path, kills):
+def test_a_killed_writer_leaves_the_old_file_or_the_new_and_the_next_one_nothing_else(tmp_path, kills):
     path = tmp_path / "state"
     path.write_bytes(b"0" * 200_000)
     for number in range(kills):
@@ -217,9 +218,20 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_and_no_part_of_one(tmp_p
         process.wait()
         data = path.read_bytes()
         assert len(data) == 200_000 and len(set(data)) == 1
-    left = [entry for entry in tmp_path.iterdir() if entry.name != "state"]
-    assert len(left) <= kills // 10, "each was killed in the instant between getting a name and taking its place"
-    assert all(entry.stat().st_size == 200_000 for entry in left)
+    write_whole(path, lambda file: file.write(b"new"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_name_that_a_killed_process_left_is_removed_and_that_of_a_living_one_stays(tmp_path):
+    """Killed in the instant between the name and its place."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f".memflow-{files._host()}-{pid}-0123456789abcdef.partial").write_bytes(b"whole")
+    (tmp_path / f".memflow-another-{dead.pid}-0123456789abcdef.partial").write_bytes(b"of another host")
+    write_whole(tmp_path / "state", lambda file: file.write(b"new"))
+    left = sorted(entry.name.split("-")[1:3] for entry in tmp_path.glob(".memflow-*"))
+    assert left == sorted([["another", str(dead.pid)], [files._host(), str(os.getppid())]])
 
 
 def test_two_writers_and_a_reader_never_meet_a_torn_file(tmp_path):
