@@ -96,7 +96,7 @@ function follow() {
     drawScenes(scene);
     if (drawn.scene !== scene && story.scenes[scene]) {
       $("caption").textContent = story.scenes[scene].prompt;
-      if (drawn.scene !== undefined) $("live").textContent = `Scene: ${story.scenes[scene].prompt}`;
+      if (drawn.scene >= 0) $("live").textContent = `Scene: ${story.scenes[scene].prompt}`;
     }
     $("caption").hidden = !story.scenes[scene] || story.player?.video?.controls;
     drawn.scenes = story.scenes.length;
@@ -219,6 +219,7 @@ function setTheme(name) {
 }
 
 $("form").addEventListener("submit", submit);
+$("prompt").addEventListener("input", paint);
 $("pause").onclick = () => { story.pause(!story.paused); $("live").textContent = story.paused ? "Paused." : "Going on."; };
 $("end").onclick = () => story.stop();
 $("save").onclick = () => story.save();

@@ -45,11 +45,13 @@ function sentence({ error, unknown, cut }) {
   return [words, cut ? `Too long, this end is cut off: \u201c${cut}\u201d.` : ""].join(" ").trim();
 }
 
-/** Whether the text can go: what is lost of it has been shown. */
+/** Whether the text can go: what is lost of it has been shown to whoever wrote it. */
 export async function shown(text) {
   if (checked.text === text) return true;
   clearTimeout(waiting);
-  return !sentence(await check(text));
+  const marked = new Set([...$("mirror").querySelectorAll("mark")].map((mark) => mark.textContent.toLowerCase()));
+  const { error, unknown, cut } = await check(text);
+  return !error && !cut && unknown.every((word) => marked.has(word.toLowerCase()));
 }
 
 export function write(text) {

@@ -13,6 +13,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
+BEACH, FOREST = "bo, a red ball, jumps on the beach.", "mia, a white star, waits in the forest."
 BITS, BLOCK = 16, 16  # the stamp: a frame's number in binary, a square of so many pixels for each digit
 
 # The numbers stamped into the frames that are shown, with the time that the player gives them, for some seconds.
@@ -109,3 +110,17 @@ def until(page, expression: str, seconds: float = 10) -> None:
     while not page.evaluate(expression):
         assert time.monotonic() < end, f"not true within {seconds} s: {expression}"
         page.wait_for_timeout(20)
+
+
+def tell(page, prompt: str) -> None:
+    """Write a scene and send it."""
+    page.fill("#prompt", prompt)
+    page.press("#prompt", "Control+Enter")
+
+
+def start(page, prompt: str = BEACH) -> float:
+    """Begin a story, and wait for its first picture; the seconds that it took."""
+    begin = time.perf_counter()
+    tell(page, prompt)
+    until(page, "document.getElementById('video').currentTime > 0 || document.getElementById('canvas').width === 512")
+    return time.perf_counter() - begin

@@ -1,12 +1,11 @@
 """The film on the page, in a real browser: every frame is proven by the number stamped into it."""
 
-import time
 from itertools import pairwise
 
 import browser
 import pytest
+from browser import BEACH, FOREST, start, tell
 
-BEACH, FOREST = "bo, a red ball, jumps on the beach.", "mia, a white star, waits in the forest."
 NO_MEDIA_SOURCE = "delete window.MediaSource; delete window.ManagedMediaSource; crypto.randomUUID = undefined;"
 FULL = """
 const append = SourceBuffer.prototype.appendBuffer;
@@ -17,19 +16,6 @@ SourceBuffer.prototype.appendBuffer = function (data) {
   append.call(this, data);
 };
 """
-
-
-def tell(page, prompt):
-    page.fill("#prompt", prompt)
-    page.press("#prompt", "Control+Enter")
-
-
-def start(page, prompt=BEACH):
-    """Begin a story, and wait for its first picture; the seconds that it took."""
-    begin = time.perf_counter()
-    tell(page, prompt)
-    browser.until(page, "document.getElementById('video').currentTime > 0 || document.getElementById('canvas').width === 512")
-    return time.perf_counter() - begin
 
 
 def in_order(seen, fps=8):
