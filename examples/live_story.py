@@ -1,7 +1,7 @@
 """Steer a story while it is told: a client of `memflow serve`, with nothing but the websockets package.
 
     memflow serve                                  # in another terminal
-    python examples/live_story.py live.mp4 "bo, a red ball, jumps on the beach." "mia, a white star, waits in the forest."
+    python examples/live_story.py live.mp4 "bo, a red ball, jumps on the beach." "mia, a white star, waits."
 
 Every prompt but the first is sent after two seconds of video. The bytes that come are the film.
 """

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from memflow.errors import MemFlowError
 from memflow.serve import protocol
 from memflow.serve.protocol import Refused
-from memflow.serve.stories import Stories, Telling
-from memflow.serve.words import Words
+
+if TYPE_CHECKING:
+    from memflow.serve.stories import Stories, Telling
+    from memflow.serve.words import Words
 
 _CODES = {"busy": 1013, "bad_start": 1008, "not_found": 1008, "failed": 1011, "out_of_memory": 1011, "disk_full": 1011}
 
