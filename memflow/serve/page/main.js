@@ -10,12 +10,11 @@ const $ = (id) => document.getElementById(id);
 const NAMES = { idle: "Ready", connecting: "Connecting", telling: "Telling", paused: "Paused", lost: "Connecting again", ended: "Ended" };
 const KEPT = {
   prompt: "What the next scene calls for", fifo: "The newest", diverse: "The most varied, as last seen", original: "The most varied, as first seen",
-  archive: "Everything", random: "By chance", none: "Nothing but the last seconds", published: "As the published code does",
+  archive: "Everything", random: "By chance", none: "Nothing but the last seconds",
 };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 const info = await about();
-const EXAMPLES = info.examples ?? [];
 let story = newStory();
 let drawn = {}; // what the screen shows already: chunk, scene, scenes
 
@@ -60,7 +59,7 @@ function paint() {
   const begun = Boolean(story.id);
   document.documentElement.style.setProperty("--ratio", story.size ? story.size[0] / story.size[1] : info.width / info.height);
   $("blank").hidden = Boolean(story.player);
-  $("prompt").placeholder = on() ? "What happens next?" : begun ? "What happens next? Nothing written: the scene goes on." : EXAMPLES[0] ?? "";
+  $("prompt").placeholder = on() ? "What happens next?" : begun ? "What happens next? Nothing written: the scene goes on." : info.examples[0] ?? "";
   $("prompt-label").textContent = begun ? "Next scene" : "First scene";
   $("go").textContent = on() ? "Send" : begun ? "Go on" : "Start";
   $("go").disabled = story.state === "connecting";
@@ -247,7 +246,7 @@ for (const { name, about } of info.policies) $("policy").add(new Option(KEPT[nam
 for (const name of ["bank_frames", "held_frames", "top_k"]) $(name).value = info.memory[name] ?? "";
 for (const name of ["bank_frames", "held_frames"]) $(name).max = info.limits[name];
 $("prompt").maxLength = info.limits.prompt_characters;
-for (const example of EXAMPLES) {
+for (const example of info.examples) {
   const button = document.createElement("button");
   button.type = "button";
   button.textContent = example;
