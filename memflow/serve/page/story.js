@@ -13,7 +13,6 @@ const PLAIN = {
   taken_over: "This story is told in another window now.",
   stalled: "The story was saved while nobody watched. Go on when you like.",
 };
-const AGAIN = new Set(["shutdown"]); // errors after which the story is asked for again
 
 export const identifier = () =>
   crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
@@ -121,7 +120,6 @@ export class Story {
 
   refused({ code, message, event_id }) {
     this.coming = this.coming.filter(({ id }) => id !== event_id);
-    if (AGAIN.has(code)) return;
     this.hooks.fail(PLAIN[code] ?? message);
     this.broken = code;
   }
