@@ -128,3 +128,17 @@ def test_story_of_a_link_is_shown_and_goes_on(open_page):
     other.click("#new")
     assert other.inner_text("#status") == "Ready" and "#story" not in other.url
     assert other.locator("#scenes li").count() == 0 and other.is_visible("#blank")
+
+
+def test_a_story_is_told_in_one_window(open_page):
+    page = open_page()
+    start(page)
+    other = open_page(page.url[page.url.index("#") :])
+    other.wait_for_selector("#status[data-state=ended]")
+    other.click("#go")
+    page.wait_for_selector("#error:visible")
+    assert page.inner_text("#error") == "This story is told in another window now."
+    assert page.inner_text("#status") == "Ended"
+    other.wait_for_selector("#status[data-state=telling]")
+    other.wait_for_timeout(500)  # and it is not taken back
+    assert other.inner_text("#status") == "Telling" and not other.is_visible("#error")
