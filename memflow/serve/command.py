@@ -39,26 +39,36 @@ def serve(request: Serving) -> int:
         MemFlowError: an address that cannot be had or must not be open, or a model that cannot be loaded.
     """
     settings = settings_of(request)
-    listening = _listen(request)
+    listening = listen(request.host, request.port)
     with listening, ExitStack() as stack:
         loaded = _load(request, settings, stack)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         asked = "/?token=..." if settings.token else "/"
         print(f"memflow serve: {settings.model} on http://{shown}:{port}{asked}  (Ctrl-C ends and saves)", flush=True)
-        config = uvicorn.Config(
-            make_app(lambda: loaded, settings),
-            log_level="warning",
-            access_log=False,  # addresses may hold a token
-            ws_max_size=_MESSAGE,
-            ws_per_message_deflate=False,
-            limit_concurrency=4 * settings.sessions + 64,
-            timeout_graceful_shutdown=_GRACE,
-            server_header=False,
-        )
         with suppress(KeyboardInterrupt):  # uvicorn passes on what it was stopped with
-            uvicorn.Server(config).run(sockets=[listening])
+            server(make_app(lambda: loaded, settings), settings).run(sockets=[listening])
     return 0
+
+
+def server(app: Starlette, settings: Settings) -> uvicorn.Server:
+    """`app` as uvicorn serves it, within the limits that are uvicorn's to keep.
+
+    Args:
+        app: of `make_app`.
+        settings: what it was made with.
+    """
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,  # addresses may hold a token
+        ws_max_size=_MESSAGE,
+        ws_per_message_deflate=False,
+        limit_concurrency=4 * settings.sessions + 64,
+        timeout_graceful_shutdown=_GRACE,
+        server_header=False,
+    )
+    return uvicorn.Server(config)
 
 
 def app_of_environment() -> Starlette:
@@ -108,9 +118,18 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def _listen(request: Serving) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for `server`, bound.
+
+    Args:
+        host: name or address.
+        port: 0: any that is free.
+
+    Raises:
+        MemFlowError: it cannot be had.
+    """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(request.host, request.port, type=socket.SOCK_STREAM)[0]
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Connections inherit both. A reader that is gone or does not read is given up by the system itself: a server
@@ -120,7 +139,7 @@ def _listen(request: Serving) -> socket.socket:
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(Settings.send_seconds * 1e3))
         listening.bind(address)
     except OSError as error:
-        raise MemFlowError(f"--host {request.host} --port {request.port}: {error.strerror}") from None
+        raise MemFlowError(f"--host {host} --port {port}: {error.strerror}") from None
     return listening
 
 
