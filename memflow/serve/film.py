@@ -192,8 +192,8 @@ def remove(folder: Path, id: str) -> bool:
 
 
 def memory_of(snapshot, frames_per_chunk: int) -> dict[str, Any]:
-    """What a memory held: each past frame, the shares of the layers that hold and show it, its relevance, and, where the
-    memory can say so, the words that called for it."""
+    """What a memory held: each past frame, the shares of the layers that hold and show it, its relevance, and the words
+    that called for it, where the memory can say so."""
     words = (getattr(snapshot, "words", None) or [{}])[0]
     held, relevance, shown = snapshot.held[:, 0], snapshot.relevance[:, 0], snapshot.recalled[:, 0]
     frames = []

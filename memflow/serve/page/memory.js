@@ -63,7 +63,8 @@ function drawRecalled(story, { recalled }) {
     picture.alt = story.scenes[held.scene]?.prompt ?? "";
     time.textContent = clock(held.seconds);
     relevance.textContent = Number.isFinite(held.relevance) ? held.relevance.toFixed(3) : "";
-    item.querySelector(".words").textContent = held.words.slice(0, 3).join(", ");
+    const words = held.words.map((word) => `\u201c${word}\u201d`).join(", ");
+    item.querySelector(".words").textContent = words && `for ${words}`;
   });
 }
 

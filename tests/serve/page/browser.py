@@ -9,49 +9,56 @@ from functools import cache
 
 import pytest
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 BEACH, FOREST = "bo, a red ball, jumps on the beach.", "mia, a white star, waits in the forest."
 BITS, BLOCK = 16, 16  # the stamp: a frame's number in binary, a square of so many pixels for each digit
 
-# The numbers stamped into the frames that are shown, with the time that the player gives them, for some seconds.
-_WATCH = """
-async (seconds) => {
-  const video = document.getElementById("video"), canvas = document.getElementById("canvas");
-  const copy = new OffscreenCanvas(512, 512), g = copy.getContext("2d", { willReadFrequently: true });
-  const seen = [], until = performance.now() + 1000 * seconds;
-  const read = (source) => {
+# Gives a function that reads the number stamped into what a <video> or <canvas> shows; null: it cannot be read.
+_READER = f"""
+(() => {{
+  const g = new OffscreenCanvas(512, 512).getContext("2d", {{ willReadFrequently: true }});
+  return (source) => {{
     g.drawImage(source, 0, 0, 512, 512);
     let number = 0;
-    for (let bit = 0; bit < %d; bit++) {
-      const level = g.getImageData(bit * %d + 6, 6, 1, 1).data[0];
+    for (let bit = 0; bit < {BITS}; bit++) {{
+      const level = g.getImageData(bit * {BLOCK} + 6, 6, 1, 1).data[0];
       if (level > 90 && level < 165) return null;
       if (level > 128) number |= 1 << bit;
-    }
+    }}
     return number;
-  };
-  return await new Promise((done) => {
-    if (canvas.hidden) {
-      const shown = (now, { mediaTime }) => {
-        seen.push([read(video), mediaTime]);
-        if (performance.now() < until) video.requestVideoFrameCallback(shown);
-      };
-      video.requestVideoFrameCallback(shown);
-      setTimeout(() => done(seen), 1000 * seconds + 50);
-    } else {
-      const look = () => {
-        const number = canvas.width === 512 ? read(canvas) : null;
-        if (number !== null && number !== seen.at(-1)?.[0]) seen.push([number, null]);
-        if (performance.now() < until) requestAnimationFrame(look);
-        else done(seen);
-      };
-      look();
-    }
-  });
-}
-""" % (BITS, BLOCK)  # noqa: UP031 (braces)
+  }};
+}})()
+"""
+
+# The numbers of the frames that are shown, with the time that the player gives them, for some seconds.
+_WATCH = f"""
+async (seconds) => {{
+  const video = document.getElementById("video"), canvas = document.getElementById("canvas"), read = {_READER};
+  const seen = [], until = performance.now() + 1000 * seconds;
+  const shown = (now, {{ mediaTime }}) => {{
+    seen.push([read(video), mediaTime]);
+    if (performance.now() < until) video.requestVideoFrameCallback(shown);
+  }};
+  const look = () => {{
+    const number = canvas.width === 512 ? read(canvas) : null;
+    if (number !== null && number !== seen.at(-1)?.[0]) seen.push([number, null]);
+    if (performance.now() < until) requestAnimationFrame(look);
+  }};
+  if (canvas.hidden) video.requestVideoFrameCallback(shown);
+  else look();
+  await new Promise((done) => setTimeout(done, 1000 * seconds + 50));
+  return seen;
+}}
+"""
 
 # Mean colour of the picture on the screen, the stamp left out.
 _COLOUR = """
@@ -95,8 +102,7 @@ def watch(page, seconds: float) -> list[tuple[int | None, float | None]]:
 
 def frame_on_screen(page) -> int:
     """The number stamped into the picture that stands on the screen."""
-    numbers = page.evaluate(_WATCH.replace("video.requestVideoFrameCallback(shown);\n      set", "seen.push([read(video), 0]);\n      set"), 0)
-    return numbers[0][0]
+    return page.evaluate(f"{_READER}(document.getElementById('video'))")
 
 
 def colour(page) -> list[float]:
@@ -105,7 +111,7 @@ def colour(page) -> list[float]:
 
 
 def until(page, expression: str, seconds: float = 10) -> None:
-    """Wait until JavaScript is true on the page. (Playwright's own way of waiting needs eval, which the page forbids.)"""
+    """Wait until JavaScript is true on the page. Playwright's own way of waiting needs eval, which the page forbids."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression):
         assert time.monotonic() < end, f"not true within {seconds} s: {expression}"

@@ -1,10 +1,9 @@
-"""A server in this process, so that what it knows can be compared with what the page shows, and pages of a real browser."""
+"""A server in this process, so that what it knows can be compared with what the page shows, and a real browser."""
 
 from __future__ import annotations
 
 import threading
 import time
-from copy import deepcopy
 from types import SimpleNamespace
 
 import browser
@@ -22,11 +21,11 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
-    """`url` of a server whose frames are stamped with their numbers, and `snapshots`: what every chunk remembered."""
-    import uvicorn
-
+    """`url` of a server whose frames are stamped with their numbers; `snapshots`: what was remembered, by chunk; `tellings`:
+    the stories that it tells."""
     from memflow import MemFlowPipeline
     from memflow.serve.app import make_app
+    from memflow.serve.command import listen, server
     from memflow.serve.settings import Settings
     from memflow.stream.stream import Stream
 
@@ -36,22 +35,24 @@ def served(tmp_path_factory):
     def stamped(stream):
         chunk = whole(stream)
         browser.stamp(chunk.frames[0].numpy(), chunk.index * chunk.frames.shape[1])
-        snapshots[chunk.index] = deepcopy(stream.snapshot())
+        snapshots[chunk.index] = stream.snapshot()
         return chunk
 
     patch.setattr(Stream, "__next__", stamped)
+    pipeline = MemFlowPipeline.from_preset()
+    pipeline.set_progress_bar_config(disable=True)
     settings = Settings(folder=tmp_path_factory.mktemp("stories"))
-    app = make_app(lambda: (MemFlowPipeline.from_preset(), {}), settings)
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws_per_message_deflate=False)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield SimpleNamespace(url=f"http://127.0.0.1:{port}/", snapshots=snapshots)
-    server.should_exit = True
-    thread.join(10)
+    app = make_app(lambda: (pipeline, {}), settings)
+    running = server(app, settings)
+    with listen("127.0.0.1", 0) as socket:
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [socket]}, daemon=True)
+        thread.start()
+        while not running.started:
+            time.sleep(0.02)
+        url = f"http://127.0.0.1:{socket.getsockname()[1]}/"
+        yield SimpleNamespace(url=url, snapshots=snapshots, tellings=app.state.stories.tellings)
+        running.should_exit = True
+        thread.join(60)
     patch.undo()
 
 
@@ -78,4 +79,9 @@ def open_page(chromium, served):
     yield open_page
     for context in contexts:
         context.close()
+    end = time.monotonic() + 20
+    while served.tellings:  # the next test is to find nothing that is still told
+        assert time.monotonic() < end, "a story is told to nobody"
+        time.sleep(0.02)
+    served.snapshots.clear()
     assert [error for error in errors if not (allowed and any(part in error for part in allowed))] == []

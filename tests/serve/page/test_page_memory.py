@@ -6,7 +6,9 @@ import pytest
 from browser import BEACH, FOREST, start, tell
 
 ROWS = """
-() => [...document.querySelectorAll("#rows tr")].map((row) => [Number(row.dataset.frame), ...[...row.cells].map((cell) => cell.textContent)])
+() => [...document.querySelectorAll("#rows tr")].map(
+  (row) => [Number(row.dataset.frame), ...[...row.cells].map((cell) => cell.textContent)]
+)
 """
 
 
@@ -18,16 +20,15 @@ def stand_still(page):
 
 
 def test_memory_is_that_of_the_picture_on_the_screen(open_page, served):
-    served.snapshots.clear()
     page = open_page()
     page.click("#settings summary")
     page.fill("#held_frames", "5")
     page.fill("#bank_frames", "3")
     start(page)
-    page.wait_for_timeout(3500)
+    page.wait_for_timeout(2000)
     tell(page, FOREST)
     page.wait_for_selector(f"#caption:text-is('{FOREST}')")
-    page.wait_for_timeout(2500)
+    page.wait_for_timeout(1000)
     page.click("#table summary")
     chunk = stand_still(page) // 3
     assert max(served.snapshots) > chunk + 1  # what is made is ahead of what is shown
@@ -39,8 +40,7 @@ def test_memory_is_that_of_the_picture_on_the_screen(open_page, served):
     assert [row[0] for row in rows] == sorted(held)
     assert [row[0] for row in rows if row[3] == "yes"] == recalled
     assert [float(row[4]) for row in rows] == pytest.approx([held[row[0]] for row in rows], abs=6e-4)
-    scenes = [scene for scene in page.locator("#scenes .told").all_inner_texts()]
-    assert scenes == [BEACH, FOREST]
+    assert page.locator("#scenes .told").all_inner_texts() == [BEACH, FOREST]
     assert {row[2] for row in rows} <= {BEACH, FOREST} and rows[0][2] == BEACH
     pictures = page.locator("#recalled li")
     assert [int(item.get_attribute("data-frame")) for item in pictures.all()] == recalled
@@ -56,7 +56,6 @@ def test_memory_is_that_of_the_picture_on_the_screen(open_page, served):
 
 
 def test_strip_is_drawn_where_the_frames_are(open_page, served):
-    served.snapshots.clear()
     page = open_page()
     start(page)
     page.wait_for_timeout(3500)
@@ -77,7 +76,6 @@ def test_strip_is_drawn_where_the_frames_are(open_page, served):
 
 
 def test_settings_reach_the_story(open_page, served):
-    served.snapshots.clear()
     page = open_page()
     page.click("#settings summary")
     page.select_option("#policy", "none")
