@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from functools import cache
+from itertools import pairwise
 
 import pytest
 
@@ -130,3 +131,11 @@ def start(page, prompt: str = BEACH) -> float:
     tell(page, prompt)
     until(page, "document.getElementById('video').currentTime > 0 || document.getElementById('canvas').width === 512")
     return time.perf_counter() - begin
+
+
+def in_order(seen, fps: float = 8) -> None:
+    """Every frame that was shown is the one of its time, and none is left out."""
+    numbers = [number for number, _ in seen]
+    assert len(numbers) >= 5  # two seconds have 16; a machine that is busy with other things makes fewer
+    assert all(after - before == 1 for before, after in pairwise(numbers)), str(numbers)
+    assert all(at is None or number == round(at * fps) for number, at in seen), str(seen)

@@ -1,10 +1,8 @@
 """The film on the page, in a real browser: every frame is proven by the number stamped into it."""
 
-from itertools import pairwise
-
 import browser
 import pytest
-from browser import BEACH, FOREST, start, tell
+from browser import BEACH, FOREST, in_order, start, tell
 
 NO_MEDIA_SOURCE = "delete window.MediaSource; delete window.ManagedMediaSource; crypto.randomUUID = undefined;"
 FULL = """
@@ -22,14 +20,6 @@ SOCKET = """
 const Real = WebSocket;
 WebSocket = class extends Real { constructor(...given) { super(...given); window.socket = this; } };
 """
-
-
-def in_order(seen, fps=8):
-    """Every frame that was shown is the one of its time, and none is left out."""
-    numbers = [number for number, _ in seen]
-    assert len(numbers) > 10
-    assert all(after - before == 1 for before, after in pairwise(numbers)), str(numbers)
-    assert all(at is None or number == round(at * fps) for number, at in seen), str(seen)
 
 
 @pytest.mark.parametrize("how", ["m4s", "jpeg", "no media source", "full buffer"])
