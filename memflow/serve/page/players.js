@@ -54,10 +54,7 @@ export class MsePlayer extends VideoPlayer {
     this.media = new Source();
     video.disableRemotePlayback = true; // ManagedMediaSource asks for it
     video.src = this.url = URL.createObjectURL(this.media);
-    this.media.addEventListener("sourceopen", () => {
-      this.media.duration = Infinity; // not that of the film so far, at whose end the browser would stop
-      this.pump();
-    }, { once: true });
+    this.media.addEventListener("sourceopen", () => this.pump(), { once: true });
     this.check = setInterval(() => this.pump(), 250);
   }
 
@@ -105,6 +102,7 @@ export class MsePlayer extends VideoPlayer {
     const { media, video, queue } = this;
     if (media?.readyState !== "open" || this.filling) return;
     if (!this.buffer && this.mime && queue.length) {
+      media.duration = Infinity; // not that of the film so far, at whose end the browser would stop
       this.buffer = media.addSourceBuffer(this.mime);
       this.buffer.addEventListener("updateend", () => this.pump());
       this.buffer.addEventListener("error", () => this.fail("This browser cannot decode the film."));
