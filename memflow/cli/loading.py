@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
+from memflow.models.wan.encoder_files import encoder_digest, prompt_folder
 from memflow.models.wan.published import find_preset
-from memflow.models.wan.text import PromptCache, cache_folder
+from memflow.models.wan.text import PromptCache
 from memflow_kernels.backends import available_backends, refused, use_backend
 
 TINY = 10_000_000  # parameters
@@ -93,13 +94,15 @@ def load_pipeline(
             pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
         if preset is not None:
             pipeline.use_preset(preset)
+        encoder = encoder_digest(folder)
         pipeline.prompts = PromptCache(
             pipeline.tokenizer,
             lambda: _text_encoder(folder, device, dtype),
             pipeline.config.text_length,
             dtype=dtype,
-            folder=cache_folder(folder) if prompt_cache else None,
+            folder=prompt_folder(encoder) if prompt_cache else None,
             text_dim=pipeline.transformer.config.text_dim,
+            encoder=encoder,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

@@ -235,8 +235,16 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return stream_decoder(self.vae)
 
     def identity(self) -> dict:
-        """What a saved stream must find again: digests of the weights, and the settings that decide what comes out."""
-        return {
+        """What a saved stream must find again: digests of the weights, and the settings that decide what comes out.
+
+        The text encoder goes by its weights where it is in memory and by its files where a `PromptCache` loads it; the
+        one says nothing about the other.
+        """
+        if self.prompts is not None:
+            text = {} if self.prompts.encoder is None else {"text_encoder_files": self.prompts.encoder}
+        else:
+            text = {} if self.text_encoder is None else {"text_encoder": weights_digest(self.text_encoder)}
+        return text | {
             "transformer": WanModel(self.transformer).identity(),
             "vae": f"{type(self.vae).__name__} {weights_digest(self.vae)}",
             "denoising_steps": list(self.config.denoising_steps),
