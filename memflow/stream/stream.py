@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -147,15 +147,20 @@ class Stream(Iterator[Chunk]):
             extra: texts of the caller's own that come back as `stream.extra`.
 
         Raises:
-            MemFlowError: the stream was interrupted in a chunk, or the file cannot be written.
+            MemFlowError: the stream was interrupted in a chunk, extra is not texts by name, or the file cannot be
+                written.
         """
         from memflow.stream.saved import save_stream
+
+        extra = {} if extra is None else extra
+        if not isinstance(extra, Mapping) or not all(isinstance(text, str) for item in extra.items() for text in item):
+            raise MemFlowError(f"extra must be texts by name, got {extra!r}")
 
         with self._lock, own_modes():
             self._refuse_if_broken()
             with self._timed("loop"):
                 self.driver.settle()
-            save_stream(self, path, {**self.extra, **(extra or {})})
+            save_stream(self, path, {**self.extra, **extra})
 
     def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt."""
