@@ -110,11 +110,8 @@ def _run(request: Request, todo: list[Job], films: list[Film], console: Console,
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(film.kept() if film else "") from None
             except (MemFlowError, MemoryError, torch.OutOfMemoryError) as error:
-                short = (
-                    ""
-                    if isinstance(error, MemFlowError)
-                    else f"{device} is out of memory, --height and --width can be less: "
-                )
+                less = f"{'--held, ' if request.held else ''}--height and --width can be less"
+                short = "" if isinstance(error, MemFlowError) else f"{device} is out of memory, {less}: "
                 kept = f" ({film.kept()})" if film and film.kept() else ""
                 raise MemFlowError(f"{short}{error}{kept}") from error
             films.append(film)
