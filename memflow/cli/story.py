@@ -268,7 +268,7 @@ def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise MemFlowError(f"{where}: broken YAML: {error}") from None
+        raise MemFlowError(f"{where}: broken YAML: {' '.join(str(error).split())}") from None
 
 
 def _story(record: Any, default: str, where: str) -> Story:
