@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from memflow.errors import MemFlowError
+
 if TYPE_CHECKING:
     from memflow.memory.frames import Pass, Prompt
     from memflow.memory.places import Rotation
@@ -92,8 +94,15 @@ def weights_digest(module: nn.Module) -> str:
 
     Args:
         module: any model; its tensors may lie on any device.
+
+    Raises:
+        MemFlowError: its state holds something else than tensors, as torch.ao's quantised layers do.
     """
     tensors = {name: getattr(tensor, "qdata", tensor) for name, tensor in module.state_dict().items()}  # torchao's
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.is_quantized:
+            kind = "a quantised tensor" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise MemFlowError(f"{type(module).__name__}: {name} is {kind}: a state can tell plain tensors apart only")
     seen = tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors.values())
     seen += (*tensors, *sampled(tensors.values()))
     known = _KNOWN.get(module)
