@@ -17,12 +17,12 @@ from torch import Tensor
 from memflow.decoders import current_class, stream_decoder
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.memory.config import MemoryConfig
-from memflow.models.base import weights_digest
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.float8 import to_float8
 from memflow.models.wan.graphs import require_gpu
 from memflow.models.wan.published import PRESETS, find_preset
 from memflow.models.wan.text import PromptCache, encode_prompts, losses
+from memflow.models.weights import weights_digest
 from memflow.modes import own_modes
 from memflow.stream.chunks import ChunkDriver
 from memflow.stream.plan import Plan, check_text
