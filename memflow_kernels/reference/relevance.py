@@ -1,7 +1,8 @@
 """prompt_relevance: how much the prompt calls for each remembered frame.
 
-Two aggregates: "mean", the bilinear score of the published code, and "softmax", the share of the attention mass that
-the paper's formula means (arXiv 2512.14699, equation 1, with the softmax over the tokens of all frames together).
+Three aggregates: "mean", the bilinear score of the published code; "softmax", the share of the attention mass that the
+paper's formula means (arXiv 2512.14699, equation 1, with the softmax over the tokens of all frames together); and
+"token", the bilinear score of every text token by itself, whose mean over the tokens is "mean".
 """
 
 import torch
@@ -9,6 +10,7 @@ from einops import einsum
 from torch import Tensor
 
 from ..dtypes import statistics_dtype
+from .selection import scores
 
 
 def token_weights(text_key: Tensor, text_mask: Tensor | None) -> Tensor:
@@ -45,6 +47,32 @@ def prompt_relevance_mean_backward(
     wanted = einsum(grad, frame_mean.to(wide), "b f, b f h d -> b h d")
     grad_text = einsum(weights, wanted, "b t, b h d -> b t h d")
     grad_mean = einsum(grad, mean_text, "b f, b h d -> b f h d")
+    return grad_text.to(text_key.dtype), grad_mean.to(frame_mean.dtype)
+
+
+def prompt_relevance_token(text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float) -> Tensor:
+    """text_key [B, T, H, D], frame_mean [B, F, H, D] -> [B, T, F]: scaled product, averaged over heads."""
+    batch, tokens, heads, _ = text_key.shape
+    wide = statistics_dtype(text_key.dtype)
+    score = text_key.new_empty((batch, tokens, frame_mean.shape[1]), dtype=wide)
+    text = counted(text_key, text_mask)
+    for b in range(batch):  # so that the products of one row alone exist, and stay in cache
+        one_head = text[b : b + 1].to(wide).flatten(2).unsqueeze(2), frame_mean[b : b + 1].flatten(2).unsqueeze(2)
+        score[b] = scores(*one_head)[0, 0]
+    score *= scale / heads
+    return score if text_mask is None else score.masked_fill_(~text_mask.unsqueeze(2), 0.0)
+
+
+def prompt_relevance_token_backward(
+    grad: Tensor, text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of text_key and frame_mean for grad [B, T, F]."""
+    wide = statistics_dtype(text_key.dtype)
+    grad = grad * (scale / text_key.shape[2])
+    if text_mask is not None:
+        grad = grad.masked_fill(~text_mask.unsqueeze(2), 0.0)
+    grad_text = einsum(grad, frame_mean.to(wide), "b t f, b f h d -> b t h d")
+    grad_mean = einsum(grad, counted(text_key, text_mask).to(wide), "b t f, b t h d -> b f h d")
     return grad_text.to(text_key.dtype), grad_mean.to(frame_mean.dtype)
 
 
