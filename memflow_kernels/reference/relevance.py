@@ -10,7 +10,8 @@ from einops import einsum
 from torch import Tensor
 
 from ..dtypes import statistics_dtype
-from .selection import scores
+
+PRODUCTS = 2**17  # of text tokens and frames that exist at a time: they stay in the cache of one core
 
 
 def token_weights(text_key: Tensor, text_mask: Tensor | None) -> Tensor:
@@ -52,13 +53,18 @@ def prompt_relevance_mean_backward(
 
 def prompt_relevance_token(text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float) -> Tensor:
     """text_key [B, T, H, D], frame_mean [B, F, H, D] -> [B, T, F]: scaled product, averaged over heads."""
-    batch, tokens, heads, _ = text_key.shape
-    wide = statistics_dtype(text_key.dtype)
-    score = text_key.new_empty((batch, tokens, frame_mean.shape[1]), dtype=wide)
-    text = counted(text_key, text_mask)
-    for b in range(batch):  # so that the products of one row alone exist, and stay in cache
-        one_head = text[b : b + 1].to(wide).flatten(2).unsqueeze(2), frame_mean[b : b + 1].flatten(2).unsqueeze(2)
-        score[b] = scores(*one_head)[0, 0]
+    batch, tokens, heads, head_dim = text_key.shape
+    frames = frame_mean.shape[1]
+    score = text_key.new_empty((batch, tokens, frames), dtype=statistics_dtype(text_key.dtype))
+    # Products and sums of their own, as in select_frames: equal frames must have equal scores.
+    rows = min(max(PRODUCTS // (heads * head_dim), 1), tokens)
+    columns = max(PRODUCTS // (heads * head_dim * rows), 1)
+    for b, words, means in zip(range(batch), counted(text_key, text_mask), frame_mean.flatten(2), strict=True):
+        for row in range(0, tokens, rows):
+            some = words[row : row + rows].to(score.dtype).flatten(1).unsqueeze(1)
+            for column in range(0, frames, columns):
+                part = (some * means[column : column + columns]).sum(-1)
+                score[b, row : row + rows, column : column + columns] = part
     score *= scale / heads
     return score if text_mask is None else score.masked_fill_(~text_mask.unsqueeze(2), 0.0)
 
