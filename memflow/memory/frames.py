@@ -18,7 +18,7 @@ from torch import Tensor
 from memflow.errors import MemFlowError
 from memflow.memory.places import Places, Rotation, Unplaced, place_keys
 from memflow.memory.policies import POLICIES, Held
-from memflow.memory.recall import passed_over, token_relevance
+from memflow.memory.recall import passed_over
 from memflow.memory.slots import FramePool, RelativeFramePool, copy_exactly
 from memflow_kernels import Pool, prompt_relevance
 
@@ -327,7 +327,7 @@ class FrameMemory:
         """[layers, B, T, n] float32: relevance of the held frames to each token of the prompt, as the layers voted on
         it; 0 for padding."""
         mask, means = prompt.mask.repeat(prompt.key.shape[0], 1), self._held_means().flatten(0, 1)
-        scores = token_relevance(prompt.key.flatten(0, 1), means, mask)
+        scores = prompt_relevance(prompt.key.flatten(0, 1), frame_mean=means, text_mask=mask, aggregate="token")
         return self._vote(scores.unflatten(0, prompt.key.shape[:2]))
 
     def _held_means(self) -> Tensor:

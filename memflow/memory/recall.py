@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memflow.memory.policies import PASSED_OVER, Held
+from memflow_kernels import cover_frames
 
 # Of relevance, beside coverage: it decides once all tokens are covered. Ten times as much brings the fault back.
 RELEVANCE_SHARE = 0.03
@@ -30,6 +31,7 @@ def cover(held: Held, k: int) -> Tensor:
     prior = RELEVANCE_SHARE * held.relevance()
     if held.passed_over is not None:
         prior = prior - PASSED_OVER * held.passed_over()
+    prior = prior.nan_to_num(nan=-2 * PASSED_OVER)  # a frame that was made of NaN comes last
     layers = scores.shape[0]
     if scores.stride(0) == 0:  # the layers have voted: one choice is that of all
         scores, prior = scores[:1], prior[:1]
@@ -60,22 +62,3 @@ def _dense(scene: Tensor) -> Tensor:
     new = torch.zeros_like(ordered)
     new[..., 1:] = (ordered[..., 1:] != ordered[..., :-1]).long()
     return torch.empty_like(scene).scatter(-1, order, new.cumsum(-1))
-
-
-def token_relevance(text_key: Tensor, frame_mean: Tensor, text_mask: Tensor) -> Tensor:
-    text_key = text_key.masked_fill(~text_mask[:, :, None, None], 0.0).float()
-    return torch.einsum("bthd,bfhd->btf", text_key, frame_mean.float()) / (
-        text_key.shape[-1] ** 0.5 * text_key.shape[2]
-    )
-
-
-def cover_frames(scores: Tensor, weights: Tensor, k: int, prior: Tensor) -> Tensor:
-    rows, tokens, _ = scores.shape
-    best, taken, chosen = scores.amin(-1, keepdim=True), torch.zeros_like(prior, dtype=torch.bool), []
-    for _ in range(k):
-        gain = ((scores - best).clamp(min=0) * weights[:, :, None]).sum(1) + prior
-        index = gain.masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)
-        chosen.append(index)
-        taken = taken.scatter(1, index, True)
-        best = torch.maximum(best, scores.gather(-1, index[:, None].expand(rows, tokens, 1)))
-    return torch.cat(chosen, 1).int()
