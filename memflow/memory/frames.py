@@ -273,7 +273,6 @@ class FrameMemory:
 
     def snapshot(self, stop: int, prompt: Prompt) -> MemorySnapshot:
         """What is held when the frames before `stop` have been made. Waits for the device: for reports."""
-        config = self.config
         held, tokens = self.held.cpu(), prompt.mask.shape[1]
         here, relevance = held >= 0, torch.full(held.shape, torch.nan)
         by_token = torch.full((*held.shape, tokens), torch.nan)
@@ -365,7 +364,7 @@ class FrameMemory:
         # Absolute keys are turned by the number of their frame; memories are compared as they were before that.
         turned = self.places is None and self.rotation is not None
         at_zero = (lambda: place_keys(means(), -frames, self.rotation)) if turned else means
-        scene = lambda: torch.bucketize(frames, self.scene_starts, right=True)  # noqa: E731
+        scene = lambda: torch.bucketize(frames.contiguous(), self.scene_starts, right=True)  # noqa: E731
         held = Held(frames, at_zero, relevance, self._vote, self.seeds, scene)
         if prompt is None:
             return held
@@ -379,12 +378,12 @@ class FrameMemory:
     def _activated(self, candidates: int) -> int | None:
         """Blocks of so many candidate frames that a head attends to; None = all."""
         config = self.config
-        blocks = self.pool.tokens_per_frame // (config.activation_block or self.pool.tokens_per_frame)
+        tokens = self.pool.tokens_per_frame
+        block = config.activation_block or tokens
         if config.activated is None:
-            return config.top_k and config.top_k * blocks
-        share = isinstance(config.activated, float)
-        wanted = config.activated * candidates * blocks if share else config.activated * blocks / self.pool.tokens_per_frame
-        return max(1, round(wanted))
+            return config.top_k and config.top_k * (tokens // block)
+        keys = config.activated * candidates * tokens if isinstance(config.activated, float) else config.activated
+        return max(1, round(keys / block))
 
     def _vote(self, scores: Tensor) -> Tensor:
         """[layers, ...] as they are, or their mean over all layers but the first in every layer."""

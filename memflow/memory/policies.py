@@ -1,7 +1,7 @@
 """What is forgotten and what is recalled.
 
-A policy is a class with one method of its own: `victim` (who leaves), `worth` (who is shown, frame by frame) or `choose`
-(who is shown, as a set); add it to POLICIES and `MemoryConfig(policy=...)` has it, saving and tests included.
+A policy is a class with one method of its own: `victim` (who leaves), `worth` (who is shown, frame by frame) or
+`choose` (who is shown, as a set); add it to POLICIES and `MemoryConfig(policy=...)` has it, saving and tests included.
 """
 
 from __future__ import annotations

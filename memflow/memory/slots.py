@@ -54,7 +54,7 @@ class FramePool:
         self.block_means = tuple(self.block_mean)
 
     def average_blocks(self) -> None:
-        """Bring the means of the blocks up to date, once for all passes of a chunk: bank and sink do not change in it."""
+        """Bring the means of the blocks up to date, once for all passes of a chunk, in which bank and sink stay."""
         if self.block_tokens is not None:
             tokens = self.tokens(0, self.bank_slots + self.sink_slots)
             means = frame_means(self.key[:, :, tokens].flatten(0, 1), self.block_tokens)

@@ -23,6 +23,7 @@ from memflow.modes import own_modes
 
 _SMALL = 32 * 2**20  # bytes of a file that is read wholly for its model's identity
 _SAMPLES, _SAMPLE = 16, 2**16
+_BEGIN = "\u2581"  # of a word, in sentencepiece's tokens
 _SHOWN = 60  # characters of what is cut off
 
 
@@ -114,16 +115,12 @@ def token_words(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int
         words = _words_at(text)
         found = [words.get(next((i for i in range(*span) if i in words), -1)) for span in tokens.offset_mapping]
     else:  # sentencepiece alone, which marks the beginning of a word
-        pieces, starts = tokenizer.convert_ids_to_tokens(tokens.input_ids), []
-        for index, piece in enumerate(pieces):
-            starts.append(index if piece.startswith("\u2581") or not starts else starts[-1])
-        groups: dict[int, str] = {}
-        for piece, start in zip(pieces, starts, strict=True):
-            groups[start] = groups.get(start, "") + ("" if piece in tokenizer.all_special_tokens else piece)
-        found = [
-            None if piece in tokenizer.all_special_tokens else groups[start].strip("\u2581" + string.punctuation) or None
-            for piece, start in zip(pieces, starts, strict=True)
-        ]
+        special, number, numbers, spelt = tokenizer.all_special_tokens, 0, [], {}
+        for piece in tokenizer.convert_ids_to_tokens(tokens.input_ids):
+            number += piece.startswith(_BEGIN) or piece in special
+            numbers.append(number)
+            spelt[number] = spelt.get(number, "") + ("" if piece in special else piece.removeprefix(_BEGIN))
+        found = [spelt[number].strip(string.punctuation) for number in numbers]
     return [word if word and any(map(str.isalnum, word)) else None for word in found]
 
 
