@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 
 from memflow.errors import MemFlowError
-from memflow.memory.policies import POLICIES, PromptPolicy
+from memflow.memory.policies import POLICIES
 
+RECALLS = ("relevance", "coverage")
+SCENE_FRAMES = ("any", "first", "latest")
 PUBLISHED_MODES = ("interactive", "single")  # the published pipelines
 
 
@@ -77,8 +79,8 @@ class MemoryConfig:
         _require_one_of("layers", self.layers, ("each", "mean"))
         _require_one_of("aggregate", self.aggregate, ("mean", "softmax"))
         _require_one_of("positions", self.positions, ("absolute", "relative"))
-        _require_one_of("recall", self.recall, ("relevance", "coverage"))
-        _require_one_of("scene_frame", self.scene_frame, ("any", "first", "latest"))
+        _require_one_of("recall", self.recall, RECALLS)
+        _require_one_of("scene_frame", self.scene_frame, SCENE_FRAMES)
         self._check_held()
         self._check_recall()
         self._check_activation()
@@ -127,7 +129,7 @@ class MemoryConfig:
                     f"{name} must be {default!r} where held_frames is None, got {value!r}: the bank shows all that "
                     f"policy={self.policy!r} holds"
                 )
-            if POLICIES[self.policy].worth is not PromptPolicy.worth:
+            if not POLICIES[self.policy].by_relevance():
                 raise ValueError(
                     f"{name} must be {default!r} with policy={self.policy!r}, got {value!r}: this policy shows what it "
                     "says, whatever the prompt"

@@ -51,6 +51,11 @@ class PromptPolicy:
 
     keeps_all = by_hand = False
 
+    @classmethod
+    def by_relevance(cls) -> bool:
+        """Whether the prompt decides what is shown, so that `MemoryConfig` may say how."""
+        return cls.worth is PromptPolicy.worth and cls.choose is PromptPolicy.choose
+
     def victim(self, held: Held, newcomer: Held) -> Tensor:
         """[layers, B] index of the frame that gives its place to the newcomer (n = 1); -1: the newcomer is not held."""
         return self.worth(held).argmin(-1)
