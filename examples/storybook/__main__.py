@@ -68,7 +68,8 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="That the stories are spread over.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, metavar="N", help="The others count on; not of policies.")] = 11,
     memory: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL", help="Of policies one, once for each. [default: all]")
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="A policy, a rule or a kind of activation, once for each. [default: all]"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... [default: cuda where there is one]")
@@ -78,8 +79,11 @@ def evaluate(
 
     Results are written as they come; started again with the same FILE it goes on.
     """
-    from examples.storybook import recall, report
+    from examples.storybook import recall, report, retrieval, told
     from examples.storybook.evaluate import run
+    from examples.storybook.results import Results
+    from examples.storybook.rules import RULES
+    from examples.storybook.told import ACTIVATED
     from memflow.cli.loading import choose_device, choose_dtype, choose_threads, load_pipeline
     from memflow.errors import MemFlowError
 
@@ -90,32 +94,26 @@ def evaluate(
     needed = ".json" if parts == ["policies"] else ".jsonl"
     if out.suffix != needed:
         raise MemFlowError(f"-o must name a {needed} file with --part {', '.join(parts)}; got {out}")
-    try:
-        settings = recall.settings_named(memory)
-    except ValueError as error:
-        raise MemFlowError(f"--memory: {error}") from None
-    if memory and needed == ".jsonl":
-        raise MemFlowError("--memory names settings of --part policies")
+    known = [setting.label for setting in recall.SETTINGS] if parts == ["policies"] else [*RULES, *ACTIVATED]
+    unknown = [label for label in memory or [] if label not in known]
+    if unknown:
+        raise MemFlowError(f"--memory: unknown: {', '.join(unknown)}; there are {', '.join(known)}")
     chosen = choose_device(device)
     pipeline = load_pipeline(model, chosen, choose_dtype("float32", chosen))
     if needed == ".json":
+        settings = recall.settings_named(memory)
         found = run(pipeline, out, stories=stories, seeds=seeds, settings=settings, say=typer.echo)
         out.with_suffix(".md").write_text(report.table(found))
         report.plot(found, out.with_suffix(".png"))
         report.plot_forgetting(found, out.with_name(out.stem + "-forgetting.png"))
         return
-    from examples.storybook import retrieval, told
-    from examples.storybook.results import Results
-
     choose_threads(pipeline.transformer, chosen)
     chosen_seeds = list(range(first_seed, first_seed + seeds))
     for name in parts:
         command = f"python -m examples.storybook evaluate --part {name} --stories {stories} --seeds {seeds}"
         results = Results(out, f"{command} --first-seed {first_seed} -o {out.name}", say=typer.echo)
-        if name == "retrieval":
-            retrieval.run(pipeline, results, stories=stories, seeds=chosen_seeds)
-        else:
-            told.run(pipeline, results, name, stories=stories, seeds=chosen_seeds)
+        measured = retrieval.run if name == "retrieval" else told.RUNS[name]
+        measured(pipeline, results, stories=stories, seeds=chosen_seeds, labels=memory or known)
 
 
 @app.command()

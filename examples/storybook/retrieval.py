@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from examples.storybook.drawing import PLACES
 from examples.storybook.model import encode_frames
 from examples.storybook.results import Results
 from examples.storybook.rules import BETTER, RULES, TODAY, Rule
-from examples.storybook.stories import CHUNK, Scene, Script, Trial, random_cast, recall_trial
+from examples.storybook.stories import CHUNK, Scene, Script, random_cast, recall_trial
 from examples.storybook.world import ACTIONS, HUES, NAMES, SHAPES, prompt
 from memflow.memory import MemoryConfig, Prompt
 from memflow.memory.places import Rotation
@@ -29,6 +30,7 @@ from memflow.stream.chunks import ChunkDriver
 
 MEASURES = ("character", "place", "both")
 LONG_TEXT = 128  # tokens of the prompts that are far longer than any in training
+LENGTHS = (27, 8, 5, 2)  # chunks of a scene
 _UNKNOWN = "softly glowing evening light everywhere gently"
 _NEUTRAL = [*HUES, *SHAPES, "a", "an", "the", "on", "in", ",", "jumps", "waits", "walks", "left", "right"]
 
@@ -48,7 +50,7 @@ class Recording:
     starts: list[int] = field(default_factory=list)  # first chunk of each scene
 
 
-def record(pipeline, scripts: list[Script], asked: dict[int, dict[str, list[str]]], wanted: dict) -> Recording:
+def read(pipeline, scripts: list[Script], asked: dict[int, dict[str, list[str]]], wanted: dict) -> Recording:
     """Read stories whose scenes have the same lengths. asked: texts by scene and kind, one per story."""
     driver = ChunkDriver(WanModel(pipeline.transformer), pipeline.memory_config)
     texts = [list(row) for row in zip(*(script.prompts() for script in scripts), strict=True)]
@@ -146,14 +148,9 @@ def _encode(pipeline, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
 # -- the stories -----------------------------------------------------------------------------------------------------
 
 
-def returns(random: np.random.Generator, stories: int, between: int, chunks: int) -> list[Trial]:
-    """Trials to be read."""
-    return [recall_trial(random, between, chunks) for _ in range(stories)]
-
-
-def record_returns(pipeline, trials: list[Trial], seed: int) -> Recording:
-    """With the texts of every kind for the returns."""
-    random = np.random.default_rng([seed, 7])
+def record_returns(pipeline, random: np.random.Generator, stories: int, chunks: int) -> Recording:
+    """Trials with scenes of `chunks` chunks, and texts of every kind for their returns."""
+    trials = [recall_trial(random, 2, chunks) for _ in range(stories)]
     asked: dict[int, dict[str, list[str]]] = {}
     wanted = {}
     for scene in trials[0].returns:
@@ -167,7 +164,7 @@ def record_returns(pipeline, trials: list[Trial], seed: int) -> Recording:
             "100 tokens, known": [f"{_filler(random)} . {text} {_filler(random)}" for text in plain],
         }
         wanted[scene] = [({one.name}, one.place) for one in told]
-    return record(pipeline, [trial.script for trial in trials], asked, wanted)
+    return read(pipeline, [trial.script for trial in trials], asked, wanted)
 
 
 def record_pairs(pipeline, random: np.random.Generator, stories: int, chunks: int) -> Recording:
@@ -190,7 +187,7 @@ def record_pairs(pipeline, random: np.random.Generator, stories: int, chunks: in
         named = [(NAMES[a], f"{NAMES[a]} and {NAMES[b]}") for a, b in both]
         asked[scene] = {"pairs": [_said(one).replace(*names, 1) for one, names in zip(told, named, strict=True)]}
         wanted[scene] = [(set(row), one.place) for row, one in zip(both, told, strict=True)]
-    return record(pipeline, scripts, asked, wanted)
+    return read(pipeline, scripts, asked, wanted)
 
 
 def record_many(pipeline, random: np.random.Generator, stories: int, scenes: int, chunks: int) -> Recording:
@@ -209,7 +206,7 @@ def record_many(pipeline, random: np.random.Generator, stories: int, scenes: int
     for scene in range(2, scenes):
         wanted[scene] = [({told[scene].name}, told[scene].place) if _returns(told, scene) else None
                          for told in (script.scenes for script in scripts)]  # fmt: skip
-    return record(pipeline, scripts, {scene: {} for scene in wanted}, wanted)
+    return read(pipeline, scripts, {scene: {} for scene in wanted}, wanted)
 
 
 def _returns(told: list[Scene], scene: int) -> bool:
@@ -250,34 +247,31 @@ def cases(length: int) -> Iterator[tuple[str, int, str, tuple[str, ...]]]:
             yield "24", bank, kind, (TODAY, "one per scene, then top", "coverage", BETTER)
 
 
-def run(
-    pipeline, results: Results, *, stories: int, seeds: list[int], lengths: tuple[int, ...] = (27, 8, 5, 2)
-) -> None:
-    """All cases, `stories` stories of four returns for each length and seed."""
+def run(pipeline, results: Results, *, stories: int, seeds: list[int], labels: list[str]) -> None:
+    """All cases of the rules `labels`, `stories` stories for each kind and seed."""
+    measure = partial(_run_cases, pipeline, results, labels)
+    many = [(held, 6, "plain", tuple(RULES)) for held in ("archive", "24")]
+    pairs = [("24", bank, "pairs", tuple(RULES)) for bank in (6, 3)]
     for seed in seeds:
-        for length in lengths:
-            name = f"scenes of {length}"
-            make = lambda seed=seed, length=length: record_returns(  # noqa: E731
-                pipeline, returns(np.random.default_rng([seed, length, 27]), stories, 2, length), seed
-            )
-            _measure(pipeline, results, name, seed, make, cases(length))
-        make = lambda seed=seed: record_many(pipeline, np.random.default_rng([seed, 28, 2]), stories, 28, 2)  # noqa: E731
-        many = [("archive", 6, "plain", tuple(RULES)), ("24", 6, "plain", tuple(RULES))]
-        _measure(pipeline, results, "28 scenes of 2", seed, make, many)
-        make = lambda seed=seed: record_pairs(pipeline, np.random.default_rng([seed, 6, 2]), stories, 27)  # noqa: E731
-        pairs = [("24", bank, "pairs", tuple(RULES)) for bank in (6, 3)]
-        _measure(pipeline, results, "pairs, scenes of 27", seed, make, pairs)
+        for length in LENGTHS:
+            record = partial(record_returns, pipeline, np.random.default_rng([seed, length, 27]), stories, length)
+            measure(f"scenes of {length}", seed, cases(length), record)
+        record = partial(record_many, pipeline, np.random.default_rng([seed, 28, 2]), stories, 28, 2)
+        measure("28 scenes of 2", seed, many, record)
+        record = partial(record_pairs, pipeline, np.random.default_rng([seed, 6, 2]), stories, 27)
+        measure("pairs, scenes of 27", seed, pairs, record)
 
 
-def _measure(pipeline, results: Results, name: str, seed: int, make, todo) -> None:
+def _run_cases(pipeline, results: Results, labels: list[str], stories: str, seed: int, todo, record) -> None:
+    """What of `todo` is not there yet, over the stories that `record` reads, once."""
     recording = None
     for held, bank, kind, rules in todo:
-        for label in rules:
-            about = {"part": "retrieval", "stories": name, "seed": seed, "held": held, "bank": bank, "prompts": kind}
+        for label in (label for label in rules if label in labels):
+            about = {"part": "retrieval", "stories": stories, "seed": seed, "held": held, "bank": bank, "prompts": kind}
             about["rule"] = label
             if about in results:
                 continue
-            recording = recording or make()
+            recording = recording or record()
             begin, rule = time.perf_counter(), RULES[label]
             changes = {"policy": "archive", "held_frames": None} if held == "archive" else {"held_frames": int(held)}
             config = rule.config(pipeline.memory_config, bank_frames=bank, **changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,37 +29,35 @@ SCENE_OF_ENDLESS = 5  # chunks
 
 
 def tell_returns(
-    pipeline, results: Results, *, stories: int, seeds: list[int], held: tuple[str, ...], rules: tuple[str, ...],
-    chunks: int = 27,
-) -> None:  # fmt: skip
+    pipeline, results: Results, *, stories: int, seeds: list[int], held: str, rules: list[str], chunks: int = 27
+) -> None:
     """Stories of nine scenes of `chunks` chunks; of each seed `stories`, in one batch."""
     for seed in seeds:
-        for kept in held:
-            for label in rules:
-                about = {"part": "generated", "stories": f"scenes of {chunks}", "count": stories, "seed": seed}
-                about |= {"held": kept, "rule": label}
-                if about in results:
-                    continue
-                random = np.random.default_rng([seed, chunks, 9])
-                trials = [recall_trial(random, 0, chunks) for _ in range(stories)]
-                changes = {"policy": "archive"} if kept == "archive" else {"held_frames": int(kept)}
-                rule = RULES[label]
-                setting = Setting(label, {**changes, "recall": rule.recall, "scene_frame": rule.scene_frame})
-                _tell(pipeline, results, about, setting, trials, seed)
+        for label in rules:
+            about = {"part": "generated", "stories": f"scenes of {chunks}", "count": stories, "seed": seed}
+            about |= {"held": held, "rule": label}
+            if about in results:
+                continue
+            random = np.random.default_rng([seed, chunks, 9])
+            trials = [recall_trial(random, 0, chunks) for _ in range(stories)]
+            changes = {"policy": "archive"} if held == "archive" else {"held_frames": int(held)}
+            rule = RULES[label]
+            setting = Setting(label, {**changes, "recall": rule.recall, "scene_frame": rule.scene_frame})
+            _tell(pipeline, results, about, setting, trials, seed)
 
 
-def tell_activated(pipeline, results: Results, *, stories: int, seeds: list[int]) -> None:
+def tell_activated(pipeline, results: Results, *, stories: int, seeds: list[int], kinds: list[str]) -> None:
     """Stories of short scenes, under every kind of activation; the bank is full long before they end."""
     for seed in seeds:
         for length, between in LENGTHS.items():
-            for label, activated in ACTIVATED.items():
+            for label in kinds:
                 about = {"part": "activation", "stories": length, "count": stories, "seed": seed, "activated": label}
                 if about in results:
                     continue
                 random = np.random.default_rng([seed, between, 1])
                 trials = [recall_trial(random, between) for _ in range(stories)]
                 shown = {"held_frames": 24, "recall": "coverage", "scene_frame": "first"}
-                _tell(pipeline, results, about, Setting(label, shown | activated), trials, seed)
+                _tell(pipeline, results, about, Setting(label, shown | ACTIVATED[label]), trials, seed)
 
 
 def _tell(pipeline, results: Results, about: dict, setting: Setting, trials: list, seed: int) -> None:
@@ -120,18 +119,30 @@ def tell_endless(
         results.add(about, found, time.perf_counter() - begin)
 
 
-def run(pipeline, results: Results, part: str, *, stories: int, seeds: list[int]) -> None:
-    """One of the parts "generated", "activation" and "endless". stories: of each seed, in the first two."""
-    if part == "generated":
-        first = {"stories": stories, "seeds": seeds}
-        tell_returns(pipeline, results, **first, held=("24",), rules=(BETTER, TODAY))
-        tell_returns(pipeline, results, **first, held=("archive",), rules=(BETTER,))
-        others = tuple(label for label, rule in RULES.items() if rule.choose is None and label not in (BETTER, TODAY))
-        tell_returns(pipeline, results, stories=stories, seeds=seeds[:1], held=("archive",), rules=(TODAY,))
-        tell_returns(pipeline, results, stories=stories, seeds=seeds[:1], held=("24",), rules=others)
-    elif part == "activation":
-        tell_activated(pipeline, results, stories=stories, seeds=seeds)
-    else:
-        for rule in (BETTER, TODAY):
-            state = results.path.with_name(f"{results.path.stem}-{'better' if rule == BETTER else 'today'}.state")
-            tell_endless(pipeline, results, rule=rule, state=state)
+def run_generated(pipeline, results: Results, *, stories: int, seeds: list[int], labels: list[str]) -> None:
+    """Today's rule and the better one with all seeds, paired, and the better one over the archive; the others, for
+    comparison, with the first seed."""
+    tell = partial(tell_returns, pipeline, results, stories=stories)
+    for held, rules in (("24", (BETTER, TODAY)), ("archive", (BETTER,))):
+        tell(seeds=seeds, held=held, rules=[label for label in rules if label in labels])
+    others = [label for label, rule in RULES.items() if rule.choose is None and label not in (BETTER, TODAY)]
+    for held, rules in (("archive", (TODAY,)), ("24", others)):
+        tell(seeds=seeds[:1], held=held, rules=[label for label in rules if label in labels])
+
+
+def run_activation(pipeline, results: Results, *, stories: int, seeds: list[int], labels: list[str]) -> None:
+    tell_activated(
+        pipeline, results, stories=stories, seeds=seeds, kinds=[kind for kind in ACTIVATED if kind in labels]
+    )
+
+
+def run_endless(pipeline, results: Results, *, stories: int, seeds: list[int], labels: list[str]) -> None:
+    """One story, whatever `stories` and `seeds` are."""
+    for rule, name in ((BETTER, "better"), (TODAY, "today")):
+        if rule in labels:
+            tell_endless(
+                pipeline, results, rule=rule, state=results.path.with_name(f"{results.path.stem}-{name}.state")
+            )
+
+
+RUNS = {"generated": run_generated, "activation": run_activation, "endless": run_endless}
