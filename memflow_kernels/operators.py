@@ -45,6 +45,7 @@ _TURNS = "SymInt[]? axes=None, float theta=10000., bool per_head=False"
 _POOL = "Tensor(a!) pool_key, Tensor(b!) pool_value, Tensor(c!) pool_frame_mean"
 
 OPERATORS = {
+    "cover_frames": Operator("covering", "(Tensor scores, Tensor weights, SymInt k, Tensor prior) -> Tensor"),
     "frame_means": Operator("means", "(Tensor key, SymInt tokens_per_frame) -> Tensor"),
     "memory_attention": Operator("attention", f"({_STATES}, {_FRAMES}) -> (Tensor out, Tensor lse)"),
     "memory_attention_backward": Operator(
@@ -64,6 +65,9 @@ OPERATORS = {
     "prompt_relevance_softmax": Operator("relevance", f"({_SOFTMAX}) -> Tensor score"),
     "prompt_relevance_softmax_backward": Operator(
         "relevance", f"(Tensor grad_score, {_SOFTMAX}) -> (Tensor grad_text_key, Tensor grad_key)"
+    ),
+    "prompt_relevance_token": Operator(
+        "relevance", "(Tensor text_key, Tensor frame_mean, Tensor? text_mask, float scale) -> Tensor"
     ),
     "qk_norm_rope": Operator(
         "qk_norm_rope", f"(Tensor query, Tensor key, {_WEIGHTS}, {_TURNS}) -> (Tensor new_query, Tensor new_key)"

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from memflow.errors import MemFlowError
+from memflow.models.wan.text import token_words
 from memflow.modes import own_modes
 from memflow.stream.sampler import Noise, to_device
+from memflow.stream.words import called_by
 
 if TYPE_CHECKING:
     from memflow.memory.config import MemoryConfig
@@ -136,8 +138,10 @@ class Stream(Iterator[Chunk]):
         self.pipeline.warn_of_losses(texts)
 
     def snapshot(self) -> MemorySnapshot:
-        """What the memory holds for the chunk just made. Waits for the device."""
-        return self.driver.snapshot()
+        """What the memory holds for the chunk just made, and the words that called for it. Waits for the device."""
+        snapshot, length = self.driver.snapshot(), self.pipeline.config.text_length
+        words = [token_words(self.pipeline.tokenizer, text, length) for text in self.plan.current]
+        return snapshot._replace(words=called_by(snapshot, words))
 
     def save(self, path, extra: dict[str, str] | None = None) -> None:
         """Write the state to one safetensors file, from which `MemFlowPipeline.resume` goes on with identical results.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import re
 import string
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memflow.files import write_whole
 from memflow.modes import own_modes
 
+_BEGIN = "\u2581"  # of a word, in sentencepiece's tokens
 _SHOWN = 60  # characters of what is cut off
 
 
@@ -93,6 +95,39 @@ def losses(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], max_lengt
     unknown = [word for word, ids in zip(words, pieces, strict=True) if tokenizer.unk_token_id in ids]
     if unknown:
         found.append(f"the model does not know: {', '.join(unknown)}")
+    return found
+
+
+def token_words(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> list[str | None]:
+    """The word that each token of a prompt is part of; None for tokens without letters or digits, such as its end.
+
+    Args:
+        tokenizer: The encoder's.
+        prompt: A text; it is cleaned first.
+        max_length: Tokens that it is cut to.
+    """
+    text = clean_prompt(prompt)
+    tokens = tokenizer(text, max_length=max_length, truncation=True, return_offsets_mapping=tokenizer.is_fast)
+    if tokenizer.is_fast:
+        words = _words_at(text)
+        found = [words.get(next((i for i in range(*span) if i in words), -1)) for span in tokens.offset_mapping]
+    else:  # sentencepiece alone, which marks the beginning of a word
+        special, number, numbers, spelt = tokenizer.all_special_tokens, 0, [], {}
+        for piece in tokenizer.convert_ids_to_tokens(tokens.input_ids):
+            number += piece.startswith(_BEGIN) or piece in special
+            numbers.append(number)
+            spelt[number] = spelt.get(number, "") + ("" if piece in special else piece.removeprefix(_BEGIN))
+        found = [spelt[number].strip(string.punctuation) for number in numbers]
+    return [word if word and any(map(str.isalnum, word)) else None for word in found]
+
+
+def _words_at(text: str) -> dict[int, str]:
+    """The word at each character of a text that is in one, without punctuation around it."""
+    found = {}
+    for match in re.finditer(r"\S+", text):
+        word = match.group().strip(string.punctuation)
+        begin = match.start() + match.group().find(word)
+        found |= dict.fromkeys(range(begin, begin + len(word)), word)
     return found
 
 
