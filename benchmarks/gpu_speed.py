@@ -141,8 +141,8 @@ def targets(rows: list[dict], ceilings: dict[str, float]) -> dict[str, bool]:
         f"attention at 0.9 of the TFLOP/s of {fastest['name']}": ours["rate"] >= 0.9 * fastest["rate"],
         "write at 80 % of the copy bandwidth": share("write") >= 0.8,
         "frame_means at 80 % of the copy bandwidth": share("frame_means") >= 0.8,
-        f"relevance, covering, selection, replacement within 1 % of a chunk ({update / chunk:.2%} of attention and write alone)":
-        update <= 0.01 * chunk,
+        "relevance, covering, selection, replacement within 1 % of a chunk "
+        f"({update / chunk:.2%} of attention and write alone)": update <= 0.01 * chunk,
     }  # fmt: skip
 
 
