@@ -107,13 +107,27 @@ def test_what_it_does_not_take_runs_elsewhere(loaded, monkeypatch, reason, call)
     assert not loaded
 
 
-@pytest.mark.parametrize("name", sorted(set(OPERATORS) - set(coverage.LIMITS)))
+@pytest.mark.parametrize("name", sorted(set(OPERATORS) - set(coverage.LIMITS) - {"memory_attention_top_k"}))
 def test_what_has_no_kernel_runs_elsewhere(loaded, monkeypatch, name):
     said = []
     monkeypatch.setattr(backends, "implementation", lambda op, other: lambda *arguments: said.append((op, other)))
     getattr(backend, name)(states(1, 2, 1, 4))
     assert said == [(name, backends.uncompiled())]
     assert coverage.unserved(name) == f"{name} has no compiled kernel"
+
+
+def test_a_choice_and_its_attention_are_run_by_the_library(loaded, monkeypatch):
+    x = states(1, 12, 2, 64, **HALF)
+    mean = specification.frame_means(x, 4)[:, :2]
+
+    def attend(*arguments):
+        loaded.append(("memory_attention", arguments))
+        return ()
+
+    monkeypatch.setattr(torch.ops.memflow_cuda, "memory_attention", attend)
+    backend.memory_attention_top_k(x, x, x, mean, None, 4, 2, 1, 0.1, None)
+    assert [name for name, _ in loaded] == ["select_frames", "memory_attention"]
+    assert loaded[0][1][1] is mean and loaded[1][1][0] is x and loaded[1][1][4:] == (4, 2, 0.1, None)
 
 
 def test_the_limits_are_those_of_the_c_interface():
