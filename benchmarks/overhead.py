@@ -37,7 +37,8 @@ WRITES = ("qk_norm_rope_write", "replace_frame")  # in place: without gradients 
 def calls(size: str, grad: bool) -> dict[str, Callable[[], object]]:
     """The calls of one size; with `grad` each runs forward and backward."""
     frames, tokens, queries, heads, dim, candidates, top_k = SIZES[size]
-    query = states(1, queries, heads, dim, layout="heads_first").requires_grad_(grad)
+    # queries as linear layers leave them, keys and values as a pool has them
+    query = states(1, queries, heads, dim).requires_grad_(grad)
     key, value = (
         states(1, frames * tokens, heads, dim, layout="heads_first", seed=s).requires_grad_(grad) for s in (1, 2)
     )
