@@ -5,13 +5,13 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks import against, command, streams
-from benchmarks.cases import case
-from benchmarks.environment import ROOT
-from benchmarks.rows import read
-from benchmarks.runner import Experiment
-from benchmarks.streams import StreamExperiment
-from benchmarks.suites import SUITES, suite
+from memflow_bench import against, command, streams
+from memflow_bench.cases import case
+from memflow_bench.environment import ROOT
+from memflow_bench.rows import read
+from memflow_bench.runner import Experiment
+from memflow_bench.streams import StreamExperiment
+from memflow_bench.suites import SUITES, suite
 
 TOY = case("toy")
 

@@ -4,10 +4,10 @@ import csv
 
 import pytest
 
-from benchmarks.command import main
-from benchmarks.rows import Row, read, write
-from benchmarks.table import markdown
-from benchmarks.targets import targets
+from memflow_bench.command import main
+from memflow_bench.rows import Row, read, write
+from memflow_bench.table import markdown
+from memflow_bench.targets import targets
 
 FACTS = {"command": "python -m benchmarks run", "cpu": "a cpu", "cores": 2, "threads": 2, "torch": "2.13",
          "triton": None, "commit": "abc", "time": "now", "load_average": [0.0, 0.0, 0.0]}  # fmt: skip

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import splits, timing
-from benchmarks.memory import peak_bytes
+from memflow_bench import splits, timing
+from memflow_bench.memory import peak_bytes
 
 CPU = torch.device("cpu")
 
