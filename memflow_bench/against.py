@@ -1,102 +1,147 @@
-"""Two builds of the kernels in alternation: this tree, and any commit. One process each, one sample each in turns."""
+"""Two builds, or two providers, in alternation: how many times faster, how sure that is, and a verdict.
+
+Each side is a process of its own and both are started twice, because a process draws where its memory lies, and keeps
+it. All that compiles has compiled before the first sample counts. Samples are taken in blocks A B B A or B A A B, by
+lot. A launch ends when its interval is as narrow as PRECISION, never because of what the interval says.
+"""
 
 from __future__ import annotations
 
-import io
 import json
-import statistics
-import subprocess
-import sys
-import tarfile
+import math
+import random
 import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from .environment import ROOT
-from .runner import Experiment
+from .experiments import Experiment
+from .sides import Process, Side, two_sides
+from .table import duration
 from .timing import spread
+from .verdict import Comparison, compare_blocks
 
-PACKAGES = ("memflow", "memflow_kernels")
-ROUNDS = 15
-
-
-class Build:
-    """A worker process that runs one experiment on the packages of one tree, with this harness."""
-
-    def __init__(self, packages: Path, folder: Path):
-        folder.mkdir()
-        for name in PACKAGES:
-            (folder / name).symlink_to(packages / name)
-        (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"],
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, question: dict) -> dict:
-        """Raises RuntimeError where the worker has died or could not do it."""
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline() or '{"error": "the worker has died"}')
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+LAUNCHES = 2
+LEAST, MOST = 8, 200  # blocks of a launch
+PRECISION = 0.01  # half width of an interval that is narrow enough
+SAMPLE = 0.02  # seconds: short calls are timed several at a time
+CALLS = 16  # at most
 
 
-def compare(revision: str, experiments: list, device: torch.device, output: Path | None) -> int:
-    """Print, and write to `output`, how many times faster this tree is than `revision`, round by round."""
-    lines = [f"| what | {revision} | this tree | times faster (median of pairs) |", "|---|---|---|---|"]
-    results = []
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        tree = scratch / "tree"
-        _unpack(revision, tree)
-        builds = Build(tree, scratch / "before"), Build(ROOT, scratch / "after")
-        for build in builds:
-            stack.callback(build.close)
-        for experiment in experiments:
-            if not isinstance(experiment, Experiment):
-                continue
-            for activated in experiment.modes:
-                title = f"{experiment.title}, {'activated' if activated else 'dense'}"
-                print(title, flush=True)
-                try:
-                    before, after = _alternate(builds, experiment, activated, device)
-                except RuntimeError as error:
-                    lines.append(f"| {title} | | | failed: {error} |")
-                    continue
-                results.append({"title": title, "before": before, "after": after})
-                faster = statistics.median(b / a for a, b in zip(after, before, strict=True))
-                medians = (f"{spread(times)['median'] * 1e3:.3g} ms" for times in (before, after))
-                lines.append(f"| {title} | {' | '.join(medians)} | {faster:.3f} |")
-    print("\n".join(["", *lines]))
+class Block(NamedTuple):
+    """Seconds of a call: two samples of each side."""
+
+    other: tuple[float, float]
+    this: tuple[float, float]
+
+    @property
+    def log_ratio(self) -> float:
+        return (sum(map(math.log, self.other)) - sum(map(math.log, self.this))) / 2
+
+
+class Measured(NamedTuple):
+    launches: list[list[Block]]
+    comparison: Comparison
+
+    def seconds(self, side: str) -> list[float]:
+        return [second for blocks in self.launches for block in blocks for second in getattr(block, side)]
+
+    def cells(self) -> list[str]:
+        """medians of the other and of this side, times faster with its interval, verdict."""
+        medians = (duration(spread(self.seconds(side))["median"]) for side in ("other", "this"))
+        verdict = self.comparison.verdict
+        if verdict == "no difference":
+            verdict += f" at this noise (one below {max(self.comparison.half_width, 0.005):.1%} would not be seen)"
+        return [*medians, str(self.comparison), verdict]
+
+
+def compare(against: str, provider: str, experiments: list, device: torch.device, *, cold: bool, output: Path | None,
+            header: str) -> int:  # fmt: skip
+    """Print, and write to `output`, a line per experiment and mode; header: machine, software, load. 1 where a side failed."""
+    planned = [(e, activated) for e in experiments if isinstance(e, Experiment) for activated in e.modes]
+    measured: dict[str, Measured | str] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch, "tree")
+        tree.mkdir()
+        sides = two_sides(against, provider, tree)
+        for experiment, activated in planned:
+            title = f"{experiment.title}, {'activated' if activated else 'dense'}"
+            print(title, flush=True)
+            try:
+                [measured[title]] = measure(sides, experiment, activated, device, Path(scratch), cold=cold)
+            except RuntimeError as error:
+                measured[title] = str(error)
+            print(f"  {_line(measured[title])}", flush=True)
+    lines = [f"| what | {sides[0].name} | {sides[1].name} | times faster (99 % interval) | verdict |", "|---" * 5 + "|"]
+    lines += [f"| {title} | {_line(found)} |" for title, found in measured.items()]
+    print("\n".join(["", header, "", *lines]))
     if output:
-        output.write_text(json.dumps({"against": revision, "results": results}, indent=1) + "\n")
-    return 0
+        results = [
+            {"title": title, "failed": found}
+            if isinstance(found, str)
+            else {"title": title, **found.comparison._asdict(), "launches": found.launches}
+            for title, found in measured.items()
+        ]
+        content = {"against": against, "provider": provider, "header": header, "results": results}
+        output.write_text(json.dumps(content, indent=1) + "\n")
+    return int(any(isinstance(found, str) for found in measured.values()))
 
 
-def _alternate(builds, experiment: Experiment, activated: bool, device: torch.device) -> tuple[list, list]:
+def _line(found: Measured | str) -> str:
+    return f"| | | failed: {found}" if isinstance(found, str) else " | ".join(found.cells())
+
+
+def measure(
+    sides: tuple[Side, Side],
+    experiment: Experiment,
+    activated: bool,
+    device: torch.device,
+    scratch: Path,
+    *,
+    cold: bool = True,
+    slower: tuple[float, ...] = (0.0,),
+) -> list[Measured]:
+    """The blocks of all launches, one `Measured` per entry of `slower`: what share is added to every call of this side,
+    to see whether it is found.
+
+    Raises:
+        RuntimeError: A side died, failed or was wrong.
+    """
     wish = {"workload": experiment.workload, "case": asdict(experiment.case), "dtype": experiment.dtype}
-    for build in builds:
-        build.ask({"prepare": wish | {"activated": activated, "device": device.type}})
-    rounds = [[build.ask({"sample": True})["seconds"] for build in builds] for _ in range(ROUNDS)]
-    return [pair[0] for pair in rounds], [pair[1] for pair in rounds]
+    wish |= {"activated": activated, "device": device.type, "threads": torch.get_num_threads(), "cold": cold}
+    lots = random.Random(f"{experiment.title} {activated}")
+    launches: list[list[list[Block]]] = [[] for _ in slower]
+    for _ in range(LAUNCHES):
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=scratch)))
+            pair = [Process(side, folder / str(number)) for number, side in enumerate(sides)]
+            for process in pair:
+                stack.callback(process.close)
+            seconds = [p.ask({"prepare": wish | {"provider": side.provider}}) for p, side in zip(pair, sides, strict=True)]
+            calls = max(1, min(CALLS, math.ceil(SAMPLE / max(seconds))))
+            for share, found in zip(slower, launches, strict=True):
+                found.append(_blocks(pair, calls, share, lots, experiment.budget / LAUNCHES))
+    return [Measured(found, compare_blocks([[b.log_ratio for b in blocks] for blocks in found])) for found in launches]
 
 
-def _unpack(revision: str, folder: Path) -> None:
-    """The packages as they were at `revision`."""
-    done = subprocess.run(["git", "-C", str(ROOT), "archive", revision, "--", *PACKAGES], capture_output=True)
-    if done.returncode:
-        raise ValueError(f"--against {revision}: {done.stderr.decode().strip()}")
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
+def _blocks(pair: list[Process], calls: int, slower: float, lots: random.Random, budget: float) -> list[Block]:
+    wishes = {"sample": {"calls": calls}}, {"sample": {"calls": calls, "slower": slower}}
+    blocks: list[Block] = []
+    begin = time.perf_counter()
+    while len(blocks) < LEAST or time.perf_counter() - begin < budget:
+        first = lots.randrange(2)
+        taken: tuple[list[float], list[float]] = [], []
+        for number in (first, 1 - first, 1 - first, first):
+            taken[number].append(pair[number].ask(wishes[number]))
+        blocks.append(Block(*map(tuple, taken)))
+        if len(blocks) == MOST:
+            break
+        if len(blocks) >= LEAST and len(blocks) % 4 == 0:
+            found = compare_blocks([[block.log_ratio for block in blocks]])
+            if found.half_width < PRECISION:
+                break
+    return blocks

@@ -6,7 +6,6 @@ Weights are random, sizes are real. Every way of running the loop is checked aga
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -17,50 +16,12 @@ from memflow.decoders.taehv import TinyVideoDecoder
 from memflow.errors import MemFlowError
 from memflow_kernels.testing import relative_error
 
-from .cases import Case
+from .experiments import RealtimeExperiment, Way
 from .models import Middle, config_of, pipeline_of
 from .rows import Row
 from .timing import in_turns
 
 WARM_CHUNKS = 3  # compiles, and captures CUDA graphs
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way of running the loop. allowed: relative error of a chunk's latents against the plain way."""
-
-    name: str
-    allowed: float
-    compiled: bool = False
-    graphs: bool = False
-    float8: bool = False
-
-
-PLAIN = Way("eager", 0.0)
-WAYS = (
-    PLAIN,
-    Way("compiled", 2e-2, compiled=True),
-    Way("compiled, CUDA graphs", 2e-2, compiled=True, graphs=True),
-    Way("compiled, float8", 0.3, compiled=True, float8=True),
-    Way("compiled, float8, CUDA graphs", 0.3, compiled=True, graphs=True, float8=True),
-)
-
-
-@dataclass(frozen=True)
-class RealtimeExperiment:
-    """vae: arguments of AutoencoderKLWan, by default those of Wan 2.1; tiny: those of TinyVideoDecoder (taew2_1)."""
-
-    case: Case
-    dtype: str = "bfloat16"
-    ways: tuple[Way, ...] = WAYS
-    vae: dict = field(default_factory=dict)
-    tiny: dict = field(default_factory=dict)
-    budget: float = 60.0
-    least: int = 3
-
-    @property
-    def title(self) -> str:
-        return f"realtime {self.case.name} {self.dtype}"
 
 
 def run_realtime(experiment: RealtimeExperiment, device: torch.device, say: Callable[[str], None] = print) -> list[Row]:

@@ -13,7 +13,7 @@ from memflow.stream.pipeline import MemFlowPipeline
 from memflow_kernels import use_backend
 from memflow_kernels.testing import relative_error
 
-from .cases import Case
+from .experiments import StreamExperiment
 from .floor import AttentionOnly, ProjectionsOnly, reduced
 from .models import Middle, config_of, in_float64, pipeline_of
 from .published_path.stream import PublishedStream
@@ -27,24 +27,6 @@ ALLOWED = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}  # of the latents
 CHUNKS = 8  # of the toy's story
 STORY = ("a fox crosses the snow", "the fox finds a lit window")
 Story = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class StreamExperiment:
-    """case "toy": a whole story of the embedded model, decoded; any other: chunks in the middle of a story of a random
-    model of the case's size. backends: of ours. budget: seconds of timing."""
-
-    case: Case
-    dtype: str = "float32"
-    backends: tuple[str, ...] = ("torch",)
-    modes: tuple[bool, ...] = (False, True)
-    without_memory: bool = False
-    budget: float = 20.0
-    least: int = 2
-
-    @property
-    def title(self) -> str:
-        return f"stream {self.case.name} {self.dtype}"
 
 
 @dataclass

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from .cases import case, load_cases
-from .realtime import PLAIN, RealtimeExperiment
-from .runner import Experiment
-from .streams import StreamExperiment
+from .experiments import PLAIN, AnyExperiment, Experiment, RealtimeExperiment, StreamExperiment
 
 SUITES = ("quick", "kernels", "stream", "realtime", "training")
 PUBLISHED = "published path"
-
-
-AnyExperiment = Experiment | StreamExperiment | RealtimeExperiment
 
 
 def suite(name: str, device: str, backends: tuple[str, ...]) -> list[AnyExperiment]:

@@ -1,4 +1,4 @@
-"""Timing: cold caches, warm-up, samples taken in turns so that a change of the machine's mood hits everyone alike."""
+"""Timing: cold caches, warm-up, samples taken in turns so that a change of the machine's speed hits everyone alike."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class Flush:
         self.buffer.zero_()
 
 
-def sample(run: Run, device: torch.device, flush: Flush | None) -> float:
-    """Seconds of one call: by events on a GPU, by the wall clock on a CPU."""
+def sample(run: Run, device: torch.device, flush: Flush | None) -> tuple[float, object]:
+    """Seconds of one call, by events on a GPU, by the wall clock on a CPU; and what it returned."""
     if flush is not None:
         flush()
     if device.type != "cuda":
         begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
+        returned = run()
+        return time.perf_counter() - begin, returned
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
     start.record()
-    run()
+    returned = run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3, returned
 
 
 def in_turns(
@@ -50,22 +50,47 @@ def in_turns(
     least: int = 3,
     most: int = 50,
     cold: bool = True,
+    turn: Callable[[], None] | None = None,
+    judge: Callable[[str, object], bool] | None = None,
 ) -> Iterator[dict[str, float]]:
-    """Rounds of one sample of every run, A B C A B C ..., until `budget` seconds are used up.
+    """Rounds of one sample of every run, A B C, C B A, A B C ..., until `budget` seconds are used up.
 
-    At least `least` rounds, at most `most`. The runs have been warmed up before: whoever checks a result has run it.
+    Every other round runs backwards, so that what drifts within a round favours nobody. At least `least` rounds, at
+    most `most`. The runs have been warmed up before: whoever checks a result has run it.
+
+    turn: called before each round, to change the inputs. judge: told what each timed call returned, or the exception
+    that it raised; a run that it says False to takes no further part. Without one exceptions are raised.
     """
+    runs = dict(runs)
     flush = Flush(device) if cold else None
     begin = time.perf_counter()
     for count in range(1, most + 1):
-        yield {name: sample(run, device, flush) for name, run in runs.items()}
+        if turn is not None:
+            turn()
+        names = list(runs) if count % 2 else list(runs)[::-1]
+        taken: dict[str, float] = {}
+        for name in names:
+            try:
+                taken[name], returned = sample(runs[name], device, flush)
+            except Exception as error:
+                if judge is None:
+                    raise
+                returned = error
+            if judge is not None and not judge(name, returned):
+                del runs[name]
+                taken.pop(name, None)
+        if taken:
+            yield {name: taken[name] for name in runs}
         used = time.perf_counter() - begin
-        if count >= least and used * (count + 1) / count > budget:
+        if not runs or (count >= least and used * (count + 1) / count > budget):
             return
 
 
 def captured(run: Run, device: torch.device) -> Run:
-    """`run` as a CUDA graph: its replay has no launch gaps. Raises RuntimeError where it cannot be captured."""
+    """`run` as a CUDA graph: its replay has no launch gaps, and returns what the captured run returned.
+
+    Raises RuntimeError where it cannot be captured.
+    """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -73,8 +98,13 @@ def captured(run: Run, device: torch.device) -> Run:
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        returned = run()
+
+    def replay() -> object:
+        graph.replay()
+        return returned
+
+    return replay
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

@@ -7,7 +7,6 @@ import functools
 import torch
 
 from memflow.memory.attention import attend
-from memflow.models.wan.attention import MemorySelfAttention
 from memflow_kernels import (
     available_backends,
     block_causal_table,
@@ -98,6 +97,8 @@ class Ours(Provider):
         return lambda: attend(*_write(state, step), step.pools[0], step)
 
     def chunk(self, state: ChunkState):
+        from memflow.models.wan.attention import MemorySelfAttention  # needs diffusers
+
         memory, step = our_memory(state.layer)
         processor = MemorySelfAttention(0)
         processor.bind(step, clean=False)

@@ -27,9 +27,10 @@ class Verdict(NamedTuple):
 class Workload(ABC):
     """One thing to time, on one state.
 
-    name: of the workload, and of the providers' method that prepares it. baseline: whose time the ratios refer to.
+    name: of the workload, and of the providers' method that prepares it.
     flops, nbytes: useful operations and bytes of one call (None: not a matter of one of them).
     state: what the providers get. A provider's run returns what `check` looks at.
+    turns: whether `turn` changes the inputs, in place, between two sets of values.
     """
 
     name: str
@@ -42,6 +43,29 @@ class Workload(ABC):
         self.size = dtype.itemsize
         self.state = self.make_state(seed)
         self.expected = [x.to(device) for x in self.expect()]
+        self._spare = [x.clone() for x in self.changing(self.make_state(seed + 1))]
+        self._spare_expected: list[Tensor] | None = None
+
+    @property
+    def turns(self) -> bool:
+        return bool(self._spare)
+
+    def turn(self) -> None:
+        """Other values in the same tensors: who returns what it computed before, or knows a tensor by its address, is
+        wrong from now on. Where calls change the state themselves, nothing turns."""
+        if not self.turns:
+            return
+        for held, spare in zip(self.changing(self.state), self._spare, strict=True):
+            values = held.clone()
+            held.copy_(spare)
+            spare.copy_(values)
+        if self._spare_expected is None:
+            self._spare_expected = [x.to(self.device) for x in self.expect()]
+        self.expected, self._spare_expected = self._spare_expected, self.expected
+
+    def changing(self, state: object) -> list[Tensor]:
+        """The tensors of a state that a stream has anew in every call."""
+        return []
 
     @abstractmethod
     def make_state(self, seed: int):

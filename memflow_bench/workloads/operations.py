@@ -18,6 +18,9 @@ class Attention(Workload):
     def make_state(self, seed):
         return attention_state(self.case, self.activated, self.dtype, self.device, seed)
 
+    def changing(self, state):
+        return [state.query, state.key, state.value, state.frame_mean]
+
     def expect(self):
         return [oracle.attention_rows(self.state)]
 
@@ -40,6 +43,9 @@ class Means(Workload):
     def make_state(self, seed):
         return attention_state(self.case, False, self.dtype, self.device, seed)
 
+    def changing(self, state):
+        return [state.key]
+
     def expect(self):
         key = self.state.key[:, : self.case.candidates * self.case.tokens]
         return [key.double().unflatten(1, (-1, self.case.tokens)).mean(2)]
@@ -58,6 +64,9 @@ class Write(Workload):
 
     def make_state(self, seed):
         return layer_state(self.case, False, self.dtype, self.device, seed)
+
+    def changing(self, state):
+        return [state.query, state.key, state.value]
 
     def expect(self):
         return list(oracle.normed_and_rotated(self.state))

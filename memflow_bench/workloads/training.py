@@ -44,6 +44,10 @@ class Training(Workload):
         upstream = Random(self.dtype, self.device, seed + 1)(*call.query.shape)
         return TrainingState(call, upstream)
 
+    def changing(self, state):
+        call = state.call
+        return [call.query, call.key, call.value, call.frame_mean, state.upstream]
+
     def expect(self):
         call, case = self.state.call, self.case
         wide = [x.double() for x in (call.query, call.key, call.value)]
@@ -64,6 +68,9 @@ class Backward(Training):
     name = "backward"
     passes = 2.5
 
+    def changing(self, state):
+        return [state.upstream]  # the rest belongs to the forward
+
 
 class BlockCausalStep(Workload):
     """Forward and backward over a whole video under its block-causal mask, as the students of Self Forcing and
@@ -78,6 +85,9 @@ class BlockCausalStep(Workload):
         random = Random(self.dtype, self.device, seed)
         shape = (self.case.batch, self.case.window * self.case.tokens, self.case.heads, self.case.head_dim)
         return BlockCausalState(self.case, *(random(*shape) for _ in range(4)))
+
+    def changing(self, state):
+        return list(state[1:])
 
     def expect(self):
         visible = block_causal_mask(self.case, self.device)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor
 
 from .. import counts, oracle
 from ..states import EPS, LayerState, layer_state
 from .base import Workload
 from .operations import sampled
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_wan import WanAttention
 
 PASSES = 4  # denoising passes of a chunk
 
@@ -24,6 +26,9 @@ class Layer(Workload):
 
     def make_state(self, seed):
         return layer_state(self.case, self.activated, self.dtype, self.device, seed)
+
+    def changing(self, state):
+        return [state.query, state.key, state.value]
 
     def expect(self):
         return [oracle.layer_rows(self.state)]
@@ -53,6 +58,8 @@ class Chunk(Workload):
 
     @torch.no_grad()
     def make_state(self, seed):
+        from diffusers.models.transformers.transformer_wan import WanAttention  # the ops are timed without it
+
         case = self.case
         layer = layer_state(case, self.activated, self.dtype, self.device, seed)
         with torch.random.fork_rng(devices=[]):

@@ -8,9 +8,8 @@ import torch
 from memflow_bench import against, command, streams
 from memflow_bench.cases import case
 from memflow_bench.environment import ROOT
+from memflow_bench.experiments import Experiment, StreamExperiment
 from memflow_bench.rows import read
-from memflow_bench.runner import Experiment
-from memflow_bench.streams import StreamExperiment
 from memflow_bench.suites import SUITES, suite
 
 TOY = case("toy")

@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 
 from memflow_bench.cases import case
-from memflow_bench.realtime import PLAIN, RealtimeExperiment, Way, run_realtime
+from memflow_bench.experiments import PLAIN, RealtimeExperiment, Way
+from memflow_bench.realtime import run_realtime
 from memflow_bench.table import group_table
 
 SMALL = {

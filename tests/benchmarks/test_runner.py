@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from memflow_bench.experiments import Experiment
 from memflow_bench.providers import PROVIDERS
 from memflow_bench.providers.base import Provider
-from memflow_bench.runner import Experiment, run_experiment
+from memflow_bench.runner import run_experiment
 from memflow_bench.table import markdown
 from memflow_kernels import memory_attention
 
