@@ -61,7 +61,10 @@ class Measured(NamedTuple):
 
 def compare(against: str, provider: str, experiments: list, device: torch.device, *, cold: bool, output: Path | None,
             header: str) -> int:  # fmt: skip
-    """Print, and write to `output`, a line per experiment and mode; header: machine, software, load. 1 where a side failed."""
+    """Print, and write to `output`, a line per experiment and mode; 1 where a side failed.
+
+    header: machine, software and load, in words.
+    """
     planned = [(e, activated) for e in experiments if isinstance(e, Experiment) for activated in e.modes]
     measured: dict[str, Measured | str] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -121,7 +124,9 @@ def measure(
             pair = [Process(side, folder / str(number)) for number, side in enumerate(sides)]
             for process in pair:
                 stack.callback(process.close)
-            seconds = [p.ask({"prepare": wish | {"provider": side.provider}}) for p, side in zip(pair, sides, strict=True)]
+            seconds = [
+                p.ask({"prepare": wish | {"provider": side.provider}}) for p, side in zip(pair, sides, strict=True)
+            ]
             calls = max(1, min(CALLS, math.ceil(SAMPLE / max(seconds))))
             for share, found in zip(slower, launches, strict=True):
                 found.append(_blocks(pair, calls, share, lots, experiment.budget / LAUNCHES))

@@ -1,10 +1,10 @@
-"""The named workloads of cases.json."""
+"""Named sizes: those of cases.json, and a user's own."""
 
 from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 FILE = Path(__file__).with_name("cases.json")
@@ -64,18 +64,75 @@ class Case:
         return self.window + min(self.top_k, self.candidates) if activated else self.frames
 
 
-@functools.cache
-def load_cases(file: Path = FILE) -> dict[str, Case]:
-    """Every case by name. A case names the one that it is like and what differs."""
-    entries = json.loads(file.read_text())
+SWEEPS = {
+    "memory": "bank",
+    "window": "window",
+    "top_k": "top_k",
+    "resolution": "grid",
+    "streams": "batch",
+}  # what grows
+TEXTS = ("name", "about", "sweep", "like")
+SIZES = tuple(field.name for field in fields(Case) if field.name not in TEXTS)
 
-    def fields(name: str) -> dict:
-        entry = dict(entries[name])
-        base = fields(entry["like"]) if "like" in entry else {}
-        inherited = {key: value for key, value in base.items() if key not in ("about", "sweep", "like")}
+
+@functools.cache
+def load_cases() -> dict[str, Case]:
+    """Every case of the package by name."""
+    return read_cases(FILE, {})
+
+
+def read_cases(file: Path, known: dict[str, Case]) -> dict[str, Case]:
+    """The cases of a JSON file by name. A case has all sizes, or names the one that it is like, in the file or of
+    `known`, and what differs.
+
+    Raises:
+        ValueError: With the file, the case and the field.
+    """
+    try:
+        entries = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as cases: {error}") from error
+    if not isinstance(entries, dict) or not entries or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError(f'{file} needs the form {{"name of a case": {{"like": "quarter", "bank": 6}}, ...}}')
+
+    def full(name: str, asking: tuple[str, ...] = ()) -> dict:
+        if name in asking:
+            raise ValueError(f"{file}: {' is like '.join((*asking, name))}, without an end")
+        if name not in entries:
+            if name in known:
+                return asdict(known[name])
+            there = ", ".join((*entries, *known))
+            raise ValueError(f"{file}: {asking[-1]} is like {name!r}, which is no case; cases: {there}")
+        entry = entries[name]
+        base = full(entry["like"], (*asking, name)) if "like" in entry else {}
+        inherited = {key: value for key, value in base.items() if key not in TEXTS}
         return {**inherited, **entry}
 
-    return {name: Case(name=name, **{**fields(name), "grid": tuple(fields(name)["grid"])}) for name in entries}
+    return {name: _checked(file, name, full(name)) for name in entries}
+
+
+def _checked(file: Path, name: str, entry: dict) -> Case:
+    where = f"{file}, case {name!r}"
+    unknown = sorted(set(entry) - set(SIZES) - set(TEXTS[1:]))
+    missing = [size for size in SIZES if size not in entry]
+    if unknown or missing:
+        wrong = f"no field {', '.join(unknown)}" if unknown else f'needs {", ".join(missing)}, or "like": another case'
+        raise ValueError(f"{where}: {wrong}; fields: {', '.join((*SIZES, *TEXTS[1:]))}")
+    for size in SIZES:
+        value = list(entry[size]) if isinstance(entry[size], tuple) else entry[size]
+        numbers = value if size == "grid" else [value]
+        least = 0 if size in ("sink", "bank") else 1
+        shaped = isinstance(numbers, list) and len(numbers) == (2 if size == "grid" else 1)
+        if not shaped or not all(type(number) is int and number >= least for number in numbers):
+            needed = "[rows, columns], whole numbers" if size == "grid" else "a whole number"
+            raise ValueError(f"{where}: {size} is {value!r}; needed: {needed} from {least} on")
+    if entry.get("sweep") and (entry["sweep"] not in SWEEPS or "like" not in entry):
+        raise ValueError(
+            f"{where}: sweep is {entry['sweep']!r}; needed: one of {', '.join(SWEEPS)}, and what it is like"
+        )
+    if entry["window"] < entry["chunk"]:
+        raise ValueError(f"{where}: window is {entry['window']}; needed: at least the chunk, {entry['chunk']}")
+    return Case(name=name, **{**entry, "grid": tuple(entry["grid"])})
 
 
 def case(name: str) -> Case:

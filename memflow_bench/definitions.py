@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-from .cases import Case, load_cases
+from .cases import Case
 
 REFERENCE = '''import torch
 
@@ -53,11 +54,11 @@ def definition(case: Case) -> dict:
     }
 
 
-def export(folder: Path) -> list[Path]:
+def export(folder: Path, cases: Iterable[Case]) -> list[Path]:
     """Write one file per case; cases that differ in batch alone share one."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for case in load_cases().values():
+    for case in cases:
         if case.sweep == "streams":
             continue
         content = definition(case)

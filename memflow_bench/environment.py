@@ -1,11 +1,11 @@
-"""Where numbers were measured, and the ceilings of that machine."""
+"""Where numbers were measured."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
-import statistics
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .timing import Flush, sample
+from .load import other_work
 
 ROOT = Path(__file__).parent.parent
 GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
@@ -23,7 +23,7 @@ def record(device: torch.device) -> dict[str, object]:
     """Facts of the machine, the software and the moment; None where something cannot be told."""
     facts: dict[str, object] = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "command": f"{program()} {shlex.join(sys.argv[1:])}".strip(),
         "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
@@ -32,7 +32,8 @@ def record(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "threads_pinned": os.environ.get("OMP_PROC_BIND"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "load_average": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "other_work": other_work(),
+        "load_average": load_average(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
@@ -42,6 +43,15 @@ def record(device: torch.device) -> dict[str, object]:
     return facts | (_gpu(device) if device.type == "cuda" else {"gpu": None})
 
 
+def load_average() -> list[float] | None:
+    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def program() -> str:
+    """How this was started."""
+    return "memflow-bench" if Path(sys.argv[0]).stem == "memflow-bench" else "python -m benchmarks"
+
+
 def commit() -> str | None:
     """Short commit; "+" where tracked files differ from it."""
     revision = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
@@ -49,28 +59,6 @@ def commit() -> str | None:
         return None
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return revision + ("+" if changed else "")
-
-
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """flops: per second of a large matrix product. bytes: per second of a large copy, read and written.
-
-    On a CPU the product is in float32: that is what its attention kernels compute in, whatever the dtype, where the
-    CPU has no half-precision units.
-    """
-    gpu = device.type == "cuda"
-    size, kind = (8192, dtype) if gpu else (2048, torch.float32)
-    a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
-    source = torch.randn((2**30 if gpu else 2**28) // 4, device=device)
-    target = torch.empty_like(source)
-    product = _median(lambda: a @ b, device, 10 if gpu else 5)
-    copy = _median(lambda: target.copy_(source), device, 10 if gpu else 5)
-    return {"flops": 2 * size**3 / product, "bytes": 2 * source.nbytes / copy}
-
-
-def _median(run, device: torch.device, samples: int) -> float:
-    flush = Flush(device)
-    run()
-    return statistics.median(sample(run, device, flush) for _ in range(samples))
 
 
 def _gpu(device: torch.device) -> dict[str, object]:

@@ -16,8 +16,7 @@ class Experiment:
     """A workload on a case, timed for all providers together, so that their samples alternate.
 
     modes: False = dense, True = activated; both are timed in the same rounds. budget: seconds of timing. least: rounds
-    at any cost. only: names of the providers that take part; empty = all. dense_only: those that take part dense alone.
-    Providers that a user asked for take part in any case.
+    at any cost. only: names of the providers that take part; empty = all. Those that a user names always take part.
     """
 
     workload: str
@@ -27,7 +26,6 @@ class Experiment:
     budget: float = 5.0
     least: int = 3
     only: tuple[str, ...] = ()
-    dense_only: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .cases import Case, load_cases
-from .rows import Row
+from .cases import Case
+from .colours import PARTS, colours_of
+from .rows import Result, Row
 from .table import label, mode
 from .timing import spread
 
@@ -17,77 +18,88 @@ AXES: dict[str, tuple[str, Callable[[Case], float]]] = {
     "resolution": ("tokens per frame", lambda case: case.tokens),
     "streams": ("streams at once", lambda case: case.batch),
 }
-PARTS = ("linear", "attention", "memory", "rest")
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888", "#222222")
 
 
-def draw(stem: Path, rows: list[Row], ceilings: dict) -> list[Path]:
-    """Every plot that the rows allow; the files written."""
+def draw(stem: Path, result: Result) -> tuple[list[Path], list[str]]:
+    """Every plot that the rows allow: the files written, and sentences on those that could not be drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
-    right = [row for row in rows if row.status == "ok"]
-    drawn = [sweep_plot(stem, sweep, right) for sweep in AXES]
-    drawn += [roofline_plot(stem, right, ceilings), split_plot(stem, right)]
-    return [path for path in drawn if path is not None]
+    colours = colours_of(row.provider for row in result.rows)
+    notes: list[str] = []
+    drawn = [sweep_plot(stem, sweep, result, colours) for sweep in AXES]
+    drawn += [roofline_plot(stem, result, colours, notes), split_plot(stem, result.rows)]
+    return [path for path in drawn if path is not None], notes
 
 
-def sweep_plot(stem: Path, sweep: str, rows: list[Row]) -> Path | None:
-    """Median time of attention along a sweep, one line per provider and mode."""
-    cases = load_cases()
-    bases = {cases[row.case].like for row in rows if row.workload == "attention" and cases[row.case].sweep == sweep}
+def sweep_plot(stem: Path, sweep: str, result: Result, colours: dict[str, str]) -> Path | None:
+    """Median time of attention along a sweep, one line per provider and mode; who has no time is named below."""
+    cases, rows = result.cases, [row for row in result.rows if row.workload == "attention"]
+    bases = {cases[row.case].like for row in rows if cases[row.case].sweep == sweep}
     axis, position = AXES[sweep]
-    lines: dict[str, dict[float, float]] = {}
+    lines: dict[tuple[str, str, str], dict[float, float]] = {}
+    absent: dict[str, set[str]] = {}
     for row in rows:
         entry = cases[row.case]
-        if row.workload == "attention" and (entry.name in bases or (entry.sweep == sweep and entry.like in bases)):
-            times = lines.setdefault(f"{label(row)}|{row.dtype}", {})
+        if not (entry.name in bases or (entry.sweep == sweep and entry.like in bases)):
+            continue
+        if row.status == "ok":
+            times = lines.setdefault((row.provider, label(row), row.dtype), {})
             times[position(entry)] = spread(row.seconds)["median"] * 1e3
-    lines = {name: times for name, times in lines.items() if len(times) > 1}
-    if not lines:
+        elif row.status != "missing":
+            absent.setdefault(f"{label(row)} {row.status}", set()).add(row.case)
+    if not any(len(times) > 1 for times in lines.values()):
         return None
     figure, plot = _figure()
-    providers = list(dict.fromkeys(name.split(" (activated)")[0].split("|")[0] for name in lines))
-    several = len({name.split("|")[1] for name in lines}) > 1
-    for name, times in lines.items():
-        title, dtype = name.split("|")
-        colour = COLOURS[providers.index(title.split(" (activated)")[0]) % len(COLOURS)]
-        style = "-o" if "(activated)" in title else "--s"
+    several = len({dtype for _, _, dtype in lines}) > 1
+    for (provider, title, dtype), times in lines.items():
+        style = "-o" if title.endswith("(activated)") else "--s"
         shown = f"{title}, {dtype}" if several else title
-        plot.plot(*zip(*sorted(times.items()), strict=True), style, color=colour, label=shown, markersize=5)
+        plot.plot(*zip(*sorted(times.items()), strict=True), style, color=colours[provider], label=shown, markersize=5)
     plot.set_xlabel(axis)
     plot.set_ylabel("attention, ms (median)")
     plot.set_ylim(bottom=0)
     plot.set_title(f"Attention against {axis} ({', '.join(sorted(bases))})")
-    plot.legend(fontsize=8, frameon=False)
+    plot.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    if absent:
+        said = "; ".join(f"{who} at {', '.join(sorted(where))}" for who, where in absent.items())
+        figure.text(0.0, -0.06, f"no time: {said}", fontsize=8, color="#a00000", wrap=True)
     return _save(figure, stem, f"sweep-{sweep}")
 
 
-def roofline_plot(stem: Path, rows: list[Row], ceilings: dict) -> Path | None:
-    """Achieved rate against operations per byte, under the ceilings that were measured; one dtype, the first."""
+def roofline_plot(stem: Path, result: Result, colours: dict[str, str], notes: list[str]) -> Path | None:
+    """Achieved rate against operations per byte, under the ceilings that were measured; one dtype, the first.
+
+    Where a point lies above its ceiling, that was none: nothing is drawn, and `notes` says so.
+    """
     import numpy as np
 
-    points = [row for row in rows if row.workload == "attention" and row.flops and row.nbytes]
+    points = [r for r in result.rows if r.status == "ok" and r.workload == "attention" and r.flops and r.nbytes]
     dtype = next((row.dtype for row in points), None)
-    limit = ceilings.get(dtype)
+    limit = result.ceilings.get(dtype)
     if limit is None:
         return None
     points = [row for row in points if row.dtype == dtype]
+    places = [(row.flops / row.nbytes, row.flops / _best(row)) for row in points]
+    shares = [rate / min(limit["flops"], intensity * limit["bytes"]) for intensity, rate in places]
+    if max(shares) > 1:
+        highest = points[shares.index(max(shares))]
+        notes.append(
+            f"No roofline is drawn: {label(highest)} on {highest.case} reached {max(shares):.0%} of what was measured "
+            "as the ceiling, so that this was none."
+        )
+        return None
     figure, plot = _figure()
     unit, name_of_unit = (1e12, "TFLOP/s") if limit["flops"] > 1e12 else (1e9, "GFLOP/s")
-    intensity = np.logspace(0, 5, 200)
-    roof = np.minimum(limit["flops"], intensity * limit["bytes"]) / unit
-    plot.plot(intensity, roof, color="black", linewidth=1.5, label="ceilings measured in this run")
-    providers = list(dict.fromkeys(row.provider for row in points))
-    seen = set()
-    for row in points:
-        best = spread(row.graph_seconds or row.seconds)["median"]
-        marker = "o" if row.activated else "s"
+    xs = np.logspace(0, 5, 200)
+    plot.plot(xs, np.minimum(limit["flops"], xs * limit["bytes"]) / unit, color="black", linewidth=1.5,
+              label="best product and copy of this run")  # fmt: skip
+    seen: set[str] = set()
+    for row, (intensity, rate) in zip(points, places, strict=True):
         name = None if label(row) in seen else label(row)
         seen.add(label(row))
-        colour = COLOURS[providers.index(row.provider) % len(COLOURS)]
-        place = row.flops / row.nbytes, row.flops / best / unit
-        plot.scatter(*place, marker=marker, s=28, color=colour, label=name, alpha=0.85)
+        marker = "o" if row.activated else "s"
+        plot.scatter(intensity, rate / unit, marker=marker, s=28, color=colours[row.provider], label=name, alpha=0.85)
     plot.set_xscale("log")
     plot.set_yscale("log")
     plot.set_xlabel("useful operations per byte")
@@ -97,17 +109,21 @@ def roofline_plot(stem: Path, rows: list[Row], ceilings: dict) -> Path | None:
     return _save(figure, stem, "roofline")
 
 
+def _best(row: Row) -> float:
+    return spread(row.graph_seconds or row.seconds)["median"]
+
+
 def split_plot(stem: Path, rows: list[Row]) -> Path | None:
     """Where the time of a chunk goes, one bar per stream."""
-    bars = [row for row in rows if row.parts]
+    bars = [row for row in rows if row.status == "ok" and row.parts]
     if not bars:
         return None
     figure, plot = _figure(height=1.2 + 0.5 * len(bars))
     names = [f"{row.provider}, {mode(row)}" for row in bars]
     left = [0.0] * len(bars)
-    for part, colour in zip(PARTS, COLOURS, strict=False):
+    for part, colour in PARTS.items():
         widths = [row.parts.get(part, 0.0) * 1e3 for row in bars]
-        plot.barh(names, widths, left=left, color=colour, label=part)
+        plot.barh(names, widths, left=left, color=colour, edgecolor="#666666", linewidth=0.5, label=part)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     plot.invert_yaxis()
     plot.set_xlabel("ms per chunk")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+from .cases import Case, load_cases
 
 FORMAT = "memflow-benchmarks-1"
 OLD_NAME, NAME = "reference path", "published path"  # of a provider: files written before say the old one
@@ -45,15 +48,29 @@ class Row:
         return self.status in ("ok", "floor")
 
 
-def write(path: Path, environment: dict, ceilings: dict, rows: list[Row]) -> None:
-    """ceilings: dtype -> {"flops", "bytes"} per second."""
-    data = {"format": FORMAT, "environment": environment, "ceilings": ceilings, "rows": [asdict(row) for row in rows]}
+class Result(NamedTuple):
+    """A result file. ceilings: dtype -> {"flops", "bytes"} per second. cases: those of the rows, by name."""
+
+    facts: dict
+    ceilings: dict
+    rows: list[Row]
+    cases: dict[str, Case]
+
+
+def write(path: Path, result: Result) -> None:
+    data = {
+        "format": FORMAT,
+        "environment": result.facts,
+        "ceilings": result.ceilings,
+        "cases": {name: asdict(case) for name, case in result.cases.items()},
+        "rows": [asdict(row) for row in result.rows],
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def read(path: Path) -> tuple[dict, dict, list[Row]]:
-    """environment, ceilings, rows. Raises ValueError for another kind of file."""
+def read(path: Path) -> Result:
+    """Raises ValueError for another kind of file. A file of before cases were kept has those of the package."""
     try:
         data = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -61,4 +78,6 @@ def read(path: Path) -> tuple[dict, dict, list[Row]]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"{path} is not a benchmark result of the format {FORMAT}")
     rows = [Row(**row | {"provider": row["provider"].replace(OLD_NAME, NAME)}) for row in data["rows"]]
-    return data["environment"], data["ceilings"], rows
+    kept = data.get("cases")
+    cases = {name: Case(**entry | {"grid": tuple(entry["grid"])}) for name, entry in (kept or {}).items()}
+    return Result(data["environment"], data["ceilings"], rows, cases if kept is not None else load_cases())

@@ -37,7 +37,7 @@ def run_experiment(
     timed: Timed = {}
     with torch.no_grad():
         for activated in modes:
-            there = [p for p in providers if wished or _takes_part(experiment, p, activated)]
+            there = [p for p in providers if wished or not experiment.only or p.name in experiment.only]
             there = [provider for provider in there if hasattr(provider, experiment.workload)]
             try:
                 workload = kind(experiment.case, activated, dtype, device)
@@ -56,11 +56,6 @@ def run_experiment(
         if graphs and device.type == "cuda":
             _time_graphs(rows, timed, experiment, device, cold)
     return rows
-
-
-def _takes_part(experiment: Experiment, provider: Provider, activated: bool) -> bool:
-    invited = not experiment.only or provider.name in experiment.only
-    return invited and not (activated and provider.name in experiment.dense_only)
 
 
 def _row(experiment: Experiment, activated: bool, provider: Provider, device: torch.device, *status: str) -> Row:

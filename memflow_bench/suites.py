@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .cases import case, load_cases
+from .cases import Case, case, load_cases
 from .experiments import PLAIN, AnyExperiment, Experiment, RealtimeExperiment, StreamExperiment
 
 SUITES = ("quick", "kernels", "stream", "realtime", "training")
@@ -23,6 +23,22 @@ def suite(name: str, device: str, backends: tuple[str, ...]) -> list[AnyExperime
     return makers[name](device == "cuda", backends)
 
 
+OPS = ("attention", "means", "write", "update", "layer")  # what a case of one's own is measured with
+
+
+def own(cases: dict[str, Case], workloads: list[str] | None, dtypes: list[str] | None, device: str) -> list[Experiment]:
+    """Every workload on a user's cases, and on the cases of the package that theirs are swept from."""
+    known = load_cases()
+    bases = {c.like: known[c.like] for c in cases.values() if c.sweep and c.like not in cases}
+    half = ["bfloat16"] if device == "cuda" else ["float32"]
+    return [
+        Experiment(workload, entry, dtype, budget=10)
+        for entry in (*bases.values(), *cases.values())
+        for workload in workloads or OPS
+        for dtype in dtypes or half
+    ]
+
+
 def of(sweep: str, like: str) -> list[str]:
     return [name for name, entry in load_cases().items() if entry.sweep == sweep and entry.like == like]
 
@@ -30,10 +46,7 @@ def of(sweep: str, like: str) -> list[str]:
 def quick(gpu: bool, backends: tuple[str, ...]) -> list[Experiment | StreamExperiment]:
     full, small, toy = case("wan-1.3b-480p"), case("quarter"), case("toy")
     ours = tuple(f"ours ({backend})" for backend in backends)
-    layers = [
-        Experiment("layer", full, dtype, budget=30, least=2, dense_only=(PUBLISHED,))
-        for dtype in ("float32", "bfloat16")
-    ]
+    layers = [Experiment("layer", full, "float32", budget=30, least=2)]  # bfloat16: suite stream
     ops = [
         Experiment("update", full, "float32", budget=6),
         *(Experiment(op, full, dtype, budget=2) for op in ("write", "means") for dtype in ("float32", "bfloat16")),

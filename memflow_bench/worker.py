@@ -47,7 +47,15 @@ class Side:
     """A provider on a workload, checked and compiled."""
 
     def __init__(
-        self, workload: str, case: dict, dtype: str, activated: bool, device: str, provider: str, threads: int, cold: bool
+        self,
+        workload: str,
+        case: dict,
+        dtype: str,
+        activated: bool,
+        device: str,
+        provider: str,
+        threads: int,
+        cold: bool,
     ):
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)

@@ -2,8 +2,9 @@
 
 from memflow_kernels.backends import BACKENDS
 
-from .base import Provider
+from .base import Provider, needs_gpu, needs_half, not_installed
 from .flex import Flex, FlexFlash
+from .gather import keys_and_values
 from .ours import Ours
 from .peers import FLASH_ATTENTION, SDPA, FlashAttention, FlashInfer, Sdpa
 from .published import PublishedPath
@@ -21,4 +22,4 @@ PROVIDERS: dict[str, Provider] = {
     )
 }
 
-__all__ = ["PROVIDERS", "Provider"]
+__all__ = ["PROVIDERS", "Provider", "keys_and_values", "needs_gpu", "needs_half", "not_installed"]

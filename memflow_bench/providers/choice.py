@@ -29,7 +29,9 @@ def chosen_providers(wished: list[str] | None) -> list[Provider]:
         if is_own(wish):
             provider = own_provider(wish)
             if provider.name in PROVIDERS or provider.name in found:
-                raise ValueError(f"--providers {wish}: there is a provider {provider.name!r} already; take another name")
+                raise ValueError(
+                    f"--providers {wish}: there is a provider {provider.name!r} already; take another name"
+                )
             found[provider.name] = provider
             continue
         named = {n: p for n, p in PROVIDERS.items() if wish == ALL or wish.lower() in n.lower()}
