@@ -26,9 +26,9 @@ from .timing import spread
 from .verdict import Comparison, compare_blocks
 
 LAUNCHES = 2
-LEAST, MOST = 8, 200  # blocks of a launch
+LEAST, MOST = 10, 200  # blocks of a launch
 PRECISION = 0.01  # half width of an interval that is narrow enough
-SAMPLE = 0.02  # seconds: short calls are timed several at a time
+SAMPLE = 0.04  # seconds, with changing inputs and emptying caches: short calls are timed several at a time
 CALLS = 16  # at most
 
 
@@ -145,7 +145,7 @@ def _blocks(pair: list[Process], calls: int, slower: float, lots: random.Random,
         blocks.append(Block(*map(tuple, taken)))
         if len(blocks) == MOST:
             break
-        if len(blocks) >= LEAST and len(blocks) % 4 == 0:
+        if len(blocks) >= LEAST and len(blocks) % 5 == 0:
             found = compare_blocks([[block.log_ratio for block in blocks]])
             if found.half_width < PRECISION:
                 break

@@ -21,7 +21,7 @@ KNOWN = {
     "flash-attn 4": "#4c2080",
     "FlashInfer": "#8a8a8a",
 }
-OWN = ("#111111", "#e5399e", "#12b5b0", "#7a4b2a", "#c9a100", "#ff6f3c")  # of providers that users bring
+OWN = ("#111111", "#12b5b0", "#7a4b2a", "#c9a100", "#5a6b7a")  # of providers that users bring
 PARTS = {"linear": "#d9d9d9", "attention": "#8fb3a7", "memory": "#f2c14e", "rest": "#f4f1ea"}
 
 

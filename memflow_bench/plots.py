@@ -38,7 +38,7 @@ def sweep_plot(stem: Path, sweep: str, result: Result, colours: dict[str, str]) 
     bases = {cases[row.case].like for row in rows if cases[row.case].sweep == sweep}
     axis, position = AXES[sweep]
     lines: dict[tuple[str, str, str], dict[float, float]] = {}
-    absent: dict[str, set[str]] = {}
+    absent: dict[str, list[str]] = {}
     for row in rows:
         entry = cases[row.case]
         if not (entry.name in bases or (entry.sweep == sweep and entry.like in bases)):
@@ -47,7 +47,7 @@ def sweep_plot(stem: Path, sweep: str, result: Result, colours: dict[str, str]) 
             times = lines.setdefault((row.provider, label(row), row.dtype), {})
             times[position(entry)] = spread(row.seconds)["median"] * 1e3
         elif row.status != "missing":
-            absent.setdefault(f"{label(row)} {row.status}", set()).add(row.case)
+            absent.setdefault(f"{label(row)} {row.status}", []).append(row.case)
     if not any(len(times) > 1 for times in lines.values()):
         return None
     figure, plot = _figure()
@@ -62,7 +62,7 @@ def sweep_plot(stem: Path, sweep: str, result: Result, colours: dict[str, str]) 
     plot.set_title(f"Attention against {axis} ({', '.join(sorted(bases))})")
     plot.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if absent:
-        said = "; ".join(f"{who} at {', '.join(sorted(where))}" for who, where in absent.items())
+        said = "; ".join(f"{who} at {', '.join(where)}" for who, where in absent.items())
         figure.text(0.0, -0.06, f"no time: {said}", fontsize=8, color="#a00000", wrap=True)
     return _save(figure, stem, f"sweep-{sweep}")
 
@@ -91,7 +91,8 @@ def roofline_plot(stem: Path, result: Result, colours: dict[str, str], notes: li
         return None
     figure, plot = _figure()
     unit, name_of_unit = (1e12, "TFLOP/s") if limit["flops"] > 1e12 else (1e9, "GFLOP/s")
-    xs = np.logspace(0, 5, 200)
+    middle = [intensity for intensity, _ in places]
+    xs = np.geomspace(min(middle) / 100, max(middle) * 10, 200)
     plot.plot(xs, np.minimum(limit["flops"], xs * limit["bytes"]) / unit, color="black", linewidth=1.5,
               label="best product and copy of this run")  # fmt: skip
     seen: set[str] = set()

@@ -8,6 +8,7 @@ disturbs one block often disturbs the next.
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,8 @@ def compare_blocks(launches: list[list[float]]) -> Comparison | None:
     Args:
         launches: Per start of the two sides, log(time of the other / time of this) of each block, in order.
 
-    Launches are drawn first, then blocks of each, so that the interval covers what differs from start to start. A
+    Launches are drawn first, then blocks of each, so that the interval covers what differs from start to start. Drawing
+    from few blocks shows too little of their spread: the interval is stretched as Student's t is for so few. A
     difference is reported where the whole interval lies beyond 1 +- MARGIN.
     """
     if sum(map(len, launches)) < FEWEST or not all(launches):
@@ -52,16 +54,24 @@ def compare_blocks(launches: list[list[float]]) -> Comparison | None:
     launch = generator.integers(len(launches), size=(len(launches), RESAMPLED))
     drawn = medians[launch, generator.permuted(np.tile(np.arange(RESAMPLED), (len(launches), 1)), axis=1)].mean(0)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(drawn, (tail, 1 - tail))
+    centre = np.mean([np.median(blocks) for blocks in launches])
+    stretch = _stretch(min(map(len, launches)))
+    low, high = (centre + stretch * (edge - centre) for edge in np.quantile(drawn, (tail, 1 - tail)))
     edge = math.log1p(MARGIN)
     verdict = "faster" if low > edge else "slower" if high < -edge else "no difference"
-    centre = np.mean([np.median(blocks) for blocks in launches])
     return Comparison(math.exp(centre), math.exp(low), math.exp(high), verdict)
 
 
 def compare_rounds(ours: list[float], theirs: list[float]) -> Comparison | None:
     """Of two rows of one table: a round is a block."""
     return compare_blocks([[math.log(b / a) for a, b in zip(ours, theirs, strict=True)]])
+
+
+def _stretch(count: int) -> float:
+    """How much wider Student's t makes an interval of `count` numbers than the normal distribution (Cornish-Fisher)."""
+    z, freedom = NormalDist().inv_cdf((1 + CONFIDENCE) / 2), count - 1
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return t / z * math.sqrt(count / freedom)
 
 
 def _resampled_medians(blocks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
