@@ -48,8 +48,9 @@ def load_average() -> list[float] | None:
 
 
 def program() -> str:
-    """How this was started."""
-    return "memflow-bench" if Path(sys.argv[0]).stem == "memflow-bench" else "python -m benchmarks"
+    """How this was started: the command, or python -m and the package."""
+    started = Path(sys.argv[0])
+    return f"python -m {started.parent.name}" if started.name == "__main__.py" else started.name
 
 
 def commit() -> str | None:

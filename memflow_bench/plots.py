@@ -48,11 +48,13 @@ def sweep_plot(stem: Path, sweep: str, result: Result, colours: dict[str, str]) 
             times[position(entry)] = spread(row.seconds)["median"] * 1e3
         elif row.status != "missing":
             absent.setdefault(f"{label(row)} {row.status}", []).append(row.case)
-    if not any(len(times) > 1 for times in lines.values()):
+    swept = {line: times for line, times in lines.items() if len(times) > 1}
+    once = sorted({provider for provider, *_ in lines} - {provider for provider, *_ in swept})
+    if not swept:
         return None
     figure, plot = _figure()
-    several = len({dtype for _, _, dtype in lines}) > 1
-    for (provider, title, dtype), times in lines.items():
+    several = len({dtype for _, _, dtype in swept}) > 1
+    for (provider, title, dtype), times in swept.items():
         style = "-o" if title.endswith("(activated)") else "--s"
         shown = f"{title}, {dtype}" if several else title
         plot.plot(*zip(*sorted(times.items()), strict=True), style, color=colours[provider], label=shown, markersize=5)
@@ -61,9 +63,11 @@ def sweep_plot(stem: Path, sweep: str, result: Result, colours: dict[str, str]) 
     plot.set_ylim(bottom=0)
     plot.set_title(f"Attention against {axis} ({', '.join(sorted(bases))})")
     plot.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    if absent:
-        said = "; ".join(f"{who} at {', '.join(where)}" for who, where in absent.items())
-        figure.text(0.0, -0.06, f"no time: {said}", fontsize=8, color="#a00000", wrap=True)
+    notes = [f"no time: {who} at {', '.join(where)}" for who, where in absent.items()]
+    if once:
+        notes.append(f"measured at one point only, not drawn: {', '.join(once)}")
+    if notes:
+        figure.text(0.0, -0.02, "\n".join(notes), fontsize=8, color="#a00000" if absent else "#666666", va="top")
     return _save(figure, stem, f"sweep-{sweep}")
 
 
@@ -139,6 +143,7 @@ def _figure(height: float = 4.2):
     figure, plot = pyplot.subplots(figsize=(8, height))
     plot.spines[["top", "right"]].set_visible(False)
     plot.grid(axis="y", alpha=0.25)
+    plot.set_axisbelow(True)
     return figure, plot
 
 
