@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.providers.flex import Flex, FlexFlash
-from benchmarks.providers.peers import FLASH_ATTENTION, FlashAttention, FlashInfer, Sdpa, flashinfer_norm_rope
+from memflow_bench.providers.flex import Flex, FlexFlash
+from memflow_bench.providers.peers import FLASH_ATTENTION, FlashAttention, FlashInfer, Sdpa, flashinfer_norm_rope
 from memflow_kernels import (
     Pool,
     cover_frames,

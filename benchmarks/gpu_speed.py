@@ -23,7 +23,7 @@ from benchmarks.gpu_calls import (
     update_calls,
     write_calls,
 )
-from benchmarks.timing import captured, in_turns, spread
+from memflow_bench.timing import captured, in_turns, spread
 from memflow_kernels.testing import relative_error
 
 GROUPS_OF_CALLS = (attention_calls, write_calls, update_calls)

@@ -6,7 +6,7 @@ writes the numbers and, beside them, a table (.md). One thread. Every round time
 is the median over the rounds, the least one stands beside it. --before: an earlier result, shown next to the new one.
 """
 
-from .pinning import pin_threads
+from memflow_bench.pinning import pin_threads
 
 pin_threads()
 
@@ -23,9 +23,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import memflow_kernels as mk  # noqa: E402
+from memflow_bench import environment  # noqa: E402
 from memflow_kernels.testing import states  # noqa: E402
-
-from . import environment  # noqa: E402
 
 ROUNDS, CALLS = 25, 40
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "grad": nullcontext}
