@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
-from memflow.models.wan.encoder_files import encoder_digest, prompt_folder
 from memflow.memory.policies import POLICIES
+from memflow.models.wan.encoder_files import encoder_digest, prompt_folder
 from memflow.models.wan.published import find_preset
 from memflow.models.wan.text import PromptCache
 from memflow_kernels.backends import available_backends, refused, use_backend
