@@ -13,9 +13,12 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Backend(NamedTuple):
@@ -125,11 +128,11 @@ class use_backend:
         global _forced
         _forced = self._before
 
-    def __call__(self, function: Callable) -> Callable:
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         self.__exit__()  # decorating chooses nothing yet
 
         @functools.wraps(function)
-        def run(*arguments: object, **options: object):
+        def run(*arguments: P.args, **options: P.kwargs) -> R:
             with use_backend(self.name):
                 return function(*arguments, **options)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,7 +15,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from memflow.decoders import current_class, stream_decoder
+from memflow.decoders import StreamDecoder, current_class, stream_decoder
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.memory.config import MemoryConfig
 from memflow.models.base import weights_digest
@@ -111,7 +112,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return cls.from_pretrained(Path(__file__).parents[1] / "assets" / "storybook", dtype=dtype)
 
     @classmethod
-    def load_config(cls, *arguments, **options):
+    def load_config(cls, *arguments: Any, **options: Any) -> Any:
         """As diffusers' own; classes that a folder names by an older module are found where they are now."""
         found = super().load_config(*arguments, **options)
         config = found[0] if isinstance(found, tuple) else found
@@ -120,7 +121,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return found
 
     @classmethod
-    def from_pretrained(cls, *arguments, **options):
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> MemFlowPipeline:
         """As diffusers' own, whatever torch is set to; torch's global random state is left as it was."""
         with own_modes(), torch.random.fork_rng(devices=[]):
             return super().from_pretrained(*arguments, **options)
@@ -158,7 +159,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Video frames in a chunk (a causal VAE gives fewer for the first)."""
         return self.memory_config.frames_per_chunk * stream_decoder(self.vae).temporal_factor
 
-    def compile(self, *, graphs: bool = False, **options) -> None:
+    def compile(self, *, graphs: bool = False, **options: Any) -> None:
         """Compile the blocks of the transformer, all of them with the same graphs: one for a first chunk, one for all
         that follow and one for prompt switches, whatever memory holds. For streams that are made from now on.
 
@@ -230,7 +231,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         driver.open(len(seeds), height // self.spatial_factor, width // self.spatial_factor)
         return driver
 
-    def decoder(self):
+    def decoder(self) -> StreamDecoder:
         """A decoder at the start of a video: latents to frames, chunk by chunk."""
         return stream_decoder(self.vae)
 
@@ -244,11 +245,11 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             "dtype": str(self.transformer.dtype),
         }
 
-    def resume(self, path) -> Stream:
+    def resume(self, path: str | Path) -> Stream:
         """The stream that `Stream.save` wrote to `path`; its next chunks are those of the uninterrupted one."""
         return load_stream(self, path, Stream)
 
-    def __call__(self, prompts, **settings) -> MemFlowOutput:
+    def __call__(self, prompts: Sequence[str] | Sequence[Sequence[str]], **settings: Any) -> MemFlowOutput:
         """The whole video at once. Arguments as in `stream`."""
         chunks = list(self.progress_bar(self.stream(prompts, **settings)))
         return MemFlowOutput(

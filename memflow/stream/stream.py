@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -139,7 +140,7 @@ class Stream(Iterator[Chunk]):
         """What the memory holds for the chunk just made. Waits for the device."""
         return self.driver.snapshot()
 
-    def save(self, path, extra: dict[str, str] | None = None) -> None:
+    def save(self, path: str | Path, extra: dict[str, str] | None = None) -> None:
         """Write the state to one safetensors file, from which `MemFlowPipeline.resume` goes on with identical results.
 
         Args:
