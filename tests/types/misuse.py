@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from memflow import (
-    MemFlowPipelines,  # error  # noqa: F401
-    MemoryConfig,
-)
+import memflow
+from memflow import MemoryConfig
 from memflow_kernels import memory_attention
 
 query = torch.randn(1, 4, 2, 16)
+pipe = memflow.MemFlowPipelines  # error
 MemoryConfig(topk=3)  # error
 MemoryConfig(window_frames="9")  # error
 out, lse = memory_attention(query, query, query)  # error
