@@ -47,7 +47,7 @@ def _gpu_missing() -> str | None:
 
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (it exists for Linux: pip install triton)"
+        return "the package triton is not installed: a torch for GPUs brings its own (or, on Linux, pip install triton)"
     reason = None if interpreting() else _gpu_missing()
     return (
         f"{NO_GPU} (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)" if reason == NO_GPU else reason
