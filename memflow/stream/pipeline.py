@@ -49,13 +49,28 @@ class MemFlowOutput(BaseOutput):
 class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """Text to video, streamed, with a memory of the past frames that the coming prompt calls for.
 
-    tokenizer, text_encoder: a T5 family encoder. transformer: WanTransformer3DModel, distilled for few-step causal
-    generation. vae: AutoencoderKLWan or an `IndependentCodec`. scheduler: a diffusers flow-matching
-    scheduler, the source of the noise levels. denoising_steps: its unshifted timesteps that are used. fps: video frames
-    per second. text_length: tokens that a prompt is padded to. height, width: default size of the video in pixels.
-    memory: fields of the `MemoryConfig` that this model was trained for; the defaults of that class where not given.
+    Args:
+        tokenizer: that of text_encoder.
+        text_encoder: of the T5 family.
+        transformer: WanTransformer3DModel, distilled for few-step causal generation.
+        vae: AutoencoderKLWan or an `IndependentCodec`.
+        scheduler: a diffusers flow-matching scheduler, the source of the noise levels.
+        denoising_steps: its unshifted timesteps that are used.
+        fps: video frames per second.
+        text_length: tokens that a prompt is padded to.
+        height: of the video in pixels, by default.
+        width: likewise.
+        memory: fields of the `MemoryConfig` that this model was trained for; its defaults where not given.
 
-    prompts: None, or a `PromptCache` that is asked for embeddings in the encoder's place.
+    Attributes:
+        prompts: None, or a `PromptCache` that is asked for embeddings in the encoder's place.
+
+    Example:
+        >>> from memflow import MemFlowPipeline
+        >>> pipe = MemFlowPipeline.from_preset("storybook")
+        >>> chunk = next(pipe.stream(["bo, a red ball, jumps on the beach."], seconds_per_prompt=1.5))
+        >>> chunk.frames.shape  # batch, frames, height, width, colours
+        torch.Size([1, 3, 512, 512, 3])
     """
 
     prompts: PromptCache | None = None
@@ -163,8 +178,10 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Compile the blocks of the transformer, all of them with the same graphs: one for a first chunk, one for all
         that follow and one for prompt switches, whatever memory holds. For streams that are made from now on.
 
-        graphs: also replay passes, denoising and clean, as CUDA graphs, once the memory is full; needs a GPU, and
-        weights that stay where they are. options: of torch.compile, `mode="max-autotune-no-cudagraphs"` for example.
+        Args:
+            graphs: also replay passes, denoising and clean, as CUDA graphs, once the memory is full; needs a GPU, and
+                weights that stay where they are.
+            options: of torch.compile, `mode="max-autotune-no-cudagraphs"` for example.
         """
         if graphs:
             require_gpu(self.transformer)
@@ -194,11 +211,16 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> Stream:
         """A generator of chunks that tells the story of `prompts`.
 
-        prompts: one text per prompt; for a batch of stories one list of texts (one per story) per prompt.
-        seconds_per_prompt: length of every prompt's part of the video.
-        height, width: of the video in pixels; the model's own where not given.
-        seed: of the first story; the next ones in a batch count on from it. Or one seed per story.
-        memory: the model's own where not given.
+        Args:
+            prompts: one text per prompt; for a batch of stories one list of texts (one per story) per prompt.
+            seconds_per_prompt: length of every prompt's part of the video.
+            height: of the video in pixels; the model's own where not given.
+            width: likewise.
+            seed: of the first story; the next ones in a batch count on from it. Or one seed per story.
+            memory: what is remembered; the model's own where not given.
+
+        Raises:
+            MemFlowError: an argument that cannot be, named.
         """
         if not isinstance(prompts, (list, tuple)) or not prompts:
             raise MemFlowError(f"prompts must be a list of at least one prompt, got {prompts!r}")

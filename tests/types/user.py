@@ -12,7 +12,8 @@ from typing_extensions import assert_type
 
 from memflow import Chunk, ChunkDriver, MemFlowError, MemFlowPipeline, MemoryConfig, MemorySnapshot, Stream, __version__
 from memflow.integrations import StreamingAttention, patch, unpatch
-from memflow.memory import attend_with_memory, make_memory
+from memflow.memory import FrameMemory, make_memory
+from memflow.memory.attention import attend_with_memory
 from memflow_kernels import (
     Pool,
     available_backends,
@@ -104,5 +105,7 @@ def engine(model: nn.Module, streaming: StreamingAttention, latents: Tensor) -> 
     memory = make_memory(
         MemoryConfig(), layers=1, batch=1, heads=2, head_dim=24, grid=(2, 3), dtype=torch.float32, device="cpu"
     )
+    assert_type(memory, FrameMemory)
+    step = memory.pass_over(0, 3, None)
+    assert_type(attend_with_memory(latents, latents, latents, step, 0), Tensor)
     memory.end_chunk(0)
-    print(attend_with_memory)
