@@ -88,6 +88,7 @@ class ChunkDriver:
         if self.size is not None:
             raise MemFlowError(f"latents: a stream keeps its size; it began with {self.size} (B, h, w), not {size}")
         check_size(size)
+        batch, rows, columns = size = (int(batch), int(rows), int(columns))
         model = self.model
         try:
             grid = model.grid(rows, columns)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -143,7 +144,7 @@ class Stream(Iterator[Chunk]):
         words = [token_words(self.pipeline.tokenizer, text, length) for text in self.plan.current]
         return snapshot._replace(words=called_by(snapshot, words))
 
-    def save(self, path, extra: dict[str, str] | None = None) -> None:
+    def save(self, path: str | Path, extra: dict[str, str] | None = None) -> None:
         """Write the state to one safetensors file, from which `MemFlowPipeline.resume` goes on with identical results.
 
         Args:
