@@ -15,6 +15,7 @@ import transformers
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_WEIGHTS
 from safetensors import SafetensorError
 
+from memflow.cli.options import lasting
 from memflow.decoders import use_decoder
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
@@ -58,11 +59,6 @@ def load(request, known: dict[str, str] | None = None) -> Loaded:
     about |= {"preset": preset} if preset else {}
     about |= {"decoder": str(Path(decoder).absolute())} if decoder else {}
     return Loaded(pipeline, device, about)
-
-
-def lasting(model: str) -> str:
-    """`model` so that it is found again from another folder."""
-    return str(Path(model).resolve()) if os.path.isdir(model) else model
 
 
 def choose_device(name: str | None) -> torch.device:

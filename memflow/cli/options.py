@@ -153,16 +153,16 @@ class Request:
         _many(
             min=1,
             metavar="N",
-            help="Tell the stories of STORY with N workers, each with a model of its own. OUT is a folder; films that are "
-            "done are not made again, those begun go on. \\[default: with --ray as many as the cluster has room for]",
+            help="Tell the stories of STORY with N workers, each with a model of its own. OUT is a folder; films that "
+            "are done are not made again, those begun go on. \\[default: with --ray as many as fit the cluster]",
         ),
     ] = None
     ray: Annotated[
         str | None,
         _many(
             metavar="\\[ADDRESS]",
-            help="The workers are actors of a Ray cluster: that at ADDRESS, else that of RAY_ADDRESS, else the one that "
-            "runs here, else one is started.",
+            help="The workers are actors of a Ray cluster: at ADDRESS, else at RAY_ADDRESS, else the one that runs "
+            "here, else one is started.",
         ),
     ] = None
 
@@ -186,6 +186,11 @@ class Request:
         if isinstance(about.default, str):
             return about.default
         return "STORY" if name == "story" else "--" + name.replace("_", "-")
+
+
+def lasting(model: str) -> str:
+    """The name of a model, so that it is found again from another folder."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def _reads(options: type):

@@ -82,8 +82,10 @@ class Actors:
             index = pending[source]
             try:
                 yield from ((index, *message) for message in self._messages(workers[index], source))
+            except self._ray.exceptions.RayTaskError as error:  # outside our own code: memflow is not there, for one
+                yield index, "broken", f"a worker cannot be reached: {str(error).strip().splitlines()[-1]}"
             except self._ray.exceptions.RayError as error:
-                yield index, "lost", str(error).splitlines()[0]
+                yield index, "lost", str(error).splitlines()[0].rstrip(".")
 
     def _messages(self, worker: _Handle, source: Any) -> Iterator[tuple[str, Any]]:
         """All that a worker has said by now."""

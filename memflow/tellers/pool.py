@@ -241,4 +241,6 @@ def _work(make: Callable[[int], Worker], index: int, pipe) -> None:
             return
         if task is not None:  # None: a halt that came when the story had ended
             for message in steps(worker, task, lambda: ended.is_set() or pipe.poll()):
+                if message[0] == "told" and ended.is_set():
+                    return  # by a signal to this process alone: another one goes on with the story
                 say(message)
