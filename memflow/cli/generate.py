@@ -150,11 +150,11 @@ def _make(
 ) -> None:
     """Run `stream` into its video until its end, --chunks or Ctrl-C."""
     video, fps, loop_before = film.video, stream.pipeline.fps, stream.timings["loop"]
-    report = _report(film.job, stream) if film.job.report else None
+    report = new_report(film.job.name, stream) if film.job.report else None
     with ExitStack() as stack:
         stack.enter_context(video)
         if report is not None:
-            stack.push(lambda kind, *_: _draw(report, film.job.report, kind is not None))
+            stack.push(lambda kind, *_: draw(report, film.job.report, kind is not None))
         bar = stack.enter_context(_progress(console))
         task = bar.add_task(shown(title), total=len(stream), completed=stream.position, rate="")
         interrupt.notify = lambda: bar.console.print("stopping after this chunk; once more stops at once")
@@ -187,7 +187,8 @@ def _make(
             film.save(stream, extra)
 
 
-def _report(job: Job, stream):
+def new_report(name: str, stream):
+    """A report of what `stream` remembers, to be filled."""
     from memflow.output.report import MemoryReport
 
     config = stream.config
@@ -199,11 +200,11 @@ def _report(job: Job, stream):
         f"every head attends to {attended} of sink and bank",
         f"seed {stream.seeds[0]}",
     ]
-    title = job.name.replace("-", " ").replace("_", " ")
+    title = name.replace("-", " ").replace("_", " ")
     return MemoryReport(title, fps=stream.pipeline.fps, subtitle="   ·   ".join(facts))
 
 
-def _draw(report, path: Path, failed: bool) -> None:
+def draw(report, path: Path, failed: bool) -> None:
     """Also when the run ends early, if there is anything to draw; what ended it is more important then."""
     try:
         if len(report):

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from memflow.cli.generate import _draw, _report
+from memflow.cli.generate import draw, new_report
 from memflow.cli.loading import backend, choose_memory, load
 from memflow.cli.options import Request
 from memflow.errors import MemFlowError
@@ -93,7 +93,7 @@ class FilmWorker:
     def _told(self, task: Task, video: VideoWriter, stopping: Callable[[], bool]) -> Iterator[dict]:
         stream = self._teller.stream(task.id)
         before, length, saved, cost, last = video.frames, len(stream), stream.position, 0.0, time.monotonic()
-        report = _report(task.name, stream) if self._request.report else None
+        report = new_report(task.name, stream) if self._request.report else None
 
         def step(done: bool = False) -> dict:
             made = video.frames - before
@@ -127,7 +127,7 @@ class FilmWorker:
             if not done and stream.position > saved:
                 self._save(task, video)
         if report is not None:
-            _draw(report, task.film.with_suffix(".png"), failed=False)
+            draw(report, task.film.with_suffix(".png"), failed=False)
         if done:
             video.close()
             finish(task, video)

@@ -58,27 +58,22 @@ def is_done(task: Task) -> bool:
     Raises:
         MemFlowError: what is there belongs to something else, and may not be overwritten.
     """
-    size = task.film.stat().st_size if task.film.exists() else 0
-    known = _read(task.record)
+    if not task.film.exists() or not task.film.stat().st_size:  # never made, or thrown away
+        return False
+    known, refused = _read(task.record), None
     if known is None:
-        if size and not task.overwrite:
-            raise MemFlowError(f"{task.film}: is there, and no record says what it tells; --overwrite replaces it")
-        return False
-    if known["id"] != task.id:
-        if not task.overwrite:
-            names = sorted({*known["told"], *task.told})
-            differing = [name for name in names if known["told"].get(name) != task.told.get(name)]
-            raise MemFlowError(
-                f"{task.film}: was {'made' if known['film'] else 'begun'} with other settings, it differs in "
-                f"{', '.join(differing)}; --overwrite tells it anew"
-            )
-        return False
-    if known["film"] is None or not size:  # begun, or thrown away
-        return False
-    if _is_whole(task.film, **known["film"]):
-        return True
-    if not task.overwrite:
-        raise MemFlowError(f"{task.film}: is not the film that was made of this story; --overwrite tells it anew")
+        refused = "is there, and no record says what it tells; --overwrite replaces it"
+    elif known["id"] != task.id:
+        names = sorted({*known["told"], *task.told})
+        differing = ", ".join(name for name in names if known["told"].get(name) != task.told.get(name))
+        done = "made" if known["film"] else "begun"
+        refused = f"was {done} with other settings, it differs in {differing}; --overwrite tells it anew"
+    elif known["film"] is not None:
+        if _is_whole(task.film, **known["film"]):
+            return True
+        refused = "is not the film that was made of this story; --overwrite tells it anew"
+    if refused and not task.overwrite:
+        raise MemFlowError(f"{task.film}: {refused}")
     return False
 
 

@@ -20,8 +20,8 @@ from memflow.cli.options import Request
 from memflow.cli.worker import FilmWorker
 from memflow.tellers.records import FOLDER, Task
 
+SMALL = ["--height", "128", "--width", "128", "--device", "cpu"]
 PROMPTS = ["bo, a red ball, jumps on the beach.", "mia, a white star, waits in the forest."]
-SIZE = ["--height", "32", "--width", "32", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,76 +64,66 @@ def alone(tmp_path, story: dict, **settings) -> bytes:
     path = tmp_path / "alone.mp4"
     given = [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), str(value))]
     prompts = [part for prompt in story["prompts"] for part in ("-p", prompt)]
-    assert main(["generate", *prompts, "-o", str(path), *SIZE, *given]) == 0
+    assert main(["generate", *prompts, "-o", str(path), *SMALL, *given]) == 0
     return path.read_bytes()
 
 
-def test_a_killed_worker_loses_no_story(tmp_path, capsys):
-    stories = [{"name": f"s{n}", "prompts": PROMPTS, "seed": n, "seconds_per_prompt": 3} for n in range(4)]
-    stories[3] |= {"seconds_per_prompt": 0.375}
+def test_no_story_is_lost(tmp_path, capsys):
+    """A worker is killed, then all are told to stop, then the same command is run again, and again."""
+    stories = [{"name": f"s{n}", "prompts": PROMPTS, "seed": n, "seconds_per_prompt": 3} for n in range(6)]
+    stories[5] |= {"seconds_per_prompt": 0.375}
     path, folder = write(tmp_path / "tales.jsonl", *stories, "nonsense", {"prompts": []}), tmp_path / "out"
-    options = [path, "-o", folder, "--jobs", 2, "--save-every", 2, *SIZE]
+    options = [path, "-o", folder, "--jobs", 2, "--save-every", 2, *SMALL]
     process = start(*options)
     wait_for(lambda: list(folder.glob(f"{FOLDER}/*.safetensors")), process)
     busy = [worker for worker in psutil.Process(process.pid).children() if any(
         file.path.endswith(".mp4") for file in worker.open_files())]  # fmt: skip
     busy[0].kill()
+    wait_for(lambda: len(list(folder.glob("*.mp4"))) > 2, process)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert f"{path}, line 7: broken JSON" in error and f"{path}, line 8: the story has no prompts" in error
+    lost = re.search(r"^(s\d): worker \d is gone \(killed by signal 9\), the story goes on", error, re.M)[1]
+    assert "stopping after the chunks in hand" in error
+    left = int(re.search(r"^left    (\d)$", out, re.M)[1])
+    assert f"stopped: {left} films are not done; the same command goes on with them" in error
+    states = list(folder.glob(f"{FOLDER}/*.safetensors"))
+    assert states
+
+    process = start(*options)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in error
-    assert f"{path}, line 5: broken JSON" in error and f"{path}, line 6: the story has no prompts" in error
-    lost, worker = re.search(
-        r"^(s\d): worker (\d) is gone \(killed by signal 9\), the story goes on", error, re.M
-    ).groups()
-    assert re.search(rf"^{lost}: worker \d goes on after chunk [1-9]", error, re.M)
-    assert re.search(r"^told    4, 1 of them on from a saved state$", out, re.M) and "failed  2" in out
+    assert len(re.findall(r"goes on after chunk [1-9]", error)) == len(states)
+    assert f"told    {left}, {len(states)} of them on from a saved state\nthere   {6 - left} " in out
     made = films(folder)
-    assert sorted(made) == ["s0.mp4", "s1.mp4", "s2.mp4", "s3.mp4"]
-    number = int(lost[1])
-    seconds = stories[number]["seconds_per_prompt"]
-    assert made[f"{lost}.mp4"] == alone(tmp_path, stories[number], seed=number, seconds_per_prompt=seconds)
-    assert not list(folder.glob(f"{FOLDER}/*.safetensors"))
+    assert sorted(made) == [f"s{n}.mp4" for n in range(6)] and not list(folder.glob(f"{FOLDER}/*.safetensors"))
+    for n in {int(lost[1]), 1, 5}:
+        seconds = stories[n]["seconds_per_prompt"]
+        assert made[f"s{n}.mp4"] == alone(tmp_path, stories[n], seed=n, seconds_per_prompt=seconds)
 
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    capsys.readouterr()
     assert main(["generate", *map(str, options)]) == 2
-    assert "there   4 from before" in capsys.readouterr().out
+    assert "there   6 from before" in capsys.readouterr().out
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     stories[1]["seed"] = 7
     write(path, *stories)
     assert main(["generate", *map(str, options)]) == 2
     said = capsys.readouterr()
     assert "s1.mp4: was made with other settings, it differs in seed; --overwrite tells it anew" in said.err
-    assert "there   3 from before" in said.out and films(folder) == made
-
-
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
-    stories = [{"name": f"s{n}", "prompts": PROMPTS, "seed": n} for n in range(3)]
-    path, folder = write(tmp_path / "tales.jsonl", *stories), tmp_path / "out"
-    options = [path, "-o", folder, "--jobs", 2, "--seconds-per-prompt", 6, *SIZE]
-    process = start(*options)
-    wait_for(lambda: [film for film in folder.glob("*.mp4") if film.stat().st_size > 20_000], process)
-    process.send_signal(signal.SIGTERM)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in error
-    assert "stopping after the chunks in hand" in error and "films are not done; the same command goes on" in error
-    assert list(folder.glob(f"{FOLDER}/*.safetensors"))
-    process = start(*options)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    assert re.search("goes on after chunk [1-9]", error)
-    assert not list(folder.glob(f"{FOLDER}/*.safetensors"))
-    for n in (0, 2):
-        assert films(folder)[f"s{n}.mp4"] == alone(tmp_path, stories[n], seed=n, seconds_per_prompt=6)
+    assert "there   5 from before" in said.out and films(folder) == made
 
 
 @pytest.fixture
 def worker(tmp_path):
     (tmp_path / "out" / FOLDER).mkdir(parents=True)
-    request = Request(output=tmp_path / "out", device="cpu", height=32, width=32, report=True)
+    request = Request(output=tmp_path / "out", device="cpu", height=128, width=128, report=True)
     return FilmWorker(request, 1, 0)
 
 
 def a_task(tmp_path, **changes) -> Task:
-    told = {"prompts": PROMPTS, "seed": 3, "seconds_per_prompt": 1.5} | changes
+    told = {"prompts": PROMPTS, "seed": 3, "seconds_per_prompt": 1.5, **changes}
     return Task(tmp_path / "out" / "tale.mp4", told)
 
 
@@ -169,13 +159,16 @@ def test_states_are_written_by_the_clock(worker, tmp_path, monkeypatch):
     assert not saves  # a few seconds need none
     monkeypatch.setattr("memflow.cli.worker._SECONDS", 0.0)
     monkeypatch.setattr("memflow.cli.worker._SHARE", 1e9)
-    list(worker.tell(a_task(tmp_path, seed=4), halting(99)) if (tmp_path / "out" / "tale.mp4").unlink() else [])
+    task = a_task(tmp_path, seed=4)
+    task.film.unlink()
+    list(worker.tell(task, halting(99)))
+    assert len(saves) == 7  # after every chunk but the last
 
 
 WRONG = {
     "generate -p fox -o out --jobs 2": "need a file of stories",
     "generate two.jsonl --jobs 2": "-o FOLDER for their films",
-    "generate two.jsonl -o out --jobs 2 --save-state s --resume r --chunks 2": "--chunks, --save-state, --resume: for one",
+    "generate two.jsonl -o out --jobs 2 --save-state s --resume r --chunks 2": "--chunks, --save-state, --resume: for",
     "generate two.jsonl -o out --jobs 0": "--jobs",
     "generate -o out --ray two.jsonl": "need a file of stories",
     "generate two.jsonl -o out --ray two.jsonl": "--ray two.jsonl: is a file, not the address of a cluster",
