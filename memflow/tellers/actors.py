@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -33,6 +34,7 @@ def cluster(address: str) -> Iterator[dict[str, float]]:
         import ray
     except ModuleNotFoundError:
         raise MemFlowError(f"--ray needs the package 'ray': {install_command('ray')}") from None
+    _reach(address)
     try:
         ray.init(address or None, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -43,6 +45,19 @@ def cluster(address: str) -> Iterator[dict[str, float]]:
             yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise MemFlowError where nobody answers at HOST:PORT: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if not address or address in ("auto", "local"):
+        return
+    if not host or not port.isdecimal():
+        raise MemFlowError(f"--ray {address}: HOST:PORT is needed, the address that `ray start --head` says")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise MemFlowError(f"--ray {address}: there is no such cluster: {error}") from None
 
 
 class Actors:
