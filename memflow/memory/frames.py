@@ -237,7 +237,7 @@ class FrameMemory:
     def snapshot(self, stop: int, prompt: Prompt) -> MemorySnapshot:
         """What is held when the frames before `stop` have been made. Waits for the device: for reports."""
         config = self.config
-        held = self.held.cpu()
+        held = self.held.to("cpu", copy=True)
         relevance = torch.full(held.shape, float("nan"))
         if self.bank_used:
             relevance[..., config.bank_frames - self.bank_used :] = self.relevance(prompt).float().cpu()

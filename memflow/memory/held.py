@@ -75,11 +75,12 @@ class HeldMemory(FrameMemory):
 
     def snapshot(self, stop: int, prompt: Prompt) -> MemorySnapshot:
         """What is held and shown when the frames before `stop` have been made. Waits for the device: for reports."""
-        held = self.held.cpu()
+        held = self.held.to("cpu", copy=True)
         relevance = torch.full(held.shape, float("nan"))
         if self.store.used:
             relevance[..., : self.store.used] = self.relevance(prompt).float().cpu()
-        return MemorySnapshot(held.numpy(), relevance.numpy(), self.shown.cpu().numpy(), *self._spans(stop))
+        shown = self.shown.to("cpu", copy=True)
+        return MemorySnapshot(held.numpy(), relevance.numpy(), shown.numpy(), *self._spans(stop))
 
     def state_dict(self):
         tensors, counters = super().state_dict()

@@ -94,6 +94,12 @@ class Teller:
         """Of the stories that are being told."""
         return list(self._stories)
 
+    @property
+    def waiting(self) -> int:
+        """Stories that a turn could be of."""
+        with self._lock:
+            return sum(not story.paused for story in self._stories.values())
+
     def begin(self, prompts: list[str], *, id: str | None = None, stop: int | None = None, **settings) -> str:
         """Begin a story; its first turn comes before those of the others.
 

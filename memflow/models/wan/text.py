@@ -82,21 +82,39 @@ def losses(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], max_lengt
     """
     found, words = [], {}
     for text in dict.fromkeys(map(clean_prompt, prompts)):
-        tokens = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
-        count, first_cut = len(tokens.input_ids), max_length - 1  # the last one used is the end of the text
-        if count > max_length:
-            if tokenizer.is_fast:
-                end = text[tokens.offset_mapping[first_cut][0] :].strip()
-            else:
-                end = tokenizer.decode(tokens.input_ids[first_cut:], skip_special_tokens=True).strip()
+        end, unknown = unread(tokenizer, text, max_length)
+        if end is not None:
+            count = len(tokenizer(text).input_ids)
             end = f"{end[:_SHOWN]}..." if len(end) > _SHOWN else end
             found.append(f"the prompt has {count} tokens, {max_length} are used: {end!r} is cut off")
-        words |= {word.strip(string.punctuation) or word: None for word in text.split()}
-    pieces = tokenizer(list(words), add_special_tokens=False).input_ids if words else []
-    unknown = [word for word, ids in zip(words, pieces, strict=True) if tokenizer.unk_token_id in ids]
-    if unknown:
-        found.append(f"the model does not know: {', '.join(unknown)}")
+        words |= dict.fromkeys(unknown)
+    if words:
+        found.append(f"the model does not know: {', '.join(words)}")
     return found
+
+
+def unread(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> tuple[str | None, list[str]]:
+    """What of one prompt does not reach the model.
+
+    Args:
+        tokenizer: The encoder's.
+        prompt: The text.
+        max_length: Tokens that it is cut to.
+
+    Returns:
+        The end that is cut off (None: nothing is), and the words that are not known.
+    """
+    text, end = clean_prompt(prompt), None
+    tokens = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
+    first_cut = max_length - 1  # the last one used is the end of the text
+    if len(tokens.input_ids) > max_length:
+        if tokenizer.is_fast:
+            end = text[tokens.offset_mapping[first_cut][0] :].strip()
+        else:
+            end = tokenizer.decode(tokens.input_ids[first_cut:], skip_special_tokens=True).strip()
+    words = list(dict.fromkeys(word.strip(string.punctuation) or word for word in text.split()))
+    pieces = tokenizer(words, add_special_tokens=False).input_ids if words else []
+    return end, [word for word, ids in zip(words, pieces, strict=True) if tokenizer.unk_token_id in ids]
 
 
 class PromptCache:
