@@ -15,7 +15,7 @@ from rich.text import Text
 
 from memflow.cli import Interrupt, shown
 from memflow.cli.options import Request
-from memflow.cli.story import Job, jobs
+from memflow.cli.story import Job, jobs, settings
 from memflow.errors import MemFlowError
 from memflow.output.video import VideoWriter
 
@@ -78,32 +78,19 @@ def _run(request: Request, todo: list[Job], films: list[Film], console: Console,
         import torch
 
         from memflow.cli import loading
-        from memflow.decoders import use_decoder
 
-        known = todo[0].state
-        device = loading.choose_device(request.device)
-        dtype = loading.choose_dtype(known.get("dtype", request.dtype), device)
-        model = request.model or known.get("model", "storybook")
-        preset = request.preset or known.get("preset")
+        pipe, device, about = loading.load(request, todo[0].state)
         with loading.backend(request.backend, device):
-            pipe = loading.load_pipeline(model, device, dtype, preset=preset, prompt_cache=request.prompt_cache)
-            loading.choose_threads(pipe.transformer, device)
-            decoder = request.decoder or known.get("decoder")
-            if decoder:
-                use_decoder(pipe, decoder)
             _prepare(pipe, [prompt for job in todo if job.story for prompt in job.story.prompts])
-    dtype_name = str(dtype).removeprefix("torch.")
+    model, dtype = request.model or todo[0].state.get("model", "storybook"), about["dtype"]
     with loading.backend(request.backend, device):
         for number, job in enumerate(todo, start=1):
-            extra = {"name": job.name, "model": _lasting(model), "dtype": dtype_name}
-            extra |= {"preset": preset} if preset else {}
-            if decoder:
-                extra["decoder"] = str(Path(decoder).absolute())
+            extra = {"name": job.name, **about}
             title = f"{number}/{len(todo)} {job.name}" if len(todo) > 1 else job.name
             film = None
             try:
                 stream = _stream(pipe, job, request)
-                _say(console, f"{title}: {model} on {device}, {dtype_name}", style="dim")
+                _say(console, f"{title}: {model} on {device}, {dtype}", style="dim")
                 film = _film(stream, job, request, console)
                 _make(film, stream, request, extra, title, console, interrupt)
                 del stream  # its memory makes room for that of the next one
@@ -134,10 +121,9 @@ def _stream(pipe, job: Job, request: Request):
         return stream
     return pipe.stream(
         job.story.prompts,
-        seconds_per_prompt=10.0 if request.seconds_per_prompt is None else request.seconds_per_prompt,
         height=request.height,
         width=request.width,
-        seed=request.seed or 0,
+        **settings(job.story, request),
         memory=choose_memory(
             request.memory, request.held, request.top_k, pipe.memory_config, **request.further_memory()
         ),
@@ -163,11 +149,11 @@ def _make(
 ) -> None:
     """Run `stream` into its video until its end, --chunks or Ctrl-C."""
     video, fps, loop_before = film.video, stream.pipeline.fps, stream.timings["loop"]
-    report = _report(film.job, stream) if film.job.report else None
+    report = new_report(film.job.name, stream) if film.job.report else None
     with ExitStack() as stack:
         stack.enter_context(video)
         if report is not None:
-            stack.push(lambda kind, *_: _draw(report, film.job.report, kind is not None))
+            stack.push(lambda kind, *_: draw(report, film.job.report, kind is not None))
         bar = stack.enter_context(_progress(console))
         task = bar.add_task(shown(title), total=len(stream), completed=stream.position, rate="")
         interrupt.notify = lambda: bar.console.print("stopping after this chunk; once more stops at once")
@@ -200,7 +186,8 @@ def _make(
             film.save(stream, extra)
 
 
-def _report(job: Job, stream):
+def new_report(name: str, stream):
+    """A report of what `stream` remembers, to be filled."""
     from memflow.output.report import MemoryReport
 
     config = stream.config
@@ -213,7 +200,7 @@ def _report(job: Job, stream):
         f"every head attends to {_attended(config)} of sink and bank",
         f"seed {stream.seeds[0]}",
     ]
-    title = job.name.replace("-", " ").replace("_", " ")
+    title = name.replace("-", " ").replace("_", " ")
     return MemoryReport(title, fps=stream.pipeline.fps, subtitle="   ·   ".join(facts))
 
 
@@ -225,7 +212,7 @@ def _attended(config) -> str:
     return amount + blocks
 
 
-def _draw(report, path: Path, failed: bool) -> None:
+def draw(report, path: Path, failed: bool) -> None:
     """Also when the run ends early, if there is anything to draw; what ended it is more important then."""
     try:
         if len(report):
@@ -278,8 +265,3 @@ def _show(films: list[Film]) -> None:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _lasting(model: str) -> str:
-    """`model` so that it is found again from another folder."""
-    return str(Path(model).resolve()) if os.path.isdir(model) else model
