@@ -14,21 +14,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from memflow.cli import Interrupt, shown
+from memflow.cli.live import Lines
 from memflow.cli.options import Request
-from memflow.cli.story import Job, jobs
+from memflow.cli.story import Job, jobs, settings
 from memflow.errors import MemFlowError
 from memflow.output.video import VideoWriter
 
 
 @dataclass
 class Film:
-    """A video in the making. before: frames that were in it. stop: chunks after which this run ends. saved: chunks in
-    the last state that was written. size: (height, width). loop, wall: seconds."""
+    """A video in the making. before: frames that were in it. stop: chunks after which this run ends, None: with the
+    story. length: chunks of the story. saved: chunks in the last state that was written. size: (height, width). loop,
+    wall: seconds."""
 
     job: Job
     video: VideoWriter
     before: int
-    stop: int
+    stop: int | None
     length: int
     state: Path | None
     saved: int | None = None
@@ -39,7 +41,7 @@ class Film:
 
     @property
     def interrupted(self) -> bool:
-        return self.position < self.stop
+        return self.position < min(self.length, self.stop or self.length)
 
     def kept(self) -> str:
         """What is there if nothing more comes."""
@@ -78,43 +80,27 @@ def _run(request: Request, todo: list[Job], films: list[Film], console: Console,
         import torch
 
         from memflow.cli import loading
-        from memflow.decoders import use_decoder
 
-        known = todo[0].state
-        device = loading.choose_device(request.device)
-        dtype = loading.choose_dtype(known.get("dtype", request.dtype), device)
-        model = request.model or known.get("model", "storybook")
-        preset = request.preset or known.get("preset")
+        pipe, device, about = loading.load(request, todo[0].state)
         with loading.backend(request.backend, device):
-            pipe = loading.load_pipeline(model, device, dtype, preset=preset, prompt_cache=request.prompt_cache)
-            loading.choose_threads(pipe.transformer, device)
-            decoder = request.decoder or known.get("decoder")
-            if decoder:
-                use_decoder(pipe, decoder)
             _prepare(pipe, [prompt for job in todo if job.story for prompt in job.story.prompts])
-    dtype_name = str(dtype).removeprefix("torch.")
+    model, dtype = request.model or todo[0].state.get("model", "storybook"), about["dtype"]
     with loading.backend(request.backend, device):
         for number, job in enumerate(todo, start=1):
-            extra = {"name": job.name, "model": _lasting(model), "dtype": dtype_name}
-            extra |= {"preset": preset} if preset else {}
-            if decoder:
-                extra["decoder"] = str(Path(decoder).absolute())
+            extra = {"name": job.name, **about}
             title = f"{number}/{len(todo)} {job.name}" if len(todo) > 1 else job.name
             film = None
             try:
                 stream = _stream(pipe, job, request)
-                _say(console, f"{title}: {model} on {device}, {dtype_name}", style="dim")
+                _say(console, f"{title}: {model} on {device}, {dtype}", style="dim")
                 film = _film(stream, job, request, console)
                 _make(film, stream, request, extra, title, console, interrupt)
                 del stream  # its memory makes room for that of the next one
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(film.kept() if film else "") from None
             except (MemFlowError, MemoryError, torch.OutOfMemoryError) as error:
-                short = (
-                    ""
-                    if isinstance(error, MemFlowError)
-                    else f"{device} is out of memory, --height and --width can be less: "
-                )
+                less = f"{'--held, ' if request.held else ''}--height and --width can be less"
+                short = "" if isinstance(error, MemFlowError) else f"{device} is out of memory, {less}: "
                 kept = f" ({film.kept()})" if film and film.kept() else ""
                 raise MemFlowError(f"{short}{error}{kept}") from error
             films.append(film)
@@ -137,11 +123,12 @@ def _stream(pipe, job: Job, request: Request):
         return stream
     return pipe.stream(
         job.story.prompts,
-        seconds_per_prompt=10.0 if request.seconds_per_prompt is None else request.seconds_per_prompt,
         height=request.height,
         width=request.width,
-        seed=request.seed or 0,
-        memory=choose_memory(request.memory, request.held, request.top_k, pipe.memory_config),
+        **settings(job.story, request),
+        memory=choose_memory(
+            request.memory, request.held, request.top_k, pipe.memory_config, **request.further_memory()
+        ),
     )
 
 
@@ -155,7 +142,7 @@ def _film(stream, job: Job, request: Request, console: Console) -> Film:
     else:
         frames, checksum = int(job.state["video_frames"]), int(job.state["video_checksum"])
         video = VideoWriter.resume(job.output, stream.pipeline.fps, frames, checksum)
-    stop = len(stream) if request.chunks is None else min(len(stream), stream.position + request.chunks)
+    stop = None if request.chunks is None else stream.position + request.chunks
     return Film(job, video, video.frames, stop, len(stream), request.save_state, position=stream.position)
 
 
@@ -164,11 +151,12 @@ def _make(
 ) -> None:
     """Run `stream` into its video until its end, --chunks or Ctrl-C."""
     video, fps, loop_before = film.video, stream.pipeline.fps, stream.timings["loop"]
-    report = _report(film.job, stream) if film.job.report else None
+    report = new_report(film.job.name, stream) if film.job.report else None
+    lines = Lines() if request.live else None
     with ExitStack() as stack:
         stack.enter_context(video)
         if report is not None:
-            stack.push(lambda kind, *_: _draw(report, film.job.report, kind is not None))
+            stack.push(lambda kind, *_: draw(report, film.job.report, kind is not None))
         bar = stack.enter_context(_progress(console))
         task = bar.add_task(shown(title), total=len(stream), completed=stream.position, rate="")
         interrupt.notify = lambda: bar.console.print("stopping after this chunk; once more stops at once")
@@ -178,8 +166,12 @@ def _make(
         writer, writing = stack.enter_context(ThreadPoolExecutor(1)), Future()
         stack.callback(lambda: wait([writing]))
         writing.set_result(None)
-        while stream.position < film.stop and not interrupt.requested:
-            chunk = next(stream)
+        while stream.position != film.stop and not interrupt.requested:
+            if lines is not None:
+                lines.hand_over(stream, lambda said: bar.console.print(shown(said)), lambda: interrupt.requested)
+            chunk = next(stream, None)
+            if chunk is None:
+                break
             writing.result()
             if chunk.switched:
                 line = Text(f"{_clock(video.frames / fps)}  {shown(' '.join(chunk.prompts[0].split()))}")
@@ -193,31 +185,42 @@ def _make(
                 writing.result()
                 film.save(stream, extra)
             rate = (video.frames - film.before) / (time.perf_counter() - begin)
-            bar.update(task, completed=stream.position, rate=f"{rate:.1f} frames/s")
+            bar.update(task, total=len(stream), completed=stream.position, rate=f"{rate:.1f} frames/s")
         writing.result()
+        film.length = len(stream)
         film.position, film.wall = stream.position, time.perf_counter() - begin
         film.loop = stream.timings["loop"] - loop_before
         if film.state and film.saved != stream.position:
             film.save(stream, extra)
 
 
-def _report(job: Job, stream):
+def new_report(name: str, stream):
+    """A report of what `stream` remembers, to be filled."""
     from memflow.output.report import MemoryReport
 
     config = stream.config
-    attended = "all" if config.top_k is None else str(config.top_k)
     held = "" if config.held_frames is None else f", {config.held_frames} held"
+    recall = "" if config.recall == "relevance" else f", shown by {config.recall}"
+    recall += "" if config.scene_frame == "any" else f", {config.scene_frame} of a scene"
     facts = [
-        f"memory: {'published' if config.published_mode else config.policy}{held}",
+        f"memory: {'published' if config.published_mode else config.policy}{held}{recall}",
         f"sink {config.sink_frames}, window {config.window_frames}, bank {config.bank_frames} latent frames",
-        f"every head attends to {attended} of sink and bank",
+        f"every head attends to {_attended(config)} of sink and bank",
         f"seed {stream.seeds[0]}",
     ]
-    title = job.name.replace("-", " ").replace("_", " ")
+    title = name.replace("-", " ").replace("_", " ")
     return MemoryReport(title, fps=stream.pipeline.fps, subtitle="   ·   ".join(facts))
 
 
-def _draw(report, path: Path, failed: bool) -> None:
+def _attended(config) -> str:
+    blocks = "" if config.activation_block is None else f" in blocks of {config.activation_block} tokens"
+    if config.activated is None:
+        return "all" if config.top_k is None else f"{config.top_k}{blocks and ' frames'}{blocks}"
+    amount = f"{config.activated:.0%}" if isinstance(config.activated, float) else f"{config.activated} tokens"
+    return amount + blocks
+
+
+def draw(report, path: Path, failed: bool) -> None:
     """Also when the run ends early, if there is anything to draw; what ended it is more important then."""
     try:
         if len(report):
@@ -270,8 +273,3 @@ def _show(films: list[Film]) -> None:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _lasting(model: str) -> str:
-    """`model` so that it is found again from another folder."""
-    return str(Path(model).resolve()) if os.path.isdir(model) else model

@@ -8,19 +8,59 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import transformers
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_WEIGHTS
 from safetensors import SafetensorError
 
+from memflow.cli.options import lasting
+from memflow.decoders import use_decoder
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
+from memflow.memory.policies import POLICIES
+from memflow.models.wan.encoder_files import encoder_digest, prompt_folder
 from memflow.models.wan.published import find_preset
-from memflow.models.wan.text import PromptCache, cache_folder
+from memflow.models.wan.text import PromptCache
 from memflow_kernels.backends import available_backends, refused, use_backend
 
+if TYPE_CHECKING:
+    from memflow.stream.pipeline import MemFlowPipeline
+
 TINY = 10_000_000  # parameters
+
+
+class Loaded(NamedTuple):
+    """A model that is ready to tell stories. about: what a saved state keeps of it, to load it again."""
+
+    pipeline: MemFlowPipeline
+    device: torch.device
+    about: dict[str, str]
+
+
+def load(request, known: dict[str, str] | None = None) -> Loaded:
+    """Load the model that a request asks for.
+
+    Args:
+        request: has the options model, preset, decoder, device, dtype, backend and prompt_cache; None = not given.
+        known: what a saved state says of the model that made it.
+    """
+    known = known or {}
+    device = choose_device(request.device)
+    dtype = choose_dtype(known.get("dtype", request.dtype), device)
+    model = request.model or known.get("model", "storybook")
+    preset = request.preset or known.get("preset")
+    decoder = request.decoder or known.get("decoder")
+    with backend(request.backend, device):
+        pipeline = load_pipeline(model, device, dtype, preset=preset, prompt_cache=request.prompt_cache)
+        choose_threads(pipeline.transformer, device)
+        if decoder:
+            use_decoder(pipeline, decoder)
+    about = {"model": lasting(model), "dtype": str(dtype).removeprefix("torch.")}
+    about |= {"preset": preset} if preset else {}
+    about |= {"decoder": str(Path(decoder).absolute())} if decoder else {}
+    return Loaded(pipeline, device, about)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -93,13 +133,15 @@ def load_pipeline(
             pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
         if preset is not None:
             pipeline.use_preset(preset)
+        encoder = encoder_digest(folder)
         pipeline.prompts = PromptCache(
             pipeline.tokenizer,
             lambda: _text_encoder(folder, device, dtype),
             pipeline.config.text_length,
             dtype=dtype,
-            folder=cache_folder(folder) if prompt_cache else None,
+            folder=prompt_folder(encoder) if prompt_cache else None,
             text_dim=pipeline.transformer.config.text_dim,
+            encoder=encoder,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
@@ -114,11 +156,19 @@ def _text_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
     return encoder.to(device).eval()
 
 
-def choose_memory(policy: str | None, held: int | None, top_k: int | None, trained: MemoryConfig) -> MemoryConfig:
-    """The memory that the model was trained for, with another policy, held_frames or top_k where they are given."""
-    changes = {} if top_k is None else {"top_k": top_k}
-    if held is not None:
-        changes["held_frames"] = held
+def choose_memory(
+    policy: str | None, held: int | None, top_k: int | None, trained: MemoryConfig, **others
+) -> MemoryConfig:
+    """The memory that the model was trained for, with what else is asked for; None: it is not.
+
+    policy: one of `memflow.cli.options.MEMORIES`. held: held_frames. others: further fields of `MemoryConfig`.
+    """
+    changes = {"held_frames": held, "top_k": top_k, **others}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if "top_k" in changes and "activated" not in changes:  # two words for the same
+        changes["activated"] = None
+    elif "activated" in changes and "top_k" not in changes:
+        changes["top_k"] = None
     bank = trained.bank_frames or MemoryConfig.bank_frames
     try:
         if policy == "published":
@@ -137,11 +187,17 @@ def choose_memory(policy: str | None, held: int | None, top_k: int | None, train
             )
         if policy is not None:
             ours = {"held_frames": None, "published_mode": None, "global_sink": True, "bank_frames": bank}
+            if not (held or POLICIES[policy].keeps_all) or not POLICIES[policy].by_relevance():
+                ours |= {"recall": MemoryConfig.recall, "scene_frame": MemoryConfig.scene_frame}
             changes = ours | changes | {"policy": policy}
         return replace(trained, **changes)
     except ValueError as error:
-        option = f"--memory {policy}" if held is None else f"--held {held}"
-        raise MemFlowError(f"{option}: {error}") from None
+        given = {"memory": policy, "held": held, "top_k": top_k, **others}
+        named = [name for name, value in given.items() if value is not None]
+        # Of all that was given what the sentence begins with, else what changes most.
+        blamed = next((name for name in named if str(error).startswith(name)), None)
+        blamed = blamed or ("held" if held is not None else named[0] if named else "memory")
+        raise MemFlowError(f"--{blamed.replace('_', '-')} {given[blamed]}: {error}") from None
 
 
 @contextmanager

@@ -5,10 +5,11 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
+from memflow.memory.config import RECALLS, SCENE_FRAMES
 from memflow.memory.policies import POLICIES
 from memflow.models.wan.published import MODELS, PRESETS
 
@@ -44,7 +45,7 @@ def _of(panel: str):
     return lambda *names, **settings: typer.Option(*names, rich_help_panel=panel, **settings)
 
 
-_story, _memory, _run = (_of(panel) for panel in (*_SAVED, "Running and pausing"))
+_story, _memory, _run, _many = (_of(panel) for panel in (*_SAVED, "Running and pausing", "Many stories"))
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Request:
         typer.Argument(
             metavar="STORY",
             help="A text file with one prompt per line, a .json or .yaml file with a list of prompts, or a .jsonl file "
-            'with one {"prompts": \\[...]} per line.',
+            'with one {"prompts": \\[...]} per line. "-": lines or JSON from stdin.',
         ),
         "Story",
     ] = None
@@ -82,7 +83,26 @@ class Request:
         _memory(
             min=1,
             metavar="N",
-            help="Past frames that are held; attention sees the most relevant of them. \\[default: as many as it sees]",
+            help="Past frames that are held; attention sees those that the prompt calls for. \\[default: the model's; "
+            "with another --memory as many as it sees]",
+        ),
+    ] = None
+    recall: Annotated[
+        str | None,
+        _memory(
+            metavar="RULE",
+            help="Which of them attention sees. relevance: the most relevant, each by itself. coverage: a set that "
+            "covers the words of the prompt. \\[default: the model's]",
+            autocompletion=lambda: RECALLS,
+        ),
+    ] = None
+    scene_frame: Annotated[
+        str | None,
+        _memory(
+            metavar="FRAME",
+            help="Which held frames of a scene are preferred: any, first, or latest, where looks are meant to change. "
+            "\\[default: the model's]",
+            autocompletion=lambda: SCENE_FRAMES,
         ),
     ] = None
     top_k: Annotated[
@@ -91,6 +111,28 @@ class Request:
             min=1,
             metavar="N",
             help="Remembered frames that each attention head looks at. \\[default: the model's; all of them for most]",
+        ),
+    ] = None
+    activated: Annotated[
+        float | None,
+        _memory(
+            min=0.0,
+            metavar="SHARE",
+            help="The same as a share of what is remembered and seen, 0.25 for example; above 1: a number of tokens.",
+        ),
+    ] = None
+    activation_block: Annotated[
+        int | None,
+        _memory(
+            min=1,
+            metavar="TOKENS",
+            help="A head chooses blocks of so many tokens, a row of a frame for example. \\[default: whole frames]",
+        ),
+    ] = None
+    query_block: Annotated[
+        int | None,
+        _memory(
+            min=1, metavar="TOKENS", help="Tokens of the new frames that choose together. \\[default: all of a head]"
         ),
     ] = None
     model: Annotated[
@@ -122,8 +164,21 @@ class Request:
             help="Keep the embeddings of prompts on disk: the text encoder is loaded for new prompts only.",
         ),
     ] = True
+    live: Annotated[
+        bool,
+        _run(
+            "--live",
+            help="Read further prompts from stdin meanwhile: a line is the next scene, from the next chunk on.",
+        ),
+    ] = False
     report: Annotated[bool, _run("--report", help="Also draw what was remembered: OUT with .png.")] = False
-    overwrite: Annotated[bool, _run("--overwrite", help="Replace files that memflow did not make.")] = False
+    overwrite: Annotated[
+        bool,
+        _run(
+            "--overwrite",
+            help="Replace files that memflow did not make; with --jobs, films of other stories or settings.",
+        ),
+    ] = False
     chunks: Annotated[
         int | None, _run(min=1, metavar="N", help="Stop after so many chunks; with --save-state: pause there.")
     ] = None
@@ -142,17 +197,57 @@ class Request:
         ),
     ] = None
 
+    jobs: Annotated[
+        int | None,
+        _many(
+            min=1,
+            metavar="N",
+            help="Tell the stories of STORY with N workers, each with a model of its own. OUT is a folder; films that "
+            "are done are not made again, those begun go on. \\[default: with --ray as many as fit the cluster]",
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        _many(
+            metavar="\\[ADDRESS]",
+            help="The workers are actors of a Ray cluster: at ADDRESS, else at RAY_ADDRESS, else the one that runs "
+            "here, else one is started.",
+        ),
+    ] = None
+
+    def further_memory(self) -> dict[str, object]:
+        """The options that are fields of `MemoryConfig` by the same name."""
+        named = ("recall", "scene_frame", "activated", "activation_block", "query_block")
+        found = {name: getattr(self, name) for name in named}
+        if found["activated"] is not None and found["activated"] > 1:
+            found["activated"] = round(found["activated"])
+        return found
+
     def given_again(self) -> list[str]:
         """The options that were given although a saved state knows them, as they are written on the command line."""
-        again = []
+        return [self.written(name) for name in self.saved()]
+
+    def saved(self) -> dict[str, Any]:
+        """The options that were given and that a saved state knows, by name: what decides what a film shows."""
+        known = {}
         for field in fields(self):
             _, about, *marks = get_args(field.type)
-            if getattr(self, field.name) not in (None, []) and {about.rich_help_panel, *marks} & {*_SAVED}:
-                written = "--" + field.name.replace("_", "-")
-                again.append(
-                    about.default if isinstance(about.default, str) else "STORY" if field.name == "story" else written
-                )
-        return again
+            value = getattr(self, field.name)
+            if value not in (None, []) and {about.rich_help_panel, *marks} & {*_SAVED}:
+                known[field.name] = value
+        return known
+
+    def written(self, name: str) -> str:
+        """An option as it is written on the command line."""
+        about = next(get_args(field.type)[1] for field in fields(self) if field.name == name)
+        if isinstance(about.default, str):
+            return about.default
+        return "STORY" if name == "story" else "--" + name.replace("_", "-")
+
+
+def lasting(model: str) -> str:
+    """The name of a model, so that it is found again from another folder."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def _reads(options: type):
@@ -201,7 +296,8 @@ def _memflow(
 @_reads(Request)
 def generate(request: Request) -> int:
     """Make the video of a story, written chunk by chunk while it is made."""
-    return _late("memflow.cli.generate:generate")(request)
+    many = request.jobs is not None or request.ray is not None
+    return _late("memflow.cli.many:generate_many" if many else "memflow.cli.generate:generate")(request)
 
 
 @app.command(epilog=_PRESETS)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memflow.errors import MemFlowError
@@ -177,10 +178,8 @@ class Stories:
         extra: texts that go into every state: what `memflow generate --resume` must know of the model.
     """
 
-    def __init__(self, pipeline: MemFlowPipeline, settings: Settings, extra: dict[str, str] | None = None):
-        self.pipeline, self.settings = pipeline, settings
-        self.extra = {"model": settings.model, "dtype": str(pipeline.transformer.dtype).removeprefix("torch.")}
-        self.extra |= extra or {}
+    def __init__(self, pipeline: MemFlowPipeline, settings: Settings, extra: dict[str, str]):
+        self.pipeline, self.settings, self.extra = pipeline, settings, extra
         settings.folder.mkdir(parents=True, exist_ok=True)
         self.teller = Teller(pipeline, settings.folder, snapshots=True)
         self.tellings: dict[str, Telling] = {}
@@ -255,6 +254,14 @@ class Stories:
         known |= {name: about[name] for name in ("fps", "width", "height")}
         known |= {"scenes": scenes_of(entries), "film": f"/v1/stories/{id}.mp4"}
         return known | {"kept_until": None if state == "telling" else self.kept_until()}, entries
+
+    def film(self, id: str) -> Path | None:
+        """The film of a story; None if it is not here."""
+        try:
+            path = self.teller.path(id).with_suffix(".mp4")
+        except MemFlowError:
+            return None
+        return path if path.exists() else None
 
     def kept_until(self) -> int:
         """Until when a story is kept that is saved now, in seconds since 1970."""
