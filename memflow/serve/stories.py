@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memflow.errors import MemFlowError
+from memflow.memory.config import MemoryConfig
+from memflow.memory.policies import POLICIES
 from memflow.serve.film import Film, Part, files_of, read_journal, remove, scenes_of
 from memflow.serve.metrics import Metrics
 from memflow.serve.protocol import Refused, Start
@@ -279,7 +281,7 @@ class Stories:
         id, per_chunk = f"video_stream-{uuid.uuid4().hex}", pipe.frames_per_chunk
         stop = max(1, math.ceil(min(frames, limit) / per_chunk))
         try:
-            memory = replace(pipe.memory_config, **start.memory)
+            memory = asked_memory(start.memory, pipe.memory_config)
         except ValueError as error:
             raise MemFlowError(f"memory: {error}") from None
         about = {"fps": fps, "width": width, "height": height, "frames_per_chunk": memory.frames_per_chunk}
@@ -383,3 +385,23 @@ class Stories:
                 if young or not remove(self.settings.folder, id):
                     total += sum(stat.st_size for stat in stats)
         return total
+
+
+def asked_memory(asked: dict[str, Any], trained: MemoryConfig) -> MemoryConfig:
+    """The memory that a model was trained for, with what a viewer asks for; how frames are recalled gives way where the
+    other settings leave no choice.
+
+    Args:
+        asked: settings by name.
+        trained: the model's own.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+    policy, held = POLICIES[asked.get("policy", trained.policy)], asked.get("held_frames", trained.held_frames)
+    ours: dict[str, Any] = {}
+    if not policy.by_relevance() or (held is None and not policy.keeps_all):
+        ours |= {"recall": MemoryConfig.recall, "scene_frame": MemoryConfig.scene_frame}
+    if asked.get("top_k") is not None:
+        ours["activated"] = None
+    return replace(trained, **ours | asked)

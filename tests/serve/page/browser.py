@@ -152,8 +152,8 @@ def start(page, prompt: str = BEACH) -> float:
 
 
 def in_order(seen, fps: float = 8) -> None:
-    """What `watch` saw is the film: on the canvas every picture, one after the other; of a video, of which a busy machine
-    presents fewer and tells late, no picture before its time and none again."""
+    """What `watch` saw is the film: on the canvas every picture, one after the other; of a video, of which a busy
+    machine presents fewer and tells late, no picture before its time and none again."""
     numbers = [number for number, _ in seen]
     assert len(numbers) >= 5 and None not in numbers, str(numbers)  # two seconds have 16
     if seen[0][1] is None:
