@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from memflow.cli.generate import draw, new_report
 from memflow.cli.loading import backend, choose_memory, load
 from memflow.cli.options import Request
+from memflow.cli.reports import draw, new_report
 from memflow.errors import MemFlowError
 from memflow.output.video import VideoWriter
 from memflow.stream.saved import read_header

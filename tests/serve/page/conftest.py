@@ -21,8 +21,8 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
-    """`url` of a server whose frames are stamped with their numbers; `snapshots`: what was remembered, by chunk; `tellings`:
-    the stories that it tells."""
+    """`url` of a server whose frames are stamped with their numbers; `snapshots`: what was remembered, by chunk;
+    `tellings`: the stories that it tells."""
     from memflow import MemFlowPipeline
     from memflow.serve.app import make_app
     from memflow.serve.command import listen, server
