@@ -33,7 +33,7 @@ from memflow.stream.stream import Stream
 
 _GONE = {
     "toy": "the preset 'toy' is called 'storybook' now",
-    "noise": "the preset 'noise' has left the package: benchmarks/untrained.py in the repository makes it",
+    "noise": "the preset 'noise' has left memflow: memflow_bench.untrained.noise_pipeline() makes it",
 }
 _LONGEST = 1e7  # seconds of one prompt
 
