@@ -1,8 +1,9 @@
 """The picture of a `MemoryReport`.
 
-From top to bottom: the film; its prompts; the memory; where the bank's frames come from. In the memory both axes are
-time: along a row runs the life of one remembered chunk, in a column stands all that one new chunk could look back to,
-and faintly what was held besides and not recalled.
+From top to bottom: the film; its prompts; the memory; where the bank's frames come from; the frames that each prompt
+was shown as it began, and the words of it that called for them. In the memory both axes are time: along a row runs the
+life of one remembered chunk, in a column stands all that one new chunk could look back to, and faintly what was held
+besides and not recalled.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -26,6 +28,7 @@ _PROMPT_COLOURS = (
 _RELEVANCE = LinearSegmentedColormap.from_list("relevance", matplotlib.colormaps["plasma_r"](np.linspace(0.12, 1, 64)))
 _WINDOW, _SINK, _INK, _QUIET, _FAINT = "#e4e6ee", "#c3cbdc", "#2b2d3a", "#6a6c7a", "#d9dae2"
 _HELD = "#f0ead8"  # and not shown
+_FACE = 0.62  # inches from one of the frames that a prompt called for to the next
 _SWITCH = {"color": _INK, "linewidth": 0.7, "alpha": 0.55, "linestyle": (0, (4, 3))}
 
 
@@ -40,7 +43,8 @@ class Held(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What is drawn of a chunk. thumbnail: JPEG. sink, window: first chunk and end."""
+    """What is drawn of a chunk. thumbnail: JPEG. sink, window: first chunk and end. called: chunks that the bank shows,
+    and the words that called for them."""
 
     index: int
     prompt: str
@@ -48,6 +52,7 @@ class Entry(NamedTuple):
     bank: list[Held]
     sink: tuple[int, int]
     window: tuple[int, int]
+    called: Sequence[tuple[int, str]] = ()
 
 
 class Timeline:
@@ -62,10 +67,12 @@ class Timeline:
 
     def draw(self) -> Figure:
         """The whole picture."""
-        figure = Figure(figsize=(13, 11), facecolor="white")
+        called = any(entry.called for entry in self._entries)
+        figure = Figure(figsize=(13, 12.6 if called else 11), facecolor="white")
+        heights = (0.85, 1.0, 6.6, 0.8, 1.9) if called else (0.85, 1.0, 6.6, 0.8)
         rows = figure.add_gridspec(
-            4, 2, height_ratios=(0.85, 1.0, 6.6, 0.8), width_ratios=(0.9, 12), left=0.045, right=0.975, top=0.915,
-            bottom=0.055, hspace=0.06, wspace=0.012,
+            len(heights), 2, height_ratios=heights, width_ratios=(0.9, 12), left=0.045, right=0.975, top=0.915,
+            bottom=0.02 if called else 0.055, hspace=0.06, wspace=0.012,
         )  # fmt: skip
         film = figure.add_subplot(rows[0, 1])
         prompts, memory, origin = (figure.add_subplot(rows[i, 1], sharex=film) for i in (1, 2, 3))
@@ -79,6 +86,8 @@ class Timeline:
         self._draw_memory(memory)
         self._draw_faces(faces)
         self._draw_origin(origin)
+        if called:
+            self._draw_called(figure.add_subplot(rows[4, 1], sharex=film))
         self._legend(memory)
         return figure
 
@@ -186,6 +195,37 @@ class Timeline:
         axes.set_xlabel("film", fontsize=9, color=_INK)
         for side in axes.spines.values():
             side.set_color(_FAINT)
+
+    def _draw_called(self, axes) -> None:
+        """Below each prompt the frames that it was shown as it began, where there is room, and its words."""
+        width, height = _size_in_inches(axes)
+        per_inch = (self._stop - self._first) / width
+        thumbnails = {entry.index: entry.thumbnail for entry in self._entries}
+        entries = {entry.index: entry for entry in self._entries}
+        top, bottom = 0.42, 0.02  # inches below the ticks of the axes above
+        for number, (start, stop, _) in enumerate(self._scenes):
+            shown = [(chunk, words) for chunk, words in entries[start].called if chunk in thumbnails]
+            columns = int((stop - start) / per_inch / _FACE)
+            rows = min(2, -(-len(shown) // columns)) if columns else 0
+            cell = (height - top - bottom) / 2
+            for place, (chunk, words) in enumerate(shown[: columns * rows]):
+                left = start + (place % columns * _FACE + 0.04) * per_inch
+                upper = height - top - place // columns * cell
+                image = Image.open(io.BytesIO(thumbnails[chunk]))
+                size = min(_FACE - 0.08, (cell - 0.2) * image.width / image.height)
+                tall = size * image.height / image.width
+                extent = (left, left + size * per_inch, (upper - tall) / height, upper / height)
+                axes.imshow(image, extent=extent, aspect="auto")
+                of = next((n for n, (begin, end, _) in enumerate(self._scenes) if begin <= chunk < end), number)
+                axes.plot(extent[:2], (extent[2],) * 2, color=_prompt_colour(of), linewidth=2.5, solid_capstyle="butt")
+                text = textwrap.shorten(words, int(_FACE * 20), placeholder="").rstrip(",")
+                style = {"fontsize": 6.5, "va": "top", "color": _INK, "parse_math": False, "clip_on": True}
+                axes.text(left, extent[2] - 0.03 / height, text, **style)
+        note = "as it began\nit was shown,\ncalled for by"
+        axes.text(-0.004, 0.5, note, transform=axes.transAxes, fontsize=8, color=_INK, ha="right", va="center")
+        axes.set_xlim(self._first, self._stop)
+        axes.set_ylim(0, 1)
+        axes.axis("off")
 
     def _legend(self, axes) -> None:
         """In the upper left corner of the memory, where nothing can be: what is not made yet cannot be remembered."""
