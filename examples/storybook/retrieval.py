@@ -81,6 +81,9 @@ def shown(recording: Recording, config: MemoryConfig, rule: Rule, kind: str) -> 
     driver = ChunkDriver(model, config)
     driver.open(len(recording.scripts), 1, 1)
     rule.apply(driver.memory)
+    # What is held depends on no prompt, and nothing attends: the bank need not be filled but where it is asked for.
+    recall, driver.memory.recall = driver.memory.recall, lambda prompt: None
+    driver.memory.pool.place = lambda places: None
     found: dict[str, list[bool]] = {name: [] for name in MEASURES}
     for scene, begin in enumerate(recording.starts[:-1]):
         asked = scene in recording.asked
@@ -90,6 +93,7 @@ def shown(recording: Recording, config: MemoryConfig, rule: Rule, kind: str) -> 
             latents = torch.full((len(recording.scripts), 1, CHUNK, 1, 1), float(chunk))
             driver.keep(latents)
             if asked and chunk == begin:
+                recall(model.prompt)
                 _note(found, recording, scene, driver.memory)
             driver.settle()
     return found
