@@ -2,7 +2,8 @@
 
 What runs an operator, `ops/`, every backend and the tests, reads this table. An operator `thing_backward` is the
 gradient of `thing`: its arguments are found by name among the arguments and results of `thing`, and `grad_x` is the
-gradient of x.
+gradient of x. memory_attention_top_k, which is memory_attention with the choice before it, has the gradient of
+memory_attention.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ def _named(listed: str) -> dict[str, str]:
 
 _STATES = "Tensor query, Tensor key, Tensor value"
 _FRAMES = "Tensor? frame_table, SymInt tokens_per_frame, SymInt candidate_frames, float scale, SymInt? query_block"
+_CHOICE = (
+    "Tensor? frame_mean, Tensor? query_mean, SymInt tokens_per_frame, SymInt candidate_frames, SymInt top_k, "
+    "float scale, SymInt? query_block"
+)
 _PARTS = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b"
 _SOFTMAX = "Tensor text_key, Tensor key, Tensor? text_mask, SymInt tokens_per_frame, float scale"
 _WEIGHTS = "Tensor weight_q, Tensor weight_k, float eps, SymInt rows, SymInt cols, SymInt start_frame, Tensor? start"
@@ -52,6 +57,9 @@ OPERATORS = {
         "attention",
         f"(Tensor grad_out, Tensor? grad_lse, {_STATES}, Tensor out, Tensor lse, {_FRAMES}) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    ),
+    "memory_attention_top_k": Operator(
+        "attention", f"({_STATES}, {_CHOICE}) -> (Tensor out, Tensor lse, Tensor frame_table)"
     ),
     "merge_attention": Operator("merge", f"({_PARTS}) -> (Tensor out, Tensor lse)"),
     "merge_attention_backward": Operator(
@@ -97,7 +105,7 @@ OPERATORS = {
 
 
 def implementations(package: str) -> dict[str, Callable]:
-    """The function of every operator in `package`, which has the files of the table; a gradient may have its own."""
+    """The function of every operator in `package`, which has the files of the table; an operator may have its own."""
     found = {}
     for name, operator in OPERATORS.items():
         module = importlib.import_module(f"{package}.{operator.file}")

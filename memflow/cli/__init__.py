@@ -27,16 +27,25 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code. 0: done. 2: something is wrong with what was given, said in one line on stderr. 130: stopped with
         Ctrl-C or SIGTERM.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _with_values(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["toy"]:
         return _fail("`memflow toy` is `python -m examples.storybook` now, in the repository of the project")
     try:
-        app = import_module("memflow.cli.options").app
+        app = import_module("memflow.cli.serving").app
     except ModuleNotFoundError as error:
         if arguments == ["doctor"]:  # says which packages are missing, without those that read options
             return import_module("memflow.cli.doctor").doctor() or 0
         return _missing(error)
     return run_app(app, arguments, "memflow")
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """A bare `--ray` gets an empty value: typer has no options whose value may be missing."""
+    followers = [*arguments[1:], "-"]
+    return [
+        "--ray=" if argument == "--ray" and after.startswith("-") else argument
+        for argument, after in zip(arguments, followers, strict=True)
+    ]
 
 
 def run_app(app, arguments: list[str] | None, name: str) -> int:

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from memflow.cli import Interrupt, shown
 from memflow.cli.options import Request
-from memflow.cli.story import Job, jobs
+from memflow.cli.reports import draw, new_report
+from memflow.cli.story import Job, jobs, settings
 from memflow.errors import MemFlowError
 from memflow.output.video import VideoWriter
 
@@ -78,43 +79,27 @@ def _run(request: Request, todo: list[Job], films: list[Film], console: Console,
         import torch
 
         from memflow.cli import loading
-        from memflow.decoders import use_decoder
 
-        known = todo[0].state
-        device = loading.choose_device(request.device)
-        dtype = loading.choose_dtype(known.get("dtype", request.dtype), device)
-        model = request.model or known.get("model", "storybook")
-        preset = request.preset or known.get("preset")
+        pipe, device, about = loading.load(request, todo[0].state)
         with loading.backend(request.backend, device):
-            pipe = loading.load_pipeline(model, device, dtype, preset=preset, prompt_cache=request.prompt_cache)
-            loading.choose_threads(pipe.transformer, device)
-            decoder = request.decoder or known.get("decoder")
-            if decoder:
-                use_decoder(pipe, decoder)
             _prepare(pipe, [prompt for job in todo if job.story for prompt in job.story.prompts])
-    dtype_name = str(dtype).removeprefix("torch.")
+    model, dtype = request.model or todo[0].state.get("model", "storybook"), about["dtype"]
     with loading.backend(request.backend, device):
         for number, job in enumerate(todo, start=1):
-            extra = {"name": job.name, "model": _lasting(model), "dtype": dtype_name}
-            extra |= {"preset": preset} if preset else {}
-            if decoder:
-                extra["decoder"] = str(Path(decoder).absolute())
+            extra = {"name": job.name, **about}
             title = f"{number}/{len(todo)} {job.name}" if len(todo) > 1 else job.name
             film = None
             try:
                 stream = _stream(pipe, job, request)
-                _say(console, f"{title}: {model} on {device}, {dtype_name}", style="dim")
+                _say(console, f"{title}: {model} on {device}, {dtype}", style="dim")
                 film = _film(stream, job, request, console)
                 _make(film, stream, request, extra, title, console, interrupt)
                 del stream  # its memory makes room for that of the next one
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(film.kept() if film else "") from None
             except (MemFlowError, MemoryError, torch.OutOfMemoryError) as error:
-                short = (
-                    ""
-                    if isinstance(error, MemFlowError)
-                    else f"{device} is out of memory, --height and --width can be less: "
-                )
+                less = f"{'--held, ' if request.held else ''}--height and --width can be less"
+                short = "" if isinstance(error, MemFlowError) else f"{device} is out of memory, {less}: "
                 kept = f" ({film.kept()})" if film and film.kept() else ""
                 raise MemFlowError(f"{short}{error}{kept}") from error
             films.append(film)
@@ -137,10 +122,9 @@ def _stream(pipe, job: Job, request: Request):
         return stream
     return pipe.stream(
         job.story.prompts,
-        seconds_per_prompt=10.0 if request.seconds_per_prompt is None else request.seconds_per_prompt,
         height=request.height,
         width=request.width,
-        seed=request.seed or 0,
+        **settings(job.story, request),
         memory=choose_memory(
             request.memory, request.held, request.top_k, pipe.memory_config, **request.further_memory()
         ),
@@ -166,11 +150,11 @@ def _make(
 ) -> None:
     """Run `stream` into its video until its end, --chunks or Ctrl-C."""
     video, fps, loop_before = film.video, stream.pipeline.fps, stream.timings["loop"]
-    report = _report(film.job, stream) if film.job.report else None
+    report = new_report(film.job.name, stream) if film.job.report else None
     with ExitStack() as stack:
         stack.enter_context(video)
         if report is not None:
-            stack.push(lambda kind, *_: _draw(report, film.job.report, kind is not None))
+            stack.push(lambda kind, *_: draw(report, film.job.report, kind is not None))
         bar = stack.enter_context(_progress(console))
         task = bar.add_task(shown(title), total=len(stream), completed=stream.position, rate="")
         interrupt.notify = lambda: bar.console.print("stopping after this chunk; once more stops at once")
@@ -201,41 +185,6 @@ def _make(
         film.loop = stream.timings["loop"] - loop_before
         if film.state and film.saved != stream.position:
             film.save(stream, extra)
-
-
-def _report(job: Job, stream):
-    from memflow.output.report import MemoryReport
-
-    config = stream.config
-    held = "" if config.held_frames is None else f", {config.held_frames} held"
-    recall = "" if config.recall == "relevance" else f", shown by {config.recall}"
-    recall += "" if config.scene_frame == "any" else f", {config.scene_frame} of a scene"
-    facts = [
-        f"memory: {'published' if config.published_mode else config.policy}{held}{recall}",
-        f"sink {config.sink_frames}, window {config.window_frames}, bank {config.bank_frames} latent frames",
-        f"every head attends to {_attended(config)} of sink and bank",
-        f"seed {stream.seeds[0]}",
-    ]
-    title = job.name.replace("-", " ").replace("_", " ")
-    return MemoryReport(title, fps=stream.pipeline.fps, subtitle="   ·   ".join(facts))
-
-
-def _attended(config) -> str:
-    blocks = "" if config.activation_block is None else f" in blocks of {config.activation_block} tokens"
-    if config.activated is None:
-        return "all" if config.top_k is None else f"{config.top_k}{blocks and ' frames'}{blocks}"
-    amount = f"{config.activated:.0%}" if isinstance(config.activated, float) else f"{config.activated} tokens"
-    return amount + blocks
-
-
-def _draw(report, path: Path, failed: bool) -> None:
-    """Also when the run ends early, if there is anything to draw; what ended it is more important then."""
-    try:
-        if len(report):
-            report.save(path)
-    except MemFlowError:
-        if not failed:
-            raise
 
 
 def _progress(console: Console) -> Progress:
@@ -281,8 +230,3 @@ def _show(films: list[Film]) -> None:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _lasting(model: str) -> str:
-    """`model` so that it is found again from another folder."""
-    return str(Path(model).resolve()) if os.path.isdir(model) else model

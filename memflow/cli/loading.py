@@ -8,20 +8,59 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import transformers
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_WEIGHTS
 from safetensors import SafetensorError
 
+from memflow.cli.options import lasting
+from memflow.decoders import use_decoder
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
 from memflow.memory.policies import POLICIES
+from memflow.models.wan.encoder_files import encoder_digest, prompt_folder
 from memflow.models.wan.published import find_preset
-from memflow.models.wan.text import PromptCache, cache_folder
+from memflow.models.wan.text import PromptCache
 from memflow_kernels.backends import available_backends, refused, use_backend
 
+if TYPE_CHECKING:
+    from memflow.stream.pipeline import MemFlowPipeline
+
 TINY = 10_000_000  # parameters
+
+
+class Loaded(NamedTuple):
+    """A model that is ready to tell stories. about: what a saved state keeps of it, to load it again."""
+
+    pipeline: MemFlowPipeline
+    device: torch.device
+    about: dict[str, str]
+
+
+def load(request, known: dict[str, str] | None = None) -> Loaded:
+    """Load the model that a request asks for.
+
+    Args:
+        request: has the options model, preset, decoder, device, dtype, backend and prompt_cache; None = not given.
+        known: what a saved state says of the model that made it.
+    """
+    known = known or {}
+    device = choose_device(request.device)
+    dtype = choose_dtype(known.get("dtype", request.dtype), device)
+    model = request.model or known.get("model", "storybook")
+    preset = request.preset or known.get("preset")
+    decoder = request.decoder or known.get("decoder")
+    with backend(request.backend, device):
+        pipeline = load_pipeline(model, device, dtype, preset=preset, prompt_cache=request.prompt_cache)
+        choose_threads(pipeline.transformer, device)
+        if decoder:
+            use_decoder(pipeline, decoder)
+    about = {"model": lasting(model), "dtype": str(dtype).removeprefix("torch.")}
+    about |= {"preset": preset} if preset else {}
+    about |= {"decoder": str(Path(decoder).absolute())} if decoder else {}
+    return Loaded(pipeline, device, about)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -94,13 +133,15 @@ def load_pipeline(
             pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
         if preset is not None:
             pipeline.use_preset(preset)
+        encoder = encoder_digest(folder)
         pipeline.prompts = PromptCache(
             pipeline.tokenizer,
             lambda: _text_encoder(folder, device, dtype),
             pipeline.config.text_length,
             dtype=dtype,
-            folder=cache_folder(folder) if prompt_cache else None,
+            folder=prompt_folder(encoder) if prompt_cache else None,
             text_dim=pipeline.transformer.config.text_dim,
+            encoder=encoder,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

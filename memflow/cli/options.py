@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -45,7 +45,7 @@ def _of(panel: str):
     return lambda *names, **settings: typer.Option(*names, rich_help_panel=panel, **settings)
 
 
-_story, _memory, _run = (_of(panel) for panel in (*_SAVED, "Running and pausing"))
+_story, _memory, _run, _many = (_of(panel) for panel in (*_SAVED, "Running and pausing", "Many stories"))
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,13 @@ class Request:
         ),
     ] = True
     report: Annotated[bool, _run("--report", help="Also draw what was remembered: OUT with .png.")] = False
-    overwrite: Annotated[bool, _run("--overwrite", help="Replace files that memflow did not make.")] = False
+    overwrite: Annotated[
+        bool,
+        _run(
+            "--overwrite",
+            help="Replace files that memflow did not make; with --jobs, films of other stories or settings.",
+        ),
+    ] = False
     chunks: Annotated[
         int | None, _run(min=1, metavar="N", help="Stop after so many chunks; with --save-state: pause there.")
     ] = None
@@ -184,6 +190,24 @@ class Request:
         ),
     ] = None
 
+    jobs: Annotated[
+        int | None,
+        _many(
+            min=1,
+            metavar="N",
+            help="Tell the stories of STORY with N workers, each with a model of its own. OUT is a folder; films that "
+            "are done are not made again, those begun go on. \\[default: with --ray as many as fit the cluster]",
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        _many(
+            metavar="\\[ADDRESS]",
+            help="The workers are actors of a Ray cluster: at ADDRESS, else at RAY_ADDRESS, else the one that runs "
+            "here, else one is started.",
+        ),
+    ] = None
+
     def further_memory(self) -> dict[str, object]:
         """The options that are fields of `MemoryConfig` by the same name."""
         named = ("recall", "scene_frame", "activated", "activation_block", "query_block")
@@ -194,15 +218,29 @@ class Request:
 
     def given_again(self) -> list[str]:
         """The options that were given although a saved state knows them, as they are written on the command line."""
-        again = []
+        return [self.written(name) for name in self.saved()]
+
+    def saved(self) -> dict[str, Any]:
+        """The options that were given and that a saved state knows, by name: what decides what a film shows."""
+        known = {}
         for field in fields(self):
             _, about, *marks = get_args(field.type)
-            if getattr(self, field.name) not in (None, []) and {about.rich_help_panel, *marks} & {*_SAVED}:
-                written = "--" + field.name.replace("_", "-")
-                again.append(
-                    about.default if isinstance(about.default, str) else "STORY" if field.name == "story" else written
-                )
-        return again
+            value = getattr(self, field.name)
+            if value not in (None, []) and {about.rich_help_panel, *marks} & {*_SAVED}:
+                known[field.name] = value
+        return known
+
+    def written(self, name: str) -> str:
+        """An option as it is written on the command line."""
+        about = next(get_args(field.type)[1] for field in fields(self) if field.name == name)
+        if isinstance(about.default, str):
+            return about.default
+        return "STORY" if name == "story" else "--" + name.replace("_", "-")
+
+
+def lasting(model: str) -> str:
+    """The name of a model, so that it is found again from another folder."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def _reads(options: type):
@@ -251,7 +289,8 @@ def _memflow(
 @_reads(Request)
 def generate(request: Request) -> int:
     """Make the video of a story, written chunk by chunk while it is made."""
-    return _late("memflow.cli.generate:generate")(request)
+    many = request.jobs is not None or request.ray is not None
+    return _late("memflow.cli.many:generate_many" if many else "memflow.cli.generate:generate")(request)
 
 
 @app.command(epilog=_PRESETS)

@@ -26,10 +26,13 @@ _SYNTAX = re.compile(
 
 
 class Story(NamedTuple):
-    """One story. `name` is safe as a file name and differs from the other names of its file."""
+    """One story. `name` is safe as a file name and differs from the other names of its file. seed, seconds_per_prompt:
+    of this story alone; None = those of the request."""
 
     name: str
     prompts: list[str]
+    seed: int | None = None
+    seconds_per_prompt: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,25 @@ class Job:
         return self.story.name if self.story else self.state["name"]
 
 
-def read_stories(path: str | Path) -> list[Story]:
+def settings(story: Story, request: Request) -> dict[str, Any]:
+    """Length and seed of a story, as `MemFlowPipeline.stream` takes them."""
+    seconds = request.seconds_per_prompt if story.seconds_per_prompt is None else story.seconds_per_prompt
+    seed = request.seed if story.seed is None else story.seed
+    return {"seconds_per_prompt": 10.0 if seconds is None else seconds, "seed": seed or 0}
+
+
+def read_stories(path: str | Path, bad: list[str] | None = None) -> list[Story]:
     """Read the stories of a file.
 
     Args:
-        path: a `.jsonl` file has one story per line, `{"prompts": ["...", ...]}`, with an optional `"name"`; other keys
-            are left alone. A `.json` or `.yaml` file is a list of prompts, such an object or a list of them. A `.txt`
-            file, or one without a suffix, has one prompt per line and makes one story. Blank lines do not count.
+        path: a `.jsonl` file has one story per line, `{"prompts": ["...", ...]}`, with an optional `"name"`, `"seed"`
+            and `"seconds_per_prompt"`; other keys are left alone. A `.json` or `.yaml` file is a list of prompts, such
+            an object or a list of them. A `.txt` file, or one without a suffix, has one prompt per line and makes one
+            story. Blank lines do not count.
+        bad: where given, what is wrong with a story is added here, and the others are read.
 
     Returns:
-        At least one story.
+        At least one story, unless all are in `bad`.
 
     Raises:
         MemFlowError: the file is of another kind, cannot be read or holds no story; the message names file and line.
@@ -76,7 +88,7 @@ def read_stories(path: str | Path) -> list[Story]:
             )
         return [Story(_file_name(path.stem), _prompts([line.strip() for _, line in lines], str(path)))]
     if kind in _LINES:
-        records = [(f"{path}, line {number}", _json(line, f"{path}, line {number}")) for number, line in lines]
+        records = [(f"{path}, line {number}", line) for number, line in lines]
     else:
         content = _json(text, str(path)) if kind in _JSON else _yaml(text, str(path))
         several = isinstance(content, list) and any(isinstance(entry, dict) for entry in content)
@@ -87,10 +99,16 @@ def read_stories(path: str | Path) -> list[Story]:
     stories: dict[str, Story] = {}
     for count, (where, record) in enumerate(records, start=1):
         default = path.stem if len(records) == 1 else f"{path.stem}-{count:0{len(str(len(records)))}d}"
-        story = _story(record, default, where)
-        if story.name in stories:
-            raise MemFlowError(f"{where}: a second story with the name {story.name!r}")
-        stories[story.name] = story
+        try:
+            story = _story(_json(record, where) if kind in _LINES else record, default, where)
+            if story.name in stories:
+                raise MemFlowError(f"{where}: a second story with the name {story.name!r}")
+        except MemFlowError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+        else:
+            stories[story.name] = story
     return list(stories.values())
 
 
@@ -98,6 +116,16 @@ def jobs(request: Request) -> list[Job]:
     """The videos to make. MemFlowError for what cannot work and can be seen without loading a model."""
     if request.output is None:
         raise MemFlowError("where to? -o OUT.mp4 is needed (a folder if the story file holds several stories)")
+    check_settings(request)
+    if request.save_every is not None and request.save_state is None:
+        raise MemFlowError("--save-every says how often the state is written, --save-state FILE where: it is missing")
+    found = _resumed(request) if request.resume else _told(request)
+    _check_files(request, found)
+    return found
+
+
+def check_settings(request: Request) -> None:
+    """Raise MemFlowError for settings of the stories that can be seen to be wrong without a model."""
     seconds = request.seconds_per_prompt
     if seconds is not None and not (seconds > 0 and math.isfinite(seconds)):
         raise MemFlowError(f"--seconds-per-prompt must be above 0, got {seconds}")
@@ -105,13 +133,8 @@ def jobs(request: Request) -> list[Job]:
         raise MemFlowError("--memory reference is called --memory published now")
     if request.memory not in (None, *MEMORIES):
         raise MemFlowError(f"--memory {request.memory}: there is no such memory; there are {', '.join(MEMORIES)}")
-    if request.save_every is not None and request.save_state is None:
-        raise MemFlowError("--save-every says how often the state is written, --save-state FILE where: it is missing")
     if request.decoder is not None:
         check_regular(request.decoder)
-    found = _resumed(request) if request.resume else _told(request)
-    _check_files(request, found)
-    return found
 
 
 def _resumed(request: Request) -> list[Job]:
@@ -163,7 +186,7 @@ def _check_files(request: Request, jobs: list[Job]) -> None:
     for path in written:
         if names.count(os.path.realpath(path)) > 1:
             raise MemFlowError(f"{path}: is named twice, and one of its contents would overwrite the other")
-    with _folder(request.output) if len(jobs) > 1 else nullcontext():
+    with made_folder(request.output) if len(jobs) > 1 else nullcontext():
         for job in jobs:
             check_output(job.output)
             _keep_foreign(job.output, is_ours, request.overwrite or request.resume)
@@ -176,7 +199,7 @@ def _check_files(request: Request, jobs: list[Job]) -> None:
 
 
 @contextmanager
-def _folder(path: Path) -> Iterator[None]:
+def made_folder(path: Path) -> Iterator[None]:
     """Make the folder, unless it is there; where the block fails it is as if nothing had been."""
     try:
         there = path.is_dir()
@@ -257,10 +280,18 @@ def _without_twins(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
 def _yaml(text: str, where: str) -> Any:
     import yaml  # comes with huggingface_hub
 
+    class Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Loader, node: yaml.MappingNode) -> dict:
+        loader.flatten_mapping(node)
+        return _without_twins(loader.construct_pairs(node, deep=True), where)
+
+    Loader.add_constructor(Loader.DEFAULT_MAPPING_TAG, mapping)
     try:
-        return yaml.load(text, yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise MemFlowError(f"{where}: broken YAML: {error}") from None
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise MemFlowError(f"{where}: broken YAML: {' '.join(str(error).split())}") from None
 
 
 def _story(record: Any, default: str, where: str) -> Story:
@@ -269,7 +300,12 @@ def _story(record: Any, default: str, where: str) -> Story:
     name = record.get("name")
     if name is not None and not isinstance(name, str):
         raise MemFlowError(f'{where}: "name" must be a string, not {type(name).__name__}')
-    return Story(_file_name(name or default), _prompts(record["prompts"], where))
+    seed, seconds = record.get("seed"), record.get("seconds_per_prompt")
+    if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+        raise MemFlowError(f'{where}: "seed" must be a whole number from 0 to 2**63 - 1, got {seed!r}')
+    if seconds is not None and not (type(seconds) in (int, float) and seconds > 0 and math.isfinite(seconds)):
+        raise MemFlowError(f'{where}: "seconds_per_prompt" must be above 0, got {seconds!r}')
+    return Story(_file_name(name or default), _prompts(record["prompts"], where), seed, seconds)
 
 
 def _prompts(prompts: Any, where: str) -> list[str]:

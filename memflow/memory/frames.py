@@ -18,7 +18,7 @@ from torch import Tensor
 from memflow.errors import MemFlowError
 from memflow.memory.places import Places, Rotation, Unplaced, place_keys
 from memflow.memory.policies import POLICIES, Held
-from memflow.memory.recall import passed_over
+from memflow.memory.scenes import passed_over
 from memflow.memory.slots import FramePool, RelativeFramePool, copy_exactly
 from memflow_kernels import Pool, prompt_relevance
 

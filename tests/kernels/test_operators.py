@@ -34,7 +34,8 @@ LSE = states(2, 3, 6, 1, seed=5, **WIDE)[..., 0]
 # operator: a function of one tensor [2, 6, 3, 4] through its public name, differentiable in it
 DIFFERENTIABLE = {
     "frame_means": lambda x: frame_means(x, 2),
-    "memory_attention": lambda x: memory_attention(x, x, x, tokens_per_frame=2, candidate_frames=3, top_k=2),
+    "memory_attention": lambda x: memory_attention(x, x, x, tokens_per_frame=2),
+    "memory_attention_top_k": lambda x: memory_attention(x, x, x, tokens_per_frame=2, candidate_frames=3, top_k=2),
     "merge_attention": lambda x: merge_attention(x, LSE, 2 * x, LSE + 1)[0],
     "prompt_relevance_mean": lambda x: prompt_relevance(x, x, tokens_per_frame=2),
     "prompt_relevance_softmax": lambda x: prompt_relevance(x, x, tokens_per_frame=2, aggregate="softmax"),
@@ -68,7 +69,10 @@ def test_the_table_is_what_torch_has():
     gradients = {name for name in OPERATORS if name.endswith("_backward")}
     assert {name.removesuffix("_backward") for name in gradients} <= set(DIFFERENTIABLE)
     public = [name for name in memflow_kernels.__all__ if name in OPERATORS]
-    assert set(OPERATORS) - gradients - set(public) == {f"prompt_relevance_{aggregate}" for aggregate in AGGREGATES}
+    assert set(OPERATORS) - gradients - set(public) == {
+        "memory_attention_top_k",
+        *(f"prompt_relevance_{aggregate}" for aggregate in AGGREGATES),
+    }
 
 
 def test_a_mode_sees_the_op():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.untrained import noise_pipeline
+from memflow_bench.untrained import noise_pipeline
 from memflow import MemFlowError
 from memflow.memory import MemoryConfig, Prompt, make_memory
 from memflow.memory.attention import attend_with_memory

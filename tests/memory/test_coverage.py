@@ -12,7 +12,7 @@ from memory_driver import DIM, HEADS, MemoryDriver, prompt_of
 from memflow import MemFlowError
 from memflow.memory import MemoryConfig, Prompt
 from memflow.memory.policies import PromptPolicy
-from memflow.memory.recall import passed_over
+from memflow.memory.scenes import passed_over
 
 CHUNK_SECONDS = 0.75
 BETTER = {"recall": "coverage", "scene_frame": "first"}

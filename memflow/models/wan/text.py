@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import os
 import re
 import string
 from collections.abc import Callable, Iterable
@@ -22,8 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memflow.files import write_whole
 from memflow.modes import own_modes
 
-_SMALL = 32 * 2**20  # bytes of a file that is read wholly for its model's identity
-_SAMPLES, _SAMPLE = 16, 2**16
 _BEGIN = "\u2581"  # of a word, in sentencepiece's tokens
 _SHOWN = 60  # characters of what is cut off
 
@@ -85,20 +82,14 @@ def losses(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], max_lengt
     """
     found, words = [], {}
     for text in dict.fromkeys(map(clean_prompt, prompts)):
-        tokens = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
-        count, first_cut = len(tokens.input_ids), max_length - 1  # the last one used is the end of the text
-        if count > max_length:
-            if tokenizer.is_fast:
-                end = text[tokens.offset_mapping[first_cut][0] :].strip()
-            else:
-                end = tokenizer.decode(tokens.input_ids[first_cut:], skip_special_tokens=True).strip()
+        end, unknown = unread(tokenizer, text, max_length)
+        if end is not None:
+            count = len(tokenizer(text).input_ids)
             end = f"{end[:_SHOWN]}..." if len(end) > _SHOWN else end
             found.append(f"the prompt has {count} tokens, {max_length} are used: {end!r} is cut off")
-        words |= {word.strip(string.punctuation) or word: None for word in text.split()}
-    pieces = tokenizer(list(words), add_special_tokens=False).input_ids if words else []
-    unknown = [word for word, ids in zip(words, pieces, strict=True) if tokenizer.unk_token_id in ids]
-    if unknown:
-        found.append(f"the model does not know: {', '.join(unknown)}")
+        words |= dict.fromkeys(unknown)
+    if words:
+        found.append(f"the model does not know: {', '.join(words)}")
     return found
 
 
@@ -137,6 +128,30 @@ def _words_at(text: str) -> dict[int, str]:
     return found
 
 
+def unread(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> tuple[str | None, list[str]]:
+    """What of one prompt does not reach the model.
+
+    Args:
+        tokenizer: The encoder's.
+        prompt: The text.
+        max_length: Tokens that it is cut to.
+
+    Returns:
+        The end that is cut off (None: nothing is), and the words that are not known.
+    """
+    text, end = clean_prompt(prompt), None
+    tokens = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
+    first_cut = max_length - 1  # the last one used is the end of the text
+    if len(tokens.input_ids) > max_length:
+        if tokenizer.is_fast:
+            end = text[tokens.offset_mapping[first_cut][0] :].strip()
+        else:
+            end = tokenizer.decode(tokens.input_ids[first_cut:], skip_special_tokens=True).strip()
+    words = list(dict.fromkeys(word.strip(string.punctuation) or word for word in text.split()))
+    pieces = tokenizer(words, add_special_tokens=False).input_ids if words else []
+    return end, [word for word, ids in zip(words, pieces, strict=True) if tokenizer.unk_token_id in ids]
+
+
 class PromptCache:
     """Embeddings of prompts; the encoder (11 GB of a real model) is loaded only for those that are not kept already.
 
@@ -150,6 +165,7 @@ class PromptCache:
         dtype: Of the embeddings.
         folder: Where they are kept, one file each; None = in memory only.
         text_dim: Channels that an embedding must have; None = any.
+        encoder: Which encoder it is, for the states of streams (`encoder_digest`); None = nobody knows.
     """
 
     def __init__(
@@ -161,12 +177,14 @@ class PromptCache:
         dtype: torch.dtype,
         folder: Path | None = None,
         text_dim: int | None = None,
+        encoder: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.text_length = text_length
         self.dtype = dtype
         self.folder = folder
         self.text_dim = text_dim
+        self.encoder = encoder
         self._load_encoder = load_encoder
         self._encoder: PreTrainedModel | None = None
         self._known: dict[str, Tensor] = {}
@@ -251,29 +269,3 @@ class PromptCache:
 def _is_file(path: Path) -> bool:
     """Whether it is a regular file itself, no link to one."""
     return path.is_file() and not path.is_symlink()
-
-
-def cache_folder(model: Path) -> Path:
-    """Where the embeddings of a pipeline's prompts are kept: one folder for all equal encoders, under XDG_CACHE_HOME.
-
-    Equal are encoders and tokenizers of the same files: contents of small ones; size, time and samples of large ones.
-    An XDG_CACHE_HOME that is not absolute is ignored, as the standard says.
-
-    Args:
-        model: The folder of the pipeline.
-    """
-    digest = hashlib.sha256()
-    for part in ("text_encoder", "tokenizer"):
-        for path in sorted(path for path in (model / part).rglob("*") if path.is_file()):
-            size, changed = path.stat().st_size, path.stat().st_mtime_ns
-            digest.update(f"{path.relative_to(model)} {size}\n".encode())
-            with path.open("rb") as file:
-                if size <= _SMALL:
-                    digest.update(file.read())
-                    continue
-                digest.update(str(changed).encode())  # samples may miss what was written
-                for sample in range(_SAMPLES):
-                    file.seek(sample * (size - _SAMPLE) // (_SAMPLES - 1))
-                    digest.update(file.read(_SAMPLE))
-    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (home if home.is_absolute() else Path.home() / ".cache") / "memflow" / "prompts" / digest.hexdigest()[:32]

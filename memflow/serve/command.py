@@ -1,0 +1,160 @@
+"""`memflow serve`: from its options to a server that runs until it is stopped; and the same app for other hosts."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import warnings
+from contextlib import ExitStack, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+
+from memflow.cli import loading
+from memflow.cli.serving import Serving
+from memflow.decoders import use_decoder
+from memflow.errors import MemFlowError, MemFlowWarning
+from memflow.serve.app import make_app
+from memflow.serve.settings import Settings
+
+_MESSAGE = 256 * 1024  # bytes; `Settings.message_characters` count characters
+_BUFFER = 256 * 1024  # bytes that the system holds for a reader: more would hide that it is slow
+_GRACE = 120  # seconds for saving when the server is stopped
+
+
+def serve(request: Serving) -> int:
+    """Serve until Ctrl-C or SIGTERM; every story is saved then.
+
+    Args:
+        request: the options.
+
+    Returns:
+        0.
+
+    Raises:
+        MemFlowError: an address that cannot be had or must not be open, or a model that cannot be loaded.
+    """
+    settings = settings_of(request)
+    listening = listen(request.host, request.port)
+    with listening, ExitStack() as stack:
+        loaded = _load(request, settings, stack)
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        asked = "/?token=..." if settings.token else "/"
+        print(f"memflow serve: {settings.model} on http://{shown}:{port}{asked}  (Ctrl-C ends and saves)", flush=True)
+        with suppress(KeyboardInterrupt):  # uvicorn passes on what it was stopped with
+            server(make_app(lambda: loaded, settings), settings).run(sockets=[listening])
+    return 0
+
+
+def server(app: Starlette, settings: Settings) -> uvicorn.Server:
+    """`app` as uvicorn serves it, within the limits that are uvicorn's to keep.
+
+    Args:
+        app: of `make_app`.
+        settings: what it was made with.
+    """
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,  # addresses may hold a token
+        ws_max_size=_MESSAGE,
+        ws_per_message_deflate=False,
+        limit_concurrency=4 * settings.sessions + 64,
+        timeout_graceful_shutdown=_GRACE,
+        server_header=False,
+    )
+    return uvicorn.Server(config)
+
+
+def app_of_environment() -> Starlette:
+    """`memflow.serve:app`: the options of `memflow serve` come from MEMFLOW_SERVE_MODEL, MEMFLOW_SERVE_TOKEN and so on;
+    MEMFLOW_SERVE_ALLOW_ORIGIN may hold several, with spaces between."""
+    given: dict[str, Any] = {}
+    for field in fields(Serving):
+        value = os.environ.get(f"MEMFLOW_SERVE_{'DIR' if field.name == 'folder' else field.name.upper()}")
+        if value is not None and field.name not in ("host", "port"):
+            kinds = {"sessions": int, "folder": Path, "decoder": Path, "allow_origin": str.split}
+            kinds["prompt_cache"] = lambda text: text not in ("0", "false", "no")
+            given[field.name] = kinds.get(field.name, str)(value)
+    request = Serving(**given)
+    settings = settings_of(request)
+    return make_app(lambda: _load(request, settings, ExitStack()), settings)
+
+
+def settings_of(request: Serving) -> Settings:
+    """What the options allow.
+
+    Args:
+        request: the options.
+
+    Raises:
+        MemFlowError: an empty token, or an address that is not one of this machine alone, without one.
+    """
+    if request.token is not None and len(request.token) < 8:
+        raise MemFlowError("--token must have at least 8 characters")
+    if request.token is None and not _is_local(request.host):
+        raise MemFlowError(f"--host {request.host}: others could reach it; --token SECRET is needed")
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (home if home.is_absolute() else Path.home() / ".cache") / "memflow" / "stories"
+    return Settings(
+        folder=(request.folder or folder).absolute(),
+        model=request.model or "storybook",
+        token=request.token,
+        origins=tuple(request.allow_origin or ()),
+        hosts=(request.host,),
+        sessions=request.sessions,
+    )
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for `server`, bound.
+
+    Args:
+        host: name or address.
+        port: 0: any that is free.
+
+    Raises:
+        MemFlowError: it cannot be had.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit both. A reader that is gone or does not read is given up by the system itself: a server
+        # can close such a connection, but not make it go away.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(Settings.send_seconds * 1e3))
+        listening.bind(address)
+    except OSError as error:
+        raise MemFlowError(f"--host {host} --port {port}: {error.strerror}") from None
+    return listening
+
+
+def _load(request: Serving, settings: Settings, stack: ExitStack) -> tuple[Any, dict[str, str]]:
+    """The pipeline, and what states say of it. Its backend is in force until `stack` ends."""
+    warnings.simplefilter("ignore", MemFlowWarning)  # who writes a prompt is told, not who runs the server
+    device = loading.choose_device(request.device)
+    dtype = loading.choose_dtype(request.dtype, device)
+    stack.enter_context(loading.backend(request.backend, device))
+    pipe = loading.load_pipeline(
+        settings.model, device, dtype, preset=request.preset, prompt_cache=request.prompt_cache
+    )
+    loading.choose_threads(pipe.transformer, device)
+    extra = {"preset": request.preset} if request.preset else {}
+    if request.decoder is not None:
+        use_decoder(pipe, request.decoder)
+        extra["decoder"] = str(request.decoder.absolute())
+    return pipe, extra

@@ -1,0 +1,232 @@
+"""A story on disk while it is told: the film, and a journal with a line for every chunk; and what of it is sent."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from memflow.errors import MemFlowError
+from memflow.output.video import VideoWriter
+from memflow.tellers.teller import Turn
+
+try:
+    import fcntl
+except ImportError:  # Windows: two servers must not share a folder there
+    fcntl = None
+
+_THUMBNAIL = 128  # pixels, the longer side
+_SUFFIXES = (".mp4", ".jsonl", ".safetensors")
+
+
+class Part(NamedTuple):
+    """One binary message: its bytes, how many video frames are in them, and what is said of them."""
+
+    data: bytes
+    frames: int
+    about: dict[str, Any]
+
+
+class Film:
+    """One story's files, held by this process alone while it is told.
+
+    Args:
+        folder: where they are.
+        id: of the story.
+        about: the first line of the journal, for a new story; None: the files are there.
+
+    Attributes:
+        about: the first line of the journal: fps, width, height, frames_per_chunk (latent), model, began.
+        scenes: prompt, start_frame and chunk of every scene.
+        chunks: that it has.
+        video: the writer.
+
+    Raises:
+        OSError: the files cannot be made or are not there; BlockingIOError: somebody else holds them.
+    """
+
+    def __init__(self, folder: Path, id: str, about: dict[str, Any] | None = None):
+        self.id, self.path, self._journal_path = id, folder / f"{id}.mp4", folder / f"{id}.jsonl"
+        self.chunks, self.scenes, self._said_header = 0, [], False
+        self.video: VideoWriter | None = None
+        self._journal = open(self._journal_path, "r+b" if about is None else "x+b")  # noqa: SIM115 (close() closes it)
+        try:
+            _lock(self._journal)
+            if about is not None:
+                self._write(about)
+            self.about, self._entries = read_journal(self._journal_path)
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self) -> None:
+        """Start the film: its first chunk is the next to be added."""
+        self.video = VideoWriter(self.path, self.about["fps"])
+
+    def resume(self, chunks: int, frames: int, checksum: int) -> None:
+        """Go on after what a state knows of; what came after it is made again.
+
+        Args:
+            chunks: of the story so far.
+            frames: of the video so far.
+            checksum: of them.
+
+        Raises:
+            MemFlowError: the film or the journal is not what was written.
+        """
+        if len(self._entries) < chunks:
+            raise MemFlowError(f"story {self.id}: its journal has {len(self._entries)} of {chunks} chunks")
+        self.video = VideoWriter.resume(self.path, self.about["fps"], frames, checksum)
+        self._journal.seek(0)
+        self._journal.truncate(sum(len(line) for line, _ in zip(self._journal, range(chunks + 1), strict=False)))
+        self._journal.seek(0, os.SEEK_END)
+        self.chunks, self.scenes = chunks, scenes_of(self._entries[:chunks])
+        self._entries = []
+
+    def add(self, turn: Turn, format: str, report: bool, generate_ms: float) -> list[Part]:
+        """Write a chunk.
+
+        Args:
+            turn: with the chunk and what the memory held.
+            format: "m4s" or "jpeg".
+            report: whether the memory is told.
+            generate_ms: what it took to make.
+
+        Returns:
+            What is to be sent.
+
+        Raises:
+            MemFlowError: the disk is full or the like.
+        """
+        chunk, start, began = turn.chunk, self.video.frames, time.perf_counter()
+        frames = chunk.frames[0].numpy()
+        data = self.video.write(frames)
+        images = [_jpeg(frame, 80) for frame in frames] if format == "jpeg" else []
+        about: dict[str, Any] = {"chunk": chunk.index, "start_frame": start, "frames": len(frames)}
+        about |= {"prompt": chunk.prompts[0], "switched": chunk.switched, "dropped_event_ids": list(turn.dropped)}
+        about["generate_ms"] = round(generate_ms, 1)
+        if report:
+            about["memory"] = memory_of(turn.snapshot, self.about["frames_per_chunk"])
+            about["thumbnail"] = "data:image/jpeg;base64," + base64.b64encode(_thumbnail(frames[0])).decode()
+        about["encode_ms"] = round((time.perf_counter() - began) * 1e3, 1)
+        try:
+            self._write(about)
+        except OSError as error:
+            raise MemFlowError(f"story {self.id}: {error.strerror}") from None
+        self.chunks += 1
+        if chunk.switched:
+            self.scenes.append({"prompt": about["prompt"], "start_frame": start, "chunk": chunk.index})
+        if format == "jpeg":
+            rest = {name: value for name, value in about.items() if name not in ("memory", "thumbnail")}
+            return [
+                Part(image, 1, (rest if at else about) | {"mime": "image/jpeg", "start_frame": start + at, "frames": 1})
+                for at, image in enumerate(images)
+            ]
+        header, self._said_header = b"" if self._said_header else self.video.header, True
+        mime = f'video/mp4; codecs="{self.video.codec}"'
+        return [Part(header + data, len(frames), about | {"mime": mime})]
+
+    def extra(self) -> dict[str, str]:
+        """What a state must know of the film."""
+        return {"video_frames": str(self.video.frames), "video_checksum": str(self.video.checksum)}
+
+    def close(self) -> None:
+        """Let the files go."""
+        self._journal.close()
+        if self.video is not None:
+            self.video.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._journal.write(json.dumps(line).encode() + b"\n")
+        self._journal.flush()
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first line of a journal, and its chunks; a line cut off does not count. OSError if it is not there."""
+    lines = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    if not lines:
+        raise FileNotFoundError(2, "its journal is empty", str(path))
+    return lines[0], lines[1:]
+
+
+def scenes_of(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prompt, start_frame and chunk of every scene, from the chunks of a journal."""
+    names = ("prompt", "start_frame", "chunk")
+    return [{name: entry[name] for name in names} for entry in entries if entry["switched"]]
+
+
+def files_of(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    """Id and files of the stories in a folder."""
+    found: dict[str, list[Path]] = {}
+    for path in folder.iterdir():
+        if path.suffix in _SUFFIXES and not path.name.startswith("."):
+            found.setdefault(path.stem, []).append(path)
+    yield from found.items()
+
+
+def remove(folder: Path, id: str) -> bool:
+    """Remove a story's files; False if a process tells it."""
+    journal = folder / f"{id}.jsonl"
+    if journal.exists():
+        with open(journal, "r+b") as file:
+            try:
+                _lock(file)
+            except BlockingIOError:
+                return False
+    for suffix in _SUFFIXES:
+        (folder / f"{id}{suffix}").unlink(missing_ok=True)
+    return True
+
+
+def memory_of(snapshot, frames_per_chunk: int) -> dict[str, Any]:
+    """What a memory held: each past frame, the shares of the layers that hold and show it, its relevance, and the words
+    that called for it, where the memory can say so."""
+    words = (getattr(snapshot, "words", None) or [{}])[0]
+    held, relevance, shown = snapshot.held[:, 0], snapshot.relevance[:, 0], snapshot.recalled[:, 0]
+    frames = []
+    for frame in np.unique(held[held >= 0]):
+        here, worth = held == frame, None
+        if (known := relevance[here][~np.isnan(relevance[here])]).size:  # what has just come has none yet
+            worth = round(float(np.mean(known, dtype=np.float64)), 4)
+        frames.append(
+            {
+                "frame": int(frame),
+                "chunk": int(frame) // frames_per_chunk,
+                "held": round(float(here.any(1).mean()), 3),
+                "shown": round(float((shown == frame).any(1).mean()), 3),
+                "relevance": worth,
+                "words": words.get(int(frame), []),
+            }
+        )
+    return {"held": frames, "sink": [int(n) for n in snapshot.sink], "window": [int(n) for n in snapshot.window]}
+
+
+def _lock(file) -> None:
+    """Until the file is closed, or its process gone."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _thumbnail(frame: np.ndarray) -> bytes:
+    image = Image.fromarray(frame)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return _jpeg(np.asarray(image), 70)
+
+
+def _jpeg(frame: np.ndarray, quality: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=quality)
+    return file.getvalue()

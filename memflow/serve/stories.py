@@ -1,0 +1,378 @@
+"""The stories of a server: one thread tells them by turns, others film them; they are paced, saved and resumed."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from memflow.errors import MemFlowError
+from memflow.serve.film import Film, Part, files_of, read_journal, remove, scenes_of
+from memflow.serve.metrics import Metrics
+from memflow.serve.protocol import Refused, Start
+from memflow.serve.settings import Settings
+from memflow.stream.saved import read_header
+from memflow.tellers.teller import Teller, Turn, check_id
+
+if TYPE_CHECKING:
+    from memflow.stream.pipeline import MemFlowPipeline
+
+_AHEAD = 2  # chunks of one story that are made and not yet sent
+_LOCKED = 5.0  # seconds that another server has for saving
+_TIDY = 60.0  # seconds between two looks at the folder
+
+
+class Telling:
+    """One story while it is told to one viewer: paced by the viewer, filmed, and saved when the viewer leaves.
+
+    Attributes:
+        id: of the story.
+        film: its files.
+        parts: lists of what is to be sent, in order; None: nothing more comes. `sent` says that one is on its way.
+        error: why nothing more comes; None: told to its end, or to `stop`.
+        taken: another viewer goes on with the story.
+    """
+
+    def __init__(self, stories: Stories, film: Film, start: Start, stop: int):
+        self.stories, self.film, self.id, self.stop = stories, film, film.id, stop
+        self.format, self.report, self.buffer = start.format, start.report, start.buffer
+        self.fps = film.about["fps"]
+        self.made = film.video.frames
+        self.playhead = self.made / self.fps
+        self.chunks = film.chunks
+        self.parts: asyncio.Queue[list[Part] | None] = asyncio.Queue()
+        self.started: dict[int, str] = {}  # chunk -> event that begins with it
+        self.error: Exception | None = None
+        self.over = self.paused = False
+        self.taken = False  # by another viewer
+        self._holds = self._unsent = 0
+        self._turns: asyncio.Queue[tuple[Turn, float]] = asyncio.Queue()
+        self._filming = asyncio.create_task(self._film())
+        self._leaving: asyncio.Task | None = None
+        self._saving: asyncio.Task | None = None
+
+    def pace(self) -> None:
+        """Let the teller tell on, or wait: for the viewer, for what is not sent yet, for a state to be written."""
+        if self.over:
+            return
+        ahead = self.buffer is not None and self.made / self.fps - self.playhead > self.buffer
+        wait = self.paused or ahead or self._holds > 0 or self._unsent >= _AHEAD
+        with suppress(MemFlowError):
+            self.stories.teller.pause(self.id, wait)
+        if not wait:
+            self.stories.awake.set()
+
+    def played(self, seconds: float) -> None:
+        """The viewer has seen the film up to `seconds`."""
+        self.playhead = max(self.playhead, min(seconds, self.made / self.fps))
+        self.pace()
+
+    def pause(self, paused: bool) -> None:
+        """The viewer wants no more for now, or does again."""
+        self.paused = paused
+        self.pace()
+
+    def sent(self) -> None:
+        """What was last taken from `parts` is on its way."""
+        self._unsent -= 1
+        self.pace()
+
+    def took(self, turn: Turn, seconds: float) -> None:
+        """A turn of this story has ended."""
+        if turn.chunk is None:
+            self.over, self.error = True, turn.error
+        else:
+            self.made += turn.chunk.frames.shape[1]
+            self.chunks += 1
+            self._unsent += 1
+            if turn.started is not None:
+                self.started[turn.chunk.index] = turn.started
+        self._turns.put_nowait((turn, seconds))
+        self.pace()
+        every = self.stories.settings.save_every
+        if every and turn.chunk is not None and self.chunks % every == 0:
+            self._saving = asyncio.create_task(self._save_quietly())
+
+    async def save(self) -> None:
+        """Write the state, as it is when all that has been made is filmed; the story goes on.
+
+        Raises:
+            MemFlowError: it is over, or the disk is full or the like.
+        """
+        self._holds += 1
+        self.pace()
+        try:
+            await self.stories.model(lambda: None)  # the turn that is being made ends
+            await self._turns.join()
+            if self.over:
+                raise MemFlowError("the story is over")
+            extra = self.stories.extra | {"name": self.id, "stop": str(self.stop)} | self.film.extra()
+            await self.stories.model(self.stories.teller.save, self.id, extra)
+            self.stories.metrics.saved += 1
+        finally:
+            self._holds -= 1
+            self.pace()
+
+    async def leave(self) -> None:
+        """The viewer is gone: save, and let the story go. Ends what has begun even if the caller is cancelled."""
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._leave())
+        await asyncio.shield(self._leaving)
+
+    async def _leave(self) -> None:
+        self._holds += 1  # for good
+        try:
+            if self._saving is not None:
+                await self._saving
+            if not self.over:
+                await self.save()
+            elif self.error is None:  # told to its end
+                self.stories.teller.path(self.id).unlink(missing_ok=True)
+        except Exception as error:
+            self.error = self.error or error
+        finally:
+            self.over = True
+            self.stories.teller.end(self.id)
+            await self._turns.join()
+            self._filming.cancel()
+            await self.stories.films(self.film.close)
+            self.stories.tellings.pop(self.id, None)
+            self.parts.put_nowait(None)
+
+    async def _save_quietly(self) -> None:
+        with suppress(MemFlowError):  # the next one, or the one at the end, says so
+            await self.save()
+
+    async def _film(self) -> None:
+        broken = False
+        while True:
+            turn, seconds = await self._turns.get()
+            try:
+                if turn.chunk is not None and not broken:
+                    add = self.film.add
+                    parts = await self.stories.films(add, turn, self.format, self.report, seconds * 1e3)
+                    self.parts.put_nowait(parts)
+            except Exception as error:  # a full disk, for one; the story ends, and its last state counts
+                self.over, self.error, broken = True, error, True
+                self.stories.teller.end(self.id)
+            finally:
+                self._turns.task_done()
+            if self.over and self._turns.empty():
+                self.parts.put_nowait(None)
+
+
+class Stories:
+    """All stories that a server tells or keeps.
+
+    Args:
+        pipeline: the model.
+        settings: what is allowed. The folder is made.
+        extra: texts that go into every state: what `memflow generate --resume` must know of the model.
+    """
+
+    def __init__(self, pipeline: MemFlowPipeline, settings: Settings, extra: dict[str, str] | None = None):
+        self.pipeline, self.settings = pipeline, settings
+        self.extra = {"model": settings.model, "dtype": str(pipeline.transformer.dtype).removeprefix("torch.")}
+        self.extra |= extra or {}
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        self.teller = Teller(pipeline, settings.folder, snapshots=True)
+        self.tellings: dict[str, Telling] = {}
+        self.metrics = Metrics()
+        self.awake = asyncio.Event()
+        self.disk = 0
+        self.coming = 0  # sessions that are being prepared
+        self.stopping = False
+        self._threads = ThreadPoolExecutor(1, "model"), ThreadPoolExecutor(2, "films")
+        self._tasks: list[asyncio.Task] = []
+
+    async def __aenter__(self) -> Stories:
+        await self._tidy_once()
+        self._tasks = [asyncio.create_task(self._tell()), asyncio.create_task(self._tidy())]
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.stopping = True
+        await asyncio.gather(*(telling.leave() for telling in list(self.tellings.values())))
+        for task in self._tasks:
+            task.cancel()
+        for pool in self._threads:
+            pool.shutdown()
+
+    async def model(self, function: Callable, *arguments: Any) -> Any:
+        """Call in the one thread that uses the model."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads[0], function, *arguments)
+
+    async def films(self, function: Callable, *arguments: Any) -> Any:
+        """Call in a thread that encodes, reads and writes."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads[1], function, *arguments)
+
+    @property
+    def status(self) -> str:
+        """ "ok", "stopping", or "failed": a defect has ended what tells the stories."""
+        if self.stopping:
+            return "stopping"
+        return "failed" if any(task.done() for task in self._tasks) else "ok"
+
+    async def open(self, start: Start) -> Telling:
+        """Begin or resume the story that a viewer asks for.
+
+        Raises:
+            Refused: code "busy", "not_found", "disk_full" or "bad_start".
+        """
+        full = len(self.tellings) + self.coming >= self.settings.sessions and start.resume not in self.tellings
+        if full or self.stopping:
+            raise Refused(f"{self.settings.sessions} stories are being told already; try again later", "busy")
+        if self.disk > self.settings.disk_bytes:
+            raise Refused("the disk space of this server is used up", "disk_full")
+        self.coming += 1
+        try:
+            telling = await (self._begin(start) if start.resume is None else self._resume(start))
+        except MemFlowError as error:
+            raise Refused(str(error), "out_of_memory" if "out of memory" in str(error) else "bad_start") from None
+        finally:
+            self.coming -= 1
+        self.tellings[telling.id] = telling
+        telling.pace()
+        return telling
+
+    async def about(self, id: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+        """What is known of a story, and its chunks; None if it is not here."""
+        try:
+            check_id(id)
+            about, entries = await self.films(read_journal, self.settings.folder / f"{id}.jsonl")
+        except (MemFlowError, OSError):
+            return None
+        state = "telling" if id in self.tellings else "saved" if self.teller.path(id).exists() else "told"
+        frames = sum(entry["frames"] for entry in entries)
+        known = {"id": id, "state": state, "chunks": len(entries), "frames": frames, "seconds": frames / about["fps"]}
+        known |= {name: about[name] for name in ("fps", "width", "height")}
+        known |= {"scenes": scenes_of(entries), "film": f"/v1/stories/{id}.mp4"}
+        return known | {"kept_until": None if state == "telling" else self.kept_until()}, entries
+
+    def kept_until(self) -> int:
+        """Until when a story is kept that is saved now, in seconds since 1970."""
+        return round(time.time() + self.settings.keep_seconds)
+
+    async def _begin(self, start: Start) -> Telling:
+        pipe, settings = self.pipeline, self.settings
+        height, width = start.height or pipe.config.height, start.width or pipe.config.width
+        most = pipe.config.height * pipe.config.width
+        if height * width > most:
+            raise MemFlowError(f"width x height: at most {most:,} pixels, {width} x {height} came")
+        fps = start.fps or pipe.fps
+        limit = settings.story_seconds * fps
+        frames = limit if start.frames is None and start.seconds is None else start.frames or start.seconds * fps
+        id, per_chunk = f"video_stream-{uuid.uuid4().hex}", pipe.frames_per_chunk
+        stop = max(1, math.ceil(min(frames, limit) / per_chunk))
+        try:
+            memory = replace(pipe.memory_config, **start.memory)
+        except ValueError as error:
+            raise MemFlowError(f"memory: {error}") from None
+        about = {"fps": fps, "width": width, "height": height, "frames_per_chunk": memory.frames_per_chunk}
+        about |= {"model": settings.model, "began": round(time.time()), "memory": memory.to_dict()}
+        seconds = stop * per_chunk / pipe.fps
+        of_stream = {"seconds_per_prompt": seconds, "height": height, "width": width, "seed": start.seed}
+
+        def begin() -> Film:
+            film = Film(settings.folder, id, about)
+            try:
+                film.begin()
+                self.teller.pause(self.teller.begin([start.prompt], id=id, stop=stop, memory=memory, **of_stream))
+            except BaseException:
+                film.close()
+                remove(settings.folder, id)
+                raise
+            return film
+
+        return Telling(self, await self.model(begin), start, stop)
+
+    async def _resume(self, start: Start) -> Telling:
+        id = start.resume
+        if (other := self.tellings.get(id)) is not None:  # a page that was loaded again
+            other.taken = True
+            await other.leave()
+        film, path = await self._locked(id), self.teller.path(id)
+        if film is None or not path.exists():
+            if film is not None:
+                film.close()
+            raise Refused("there is no such story to go on with", "not_found")
+
+        def resume() -> int:
+            try:
+                stop = int(read_header(path, digest=False)["extra"]["stop"])
+                self.teller.pause(self.teller.resume(id, stop=stop))
+                stream = self.teller.stream(id)
+                film.resume(stream.position, *(int(stream.extra[name]) for name in ("video_frames", "video_checksum")))
+                if start.prompt is not None:
+                    self.teller.send(id, start.prompt)
+            except BaseException as error:
+                self.teller.end(id)
+                film.close()
+                if isinstance(error, (KeyError, ValueError)) and not isinstance(error, MemFlowError):
+                    raise MemFlowError(f"story {id}: no server saved it") from None
+                raise
+            return stop
+
+        return Telling(self, film, start, await self.model(resume))
+
+    async def _locked(self, id: str) -> Film | None:
+        """The files of a story; waits for another server to save what its viewer has just left."""
+        for wait in (*(_LOCKED / 10,) * 10, None):
+            try:
+                return await self.films(Film, self.settings.folder, id)
+            except FileNotFoundError:
+                return None
+            except BlockingIOError:
+                if wait is None:
+                    raise Refused("another server tells this story", "busy") from None
+                await asyncio.sleep(wait)
+
+    async def _tell(self) -> None:
+        """One turn after the other, for ever."""
+
+        def turn() -> tuple[Turn | None, float]:
+            began = time.perf_counter()
+            return self.teller.turn(), time.perf_counter() - began
+
+        while True:
+            self.awake.clear()
+            found, seconds = await self.model(turn)
+            if found is None:
+                await self.awake.wait()
+                continue
+            if found.chunk is not None:
+                self.metrics.made(found.chunk.frames.shape[1], seconds)
+            telling = self.tellings.get(found.id)
+            if telling is not None:
+                telling.took(found, seconds)
+
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.sleep(_TIDY)
+            with suppress(OSError):  # of a folder that is on its way back
+                await self._tidy_once()
+
+    async def _tidy_once(self) -> None:
+        """Remove what has been kept long enough, and see how much there is; a full disk ends what is told."""
+        self.disk = await self.films(self._swept)
+        if self.disk > self.settings.disk_bytes or shutil.disk_usage(self.settings.folder).free < 2**28:
+            for telling in self.tellings.values():
+                telling.error = MemFlowError("the disk space of this server is used up")
+            await asyncio.gather(*(telling.leave() for telling in list(self.tellings.values())))
+
+    def _swept(self) -> int:
+        total, oldest = 0, time.time() - self.settings.keep_seconds
+        for id, paths in files_of(self.settings.folder):
+            with suppress(OSError):
+                stats = [path.stat() for path in paths]
+                young = id in self.tellings or max(stat.st_mtime for stat in stats) > oldest
+                if young or not remove(self.settings.folder, id):
+                    total += sum(stat.st_size for stat in stats)
+        return total

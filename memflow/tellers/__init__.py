@@ -1,0 +1,1 @@
+"""Many stories on one model: `Teller` tells them by turns."""
