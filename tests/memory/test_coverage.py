@@ -202,7 +202,7 @@ def test_a_snapshot_tells_what_each_token_says():
         ({"scene_frame": "last"}, "scene_frame must be one of any, first, latest"),
         ({"recall": "coverage"}, "recall must be 'relevance' where held_frames is None, got 'coverage'"),
         ({"scene_frame": "first", "policy": "none"}, "scene_frame must be 'any' where held_frames is None"),
-        ({"policy": "random", "held_frames": 9, "scene_frame": "first"}, "'any' with policy='random'"),
+        ({"policy": "random", "held_frames": 9, "scene_frame": "first"}, "scene_frame must be 'any' with policy='rand"),
         ({"policy": "oracle", "recall": "coverage"}, "recall must be 'relevance' with policy='oracle'"),
         ({"held_frames": 9, "recall": "coverage", "aggregate": "softmax"}, "aggregate must be 'mean' with recall="),
         ({"published_mode": "single", "recall": "coverage"}, "recall must be 'relevance' where held_frames is None"),
