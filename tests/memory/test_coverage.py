@@ -215,6 +215,22 @@ def test_a_recall_without_effect_is_refused(fields, complaint):
         MemoryConfig.from_dict(fields)
 
 
+def test_changed_settings_stay_ones_that_have_an_effect():
+    covered = MemoryConfig(policy="original", held_frames=9, **BETTER)
+    assert covered.changed(policy="archive", held_frames=None) == replace(covered, policy="archive", held_frames=None)
+    for change in ({"held_frames": None}, {"policy": "random"}, {"policy": "none", "held_frames": None}):
+        fallen = covered.changed(**change)
+        assert (fallen.recall, fallen.scene_frame) == ("relevance", "any")
+    with pytest.raises(ValueError, match="recall must be 'relevance' where held_frames is None"):
+        covered.changed(held_frames=None, recall="coverage")
+    with pytest.raises(ValueError, match="policy must be one of"):
+        covered.changed(policy="best")
+    shared = covered.changed(activated=0.5)
+    assert (
+        shared.changed(top_k=2) == covered.changed(top_k=2) and shared.changed(top_k=2).changed(activated=0.5) == shared
+    )
+
+
 def test_the_default_shows_by_relevance_alone():
     assert (MemoryConfig().recall, MemoryConfig().scene_frame) == ("relevance", "any")
     published = MemoryConfig.published()
