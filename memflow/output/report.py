@@ -57,6 +57,7 @@ class MemoryReport:
                 bank=_bank(snapshot, frames_per_chunk),
                 sink=_span(snapshot.sink, frames_per_chunk),
                 window=_span(snapshot.window, frames_per_chunk),
+                called=_called(snapshot, frames_per_chunk),
             )
         )
 
@@ -99,6 +100,12 @@ def _bank(snapshot, frames_per_chunk: int) -> list[Held]:
         shown = (recalled // frames_per_chunk == chunk).any(axis=1).mean()
         found.append(Held(int(chunk), float(here.any(axis=1).mean()), float(shown), float(relevance[here].mean())))
     return found
+
+
+def _called(snapshot, frames_per_chunk: int) -> list[tuple[int, str]]:
+    """Chunks that the bank of batch row 0 shows, oldest first, and the words that called for them."""
+    words = getattr(snapshot, "words", ())
+    return [(frame // frames_per_chunk, ", ".join(said)) for frame, said in sorted(words[0].items())] if words else []
 
 
 def _span(frames: list[int], frames_per_chunk: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from memflow.errors import MemFlowError
@@ -272,7 +271,7 @@ class Stories:
         id, per_chunk = f"video_stream-{uuid.uuid4().hex}", pipe.frames_per_chunk
         stop = max(1, math.ceil(min(frames, limit) / per_chunk))
         try:
-            memory = replace(pipe.memory_config, **start.memory)
+            memory = pipe.memory_config.changed(**start.memory)
         except ValueError as error:
             raise MemFlowError(f"memory: {error}") from None
         about = {"fps": fps, "width": width, "height": height, "frames_per_chunk": memory.frames_per_chunk}
