@@ -26,7 +26,7 @@ ELSEWHERE = {
     r"pip (install|wheel) ": "tests/test_wheel.py, and the set-up of these tests",
     r"make ": "test_make_targets; `make test` runs these tests",
     r"memflow (download|convert) |.* --model memflow-1.3b": "needs 20 GB of published files; test_options reads them",
-    r"python -m benchmarks run --suite quick|memflow-bench run --suite quick": "minutes; tests/benchmarks",
+    r"memflow-bench run ": "minutes, or a kernel of the reader's own; tests/benchmarks",
     r"memflow serve": "runs until it is stopped; tests/serve",
 }
 
@@ -41,6 +41,7 @@ def in_words(command: str) -> list[str]:
     """The command as arguments; the programs are those of this Python."""
     words = shlex.split(command)
     programs = {"python": [sys.executable], "memflow": [sys.executable, "-m", "memflow"]}
+    programs["memflow-bench"] = [sys.executable, "-m", "memflow_bench"]
     return programs.get(words[0], [words[0]]) + words[1:]
 
 
@@ -109,9 +110,9 @@ def test_figures_of_the_table_are_those_of_the_result():
     for number, (dtype, published, ours, times) in enumerate(rows):
         mode = ("dense", "activated")[number % 2]
         section = result.partition(f"layer wan-1.3b-480p {dtype}")[2].partition("###")[0]
-        found = dict(re.findall(rf"^\| (ours \(torch\)|reference path) \| {mode} \| ([\d.]+) s", section, re.MULTILINE))
+        found = dict(re.findall(rf"^\| (ours \(torch\)|published path) \| {mode} \| ([\d.]+) s", section, re.MULTILINE))
         assert {name: float(value) for name, value in found.items()} == {
             "ours (torch)": float(ours),
-            "reference path": float(published),
+            "published path": float(published),
         }
-        assert abs(float(times) - float(published) / float(ours)) < 0.011
+        assert abs(float(times) - float(published) / float(ours)) < 0.05  # the ratio is that of rounds
