@@ -12,6 +12,9 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+# Of torch.ops. A copy of this package under another name (the kernels hub loads them so) has ops of its own beside it.
+NAMESPACE = "memflow" if __package__ == "memflow_kernels" else f"memflow_{__package__}".replace(".", "_")
+
 
 class Operator(NamedTuple):
     """file: in ops/ and in every backend, of this operator. schema: arguments and results as torch writes them."""

@@ -16,9 +16,9 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import increment_version
 
 from ..backends import dispatch
-from ..operators import OPERATORS
+from ..operators import NAMESPACE, OPERATORS
 
-_LIBRARY = torch.library.Library("memflow", "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 REGISTERED: dict[str, Registered] = {}
 
 
@@ -30,13 +30,13 @@ class Registered:
         takes them; by default those of the operator `<name>_backward`, or a refusal where there is none."""
         self.name, operator = name, OPERATORS[name]
         _LIBRARY.define(name + operator.schema, tags=torch.Tag.pt2_compliant_tag)
-        self.operator = getattr(torch.ops.memflow, name).default
+        self.operator = getattr(getattr(torch.ops, NAMESPACE), name).default
         written = [place for place, kind in enumerate(operator.arguments.values()) if "!" in kind]
         _LIBRARY.impl(name, _kernel(name, written), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"memflow::{name}", fake, lib=_LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         if not written:
             setup, formula = backward or (derived if f"{name}_backward" in OPERATORS else _refused)(name)
-            torch.library.register_autograd(f"memflow::{name}", formula, setup_context=setup, lib=_LIBRARY)
+            torch.library.register_autograd(f"{NAMESPACE}::{name}", formula, setup_context=setup, lib=_LIBRARY)
             self._function = _function(self.operator, setup, formula)
         REGISTERED[name] = self
 
