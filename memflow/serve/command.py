@@ -138,6 +138,7 @@ def listen(host: str, port: int) -> socket.socket:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(Settings.send_seconds * 1e3))
         listening.bind(address)
+        listening.listen(128)  # from here on whoever comes waits for the model to be loaded, and is not turned away
     except OSError as error:
         raise MemFlowError(f"--host {host} --port {port}: {error.strerror}") from None
     return listening

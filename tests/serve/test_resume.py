@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
+from websockets.sync.client import connect
 
 from tests.serve.conftest import PATIENCE, PROMPTS
 
@@ -164,10 +165,9 @@ def test_the_command_line_goes_on_with_a_servers_story(tmp_path):
     """A process of its own: the embedded model, SIGTERM, and `memflow generate --resume` from what it left."""
     folder = tmp_path / "stories"
     command = [sys.executable, "-m", "memflow", "serve", "--dir", str(folder), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, ExitStack() as stack:
         address = process.stdout.readline().split("http://")[1].split("/")[0]
-        from websockets.sync.client import connect
-
+        stack.callback(process.kill)
         with connect(f"ws://{address}/v1/realtime/video", max_size=None, open_timeout=PATIENCE) as socket:
             socket.send(json.dumps({"type": "session.start", "prompt": PROMPTS[0], "num_frames": 12}))
             id = json.loads(socket.recv())["request_id"]
