@@ -16,7 +16,6 @@ from starlette.applications import Starlette
 
 from memflow.cli import loading
 from memflow.cli.serving import Serving
-from memflow.decoders import use_decoder
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.serve.app import make_app
 from memflow.serve.settings import Settings
@@ -41,7 +40,7 @@ def serve(request: Serving) -> int:
     settings = settings_of(request)
     listening = listen(request.host, request.port)
     with listening, ExitStack() as stack:
-        loaded = _load(request, settings, stack)
+        loaded = _load(request, stack)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         asked = "/?token=..." if settings.token else "/"
@@ -83,7 +82,7 @@ def app_of_environment() -> Starlette:
             given[field.name] = kinds.get(field.name, str)(value)
     request = Serving(**given)
     settings = settings_of(request)
-    return make_app(lambda: _load(request, settings, ExitStack()), settings)
+    return make_app(lambda: _load(request, ExitStack()), settings)
 
 
 def settings_of(request: Serving) -> Settings:
@@ -144,18 +143,9 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _load(request: Serving, settings: Settings, stack: ExitStack) -> tuple[Any, dict[str, str]]:
+def _load(request: Serving, stack: ExitStack) -> tuple[Any, dict[str, str]]:
     """The pipeline, and what states say of it. Its backend is in force until `stack` ends."""
     warnings.simplefilter("ignore", MemFlowWarning)  # who writes a prompt is told, not who runs the server
-    device = loading.choose_device(request.device)
-    dtype = loading.choose_dtype(request.dtype, device)
-    stack.enter_context(loading.backend(request.backend, device))
-    pipe = loading.load_pipeline(
-        settings.model, device, dtype, preset=request.preset, prompt_cache=request.prompt_cache
-    )
-    loading.choose_threads(pipe.transformer, device)
-    extra = {"preset": request.preset} if request.preset else {}
-    if request.decoder is not None:
-        use_decoder(pipe, request.decoder)
-        extra["decoder"] = str(request.decoder.absolute())
-    return pipe, extra
+    loaded = loading.load(request)
+    stack.enter_context(loading.backend(request.backend, loaded.device))
+    return loaded.pipeline, loaded.about

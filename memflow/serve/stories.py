@@ -177,10 +177,8 @@ class Stories:
         extra: texts that go into every state: what `memflow generate --resume` must know of the model.
     """
 
-    def __init__(self, pipeline: MemFlowPipeline, settings: Settings, extra: dict[str, str] | None = None):
-        self.pipeline, self.settings = pipeline, settings
-        self.extra = {"model": settings.model, "dtype": str(pipeline.transformer.dtype).removeprefix("torch.")}
-        self.extra |= extra or {}
+    def __init__(self, pipeline: MemFlowPipeline, settings: Settings, extra: dict[str, str]):
+        self.pipeline, self.settings, self.extra = pipeline, settings, extra
         settings.folder.mkdir(parents=True, exist_ok=True)
         self.teller = Teller(pipeline, settings.folder, snapshots=True)
         self.tellings: dict[str, Telling] = {}
