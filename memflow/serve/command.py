@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 import warnings
 from contextlib import ExitStack, suppress
@@ -45,8 +46,13 @@ def serve(request: Serving) -> int:
         shown = f"[{host}]" if ":" in host else host
         asked = "/?token=..." if settings.token else "/"
         print(f"memflow serve: {settings.model} on http://{shown}:{port}{asked}  (Ctrl-C ends and saves)", flush=True)
-        with suppress(KeyboardInterrupt):  # uvicorn passes on what it was stopped with
-            server(make_app(lambda: loaded, settings), settings).run(sockets=[listening])
+        running = server(make_app(lambda: loaded, settings), settings)
+        # uvicorn passes on what it was stopped with, when all is saved; the end of a terminal it does not know.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGHUP, lambda *_: setattr(running, "should_exit", True))
+        with suppress(KeyboardInterrupt):
+            running.run(sockets=[listening])
     return 0
 
 

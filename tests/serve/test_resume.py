@@ -53,6 +53,18 @@ def test_a_lost_connection_costs_nothing(shared, whole):
     assert "thumbnail" in chunks[-1] and "thumbnail" not in chunks[0]
 
 
+def test_a_viewer_who_is_gone_before_the_first_chunk(shared, whole):
+    with shared.started(num_frames=FRAMES, seed=5) as viewer:
+        id = viewer.messages[0]["request_id"]
+        viewer.send("session.pause")
+    shared.idle()
+    film = shared.settings.folder / f"{id}.mp4"
+    with shared.started(None, memflow={"resume": id}) as viewer:
+        assert viewer.rest()[-1]["type"] == "session.done"
+    shared.idle()
+    assert film.read_bytes() == whole
+
+
 def test_a_story_goes_on_with_another_scene(shared):
     with shared.started() as viewer:
         id = viewer.messages[0]["request_id"]
