@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from memflow.cli import loading
 from memflow.cli.serving import Serving
 from memflow.errors import MemFlowError, MemFlowWarning
-from memflow.serve.app import make_app
+from memflow.serve.asgi import make_app
 from memflow.serve.settings import Settings
 
 _MESSAGE = 256 * 1024  # bytes; `Settings.message_characters` count characters

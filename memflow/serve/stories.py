@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memflow.errors import MemFlowError
@@ -253,6 +254,14 @@ class Stories:
         known |= {name: about[name] for name in ("fps", "width", "height")}
         known |= {"scenes": scenes_of(entries), "film": f"/v1/stories/{id}.mp4"}
         return known | {"kept_until": None if state == "telling" else self.kept_until()}, entries
+
+    def film(self, id: str) -> Path | None:
+        """The film of a story; None if it is not here."""
+        try:
+            path = self.teller.path(id).with_suffix(".mp4")
+        except MemFlowError:
+            return None
+        return path if path.exists() else None
 
     def kept_until(self) -> int:
         """Until when a story is kept that is saved now, in seconds since 1970."""

@@ -128,7 +128,7 @@ def test_viewers_that_come_and_go(serve, count):
         start = f'{{"type": "session.start", "prompt": "{PROMPTS[0]}", "seed": {seed}, "num_frames": {FRAMES}}}'
         address = f"ws://127.0.0.1:{running.port}/v1/realtime/video"
         command = [sys.executable, "-c", KILLED, address, start]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             id = process.stdout.readline().strip()
             time.sleep(wait)
             process.kill()
