@@ -225,7 +225,7 @@ def test_any_asgi_host_can_serve_the_app(monkeypatch, tmp_path):
         assert client.get("/v1/info").status_code == 401
         info = client.get("/v1/info", headers={"Authorization": "Bearer a-long-token"}).json()
         assert info["limits"]["sessions"] == 3 and info["model"] == "storybook"
-        with client.websocket_connect("/v1/realtime/video?token=a-long-token") as socket:
+        with client.websocket_connect("wss://b.example/v1/realtime/video?token=a-long-token") as socket:
             socket.send_json({"type": "session.start", "prompt": PROMPTS[0], "num_frames": 3})
             assert socket.receive_json()["type"] == "video.start"
             assert socket.receive_json()["byte_length"] == len(socket.receive_bytes())
