@@ -302,9 +302,6 @@ class Stories:
 
     async def _resume(self, start: Start) -> Telling:
         id = start.resume
-        if (other := self.tellings.get(id)) is not None:  # a page that was loaded again
-            other.taken = True
-            await other.leave()
         film, path = await self._locked(id), self.teller.path(id)
         if film is None or not path.exists():
             if film is not None:
@@ -330,8 +327,11 @@ class Stories:
         return Telling(self, film, start, await self.model(resume))
 
     async def _locked(self, id: str) -> Film | None:
-        """The files of a story; waits for another server to save what its viewer has just left."""
+        """The files of a story; whoever tells it gives it up, and another server has time to save what was left."""
         for wait in (*(_LOCKED / 10,) * 10, None):
+            if (other := self.tellings.get(id)) is not None:  # a page that was loaded again, perhaps twice
+                other.taken = True
+                await other.leave()
             try:
                 return await self.films(Film, self.settings.folder, id)
             except FileNotFoundError:
