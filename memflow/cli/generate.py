@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from memflow.cli import Interrupt, shown
+from memflow.cli.live import Lines
 from memflow.cli.options import Request
 from memflow.cli.reports import draw, new_report
 from memflow.cli.story import Job, jobs, settings
@@ -23,13 +24,14 @@ from memflow.output.video import VideoWriter
 
 @dataclass
 class Film:
-    """A video in the making. before: frames that were in it. stop: chunks after which this run ends. saved: chunks in
-    the last state that was written. size: (height, width). loop, wall: seconds."""
+    """A video in the making. before: frames that were in it. stop: chunks after which this run ends, None: with the
+    story. length: chunks of the story. saved: chunks in the last state that was written. size: (height, width). loop,
+    wall: seconds."""
 
     job: Job
     video: VideoWriter
     before: int
-    stop: int
+    stop: int | None
     length: int
     state: Path | None
     saved: int | None = None
@@ -40,7 +42,7 @@ class Film:
 
     @property
     def interrupted(self) -> bool:
-        return self.position < self.stop
+        return self.position < min(self.length, self.stop or self.length)
 
     def kept(self) -> str:
         """What is there if nothing more comes."""
@@ -141,7 +143,7 @@ def _film(stream, job: Job, request: Request, console: Console) -> Film:
     else:
         frames, checksum = int(job.state["video_frames"]), int(job.state["video_checksum"])
         video = VideoWriter.resume(job.output, stream.pipeline.fps, frames, checksum)
-    stop = len(stream) if request.chunks is None else min(len(stream), stream.position + request.chunks)
+    stop = None if request.chunks is None else stream.position + request.chunks
     return Film(job, video, video.frames, stop, len(stream), request.save_state, position=stream.position)
 
 
@@ -151,6 +153,7 @@ def _make(
     """Run `stream` into its video until its end, --chunks or Ctrl-C."""
     video, fps, loop_before = film.video, stream.pipeline.fps, stream.timings["loop"]
     report = new_report(film.job.name, stream) if film.job.report else None
+    lines = Lines() if request.live else None
     with ExitStack() as stack:
         stack.enter_context(video)
         if report is not None:
@@ -164,8 +167,12 @@ def _make(
         writer, writing = stack.enter_context(ThreadPoolExecutor(1)), Future()
         stack.callback(lambda: wait([writing]))
         writing.set_result(None)
-        while stream.position < film.stop and not interrupt.requested:
-            chunk = next(stream)
+        while stream.position != film.stop and not interrupt.requested:
+            if lines is not None:
+                lines.hand_over(stream, lambda said: bar.console.print(shown(said)), lambda: interrupt.requested)
+            chunk = next(stream, None)
+            if chunk is None:
+                break
             writing.result()
             if chunk.switched:
                 line = Text(f"{_clock(video.frames / fps)}  {shown(' '.join(chunk.prompts[0].split()))}")
@@ -179,8 +186,9 @@ def _make(
                 writing.result()
                 film.save(stream, extra)
             rate = (video.frames - film.before) / (time.perf_counter() - begin)
-            bar.update(task, completed=stream.position, rate=f"{rate:.1f} frames/s")
+            bar.update(task, total=len(stream), completed=stream.position, rate=f"{rate:.1f} frames/s")
         writing.result()
+        film.length = len(stream)
         film.position, film.wall = stream.position, time.perf_counter() - begin
         film.loop = stream.timings["loop"] - loop_before
         if film.state and film.saved != stream.position:

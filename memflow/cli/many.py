@@ -24,7 +24,7 @@ from memflow.output.video import check_output
 from memflow.tellers.pool import Carrier, Event, Processes, Worker, tell
 from memflow.tellers.records import FOLDER, Task, is_done
 
-_ALONE = ("prompts", "chunks", "save_state", "resume")  # options for one story
+_ALONE = ("prompts", "chunks", "save_state", "resume", "live")  # options for one story
 
 
 def generate_many(request: Request) -> int:
@@ -58,7 +58,7 @@ def _check(request: Request) -> None:
     """MemFlowError for what can be seen to be wrong in the options."""
     if request.story is None or request.output is None:
         raise MemFlowError("--jobs and --ray need a file of stories, and -o FOLDER for their films")
-    given = [request.written(name) for name in _ALONE if getattr(request, name) not in (None, [])]
+    given = [request.written(name) for name in _ALONE if getattr(request, name)]
     if given:
         raise MemFlowError(f"{', '.join(given)}: for one story, not with --jobs and --ray")
     if request.ray and os.path.exists(request.ray):

@@ -57,7 +57,7 @@ class Request:
         typer.Argument(
             metavar="STORY",
             help="A text file with one prompt per line, a .json or .yaml file with a list of prompts, or a .jsonl file "
-            'with one {"prompts": \\[...]} per line.',
+            'with one {"prompts": \\[...]} per line. "-": lines or JSON from stdin.',
         ),
         "Story",
     ] = None
@@ -164,6 +164,13 @@ class Request:
             help="Keep the embeddings of prompts on disk: the text encoder is loaded for new prompts only.",
         ),
     ] = True
+    live: Annotated[
+        bool,
+        _run(
+            "--live",
+            help="Read further prompts from stdin meanwhile: a line is the next scene, from the next chunk on.",
+        ),
+    ] = False
     report: Annotated[bool, _run("--report", help="Also draw what was remembered: OUT with .png.")] = False
     overwrite: Annotated[
         bool,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 import warnings
 from contextlib import ExitStack, suppress
@@ -16,9 +17,8 @@ from starlette.applications import Starlette
 
 from memflow.cli import loading
 from memflow.cli.serving import Serving
-from memflow.decoders import use_decoder
 from memflow.errors import MemFlowError, MemFlowWarning
-from memflow.serve.app import make_app
+from memflow.serve.asgi import make_app
 from memflow.serve.settings import Settings
 
 _MESSAGE = 256 * 1024  # bytes; `Settings.message_characters` count characters
@@ -41,13 +41,18 @@ def serve(request: Serving) -> int:
     settings = settings_of(request)
     listening = listen(request.host, request.port)
     with listening, ExitStack() as stack:
-        loaded = _load(request, settings, stack)
+        loaded = _load(request, stack)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         asked = "/?token=..." if settings.token else "/"
         print(f"memflow serve: {settings.model} on http://{shown}:{port}{asked}  (Ctrl-C ends and saves)", flush=True)
-        with suppress(KeyboardInterrupt):  # uvicorn passes on what it was stopped with
-            server(make_app(lambda: loaded, settings), settings).run(sockets=[listening])
+        running = server(make_app(lambda: loaded, settings), settings)
+        # uvicorn passes on what it was stopped with, when all is saved; the end of a terminal it does not know.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGHUP, lambda *_: setattr(running, "should_exit", True))
+        with suppress(KeyboardInterrupt):
+            running.run(sockets=[listening])
     return 0
 
 
@@ -83,7 +88,7 @@ def app_of_environment() -> Starlette:
             given[field.name] = kinds.get(field.name, str)(value)
     request = Serving(**given)
     settings = settings_of(request)
-    return make_app(lambda: _load(request, settings, ExitStack()), settings)
+    return make_app(lambda: _load(request, ExitStack()), settings)
 
 
 def settings_of(request: Serving) -> Settings:
@@ -138,23 +143,15 @@ def listen(host: str, port: int) -> socket.socket:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(Settings.send_seconds * 1e3))
         listening.bind(address)
+        listening.listen(128)  # from here on whoever comes waits for the model to be loaded, and is not turned away
     except OSError as error:
         raise MemFlowError(f"--host {host} --port {port}: {error.strerror}") from None
     return listening
 
 
-def _load(request: Serving, settings: Settings, stack: ExitStack) -> tuple[Any, dict[str, str]]:
+def _load(request: Serving, stack: ExitStack) -> tuple[Any, dict[str, str]]:
     """The pipeline, and what states say of it. Its backend is in force until `stack` ends."""
     warnings.simplefilter("ignore", MemFlowWarning)  # who writes a prompt is told, not who runs the server
-    device = loading.choose_device(request.device)
-    dtype = loading.choose_dtype(request.dtype, device)
-    stack.enter_context(loading.backend(request.backend, device))
-    pipe = loading.load_pipeline(
-        settings.model, device, dtype, preset=request.preset, prompt_cache=request.prompt_cache
-    )
-    loading.choose_threads(pipe.transformer, device)
-    extra = {"preset": request.preset} if request.preset else {}
-    if request.decoder is not None:
-        use_decoder(pipe, request.decoder)
-        extra["decoder"] = str(request.decoder.absolute())
-    return pipe, extra
+    loaded = loading.load(request)
+    stack.enter_context(loading.backend(request.backend, loaded.device))
+    return loaded.pipeline, loaded.about
