@@ -53,5 +53,5 @@ $(VENV)/installed-model: $(VENV)/torch pyproject.toml
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed-model
-	$(PIP) install $(TESTED) -e '.[model,serve,test]'
+	$(PIP) install $(TESTED) -e '.[model,serve,ray,test]'
 	touch $@

@@ -16,14 +16,13 @@ from starlette.applications import Starlette
 
 from memflow.cli import loading
 from memflow.cli.serving import Serving
-from memflow.decoders import use_decoder
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.serve.app import make_app
 from memflow.serve.settings import Settings
 
 _MESSAGE = 256 * 1024  # bytes; `Settings.message_characters` count characters
 _BUFFER = 256 * 1024  # bytes that the system holds for a reader: more would hide that it is slow
-_GRACE = 120  # seconds for saving when the server is stopped
+GRACE = 120  # seconds for saving when the server is stopped
 
 
 def serve(request: Serving) -> int:
@@ -41,7 +40,7 @@ def serve(request: Serving) -> int:
     settings = settings_of(request)
     listening = listen(request.host, request.port)
     with listening, ExitStack() as stack:
-        loaded = _load(request, settings, stack)
+        loaded = load(request, settings, stack)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         asked = "/?token=..." if settings.token else "/"
@@ -65,7 +64,7 @@ def server(app: Starlette, settings: Settings) -> uvicorn.Server:
         ws_max_size=_MESSAGE,
         ws_per_message_deflate=False,
         limit_concurrency=4 * settings.sessions + 64,
-        timeout_graceful_shutdown=_GRACE,
+        timeout_graceful_shutdown=GRACE,
         server_header=False,
     )
     return uvicorn.Server(config)
@@ -77,13 +76,13 @@ def app_of_environment() -> Starlette:
     given: dict[str, Any] = {}
     for field in fields(Serving):
         value = os.environ.get(f"MEMFLOW_SERVE_{'DIR' if field.name == 'folder' else field.name.upper()}")
-        if value is not None and field.name not in ("host", "port"):
+        if value is not None and field.name not in ("host", "port", "ray", "replicas"):
             kinds = {"sessions": int, "folder": Path, "decoder": Path, "allow_origin": str.split}
             kinds["prompt_cache"] = lambda text: text not in ("0", "false", "no")
             given[field.name] = kinds.get(field.name, str)(value)
     request = Serving(**given)
     settings = settings_of(request)
-    return make_app(lambda: _load(request, settings, ExitStack()), settings)
+    return make_app(lambda: load(request, settings, ExitStack()), settings)
 
 
 def settings_of(request: Serving) -> Settings:
@@ -143,18 +142,15 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _load(request: Serving, settings: Settings, stack: ExitStack) -> tuple[Any, dict[str, str]]:
-    """The pipeline, and what states say of it. Its backend is in force until `stack` ends."""
+def load(request: Serving, settings: Settings, stack: ExitStack) -> tuple[Any, dict[str, str]]:
+    """The pipeline, and what states say of it.
+
+    Args:
+        request: the options.
+        settings: name the model.
+        stack: its backend is in force until this ends.
+    """
     warnings.simplefilter("ignore", MemFlowWarning)  # who writes a prompt is told, not who runs the server
-    device = loading.choose_device(request.device)
-    dtype = loading.choose_dtype(request.dtype, device)
-    stack.enter_context(loading.backend(request.backend, device))
-    pipe = loading.load_pipeline(
-        settings.model, device, dtype, preset=request.preset, prompt_cache=request.prompt_cache
-    )
-    loading.choose_threads(pipe.transformer, device)
-    extra = {"preset": request.preset} if request.preset else {}
-    if request.decoder is not None:
-        use_decoder(pipe, request.decoder)
-        extra["decoder"] = str(request.decoder.absolute())
-    return pipe, extra
+    stack.enter_context(loading.backend(request.backend, loading.choose_device(request.device)))
+    pipe, _, about = loading.load(request)
+    return pipe, {name: about[name] for name in ("preset", "decoder") if name in about}
