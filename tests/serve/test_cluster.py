@@ -75,6 +75,13 @@ class Story(threading.Thread):
                 return
 
 
+def wait(condition) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
 def replicas() -> list[psutil.Process]:
     """Of the cluster that this process has started."""
     children = psutil.Process().children(recursive=True)
@@ -120,6 +127,8 @@ def test_stories_of_a_killed_replica_go_on_at_the_other(tmp_path, films):
             for story in stories:
                 story.start()
                 assert story.started.wait(PATIENCE)
+            states = [folder / f"{story.id}.safetensors" for story in stories]
+            wait(lambda: all(state.exists() for state in states))
             told = tellers(folder)
             assert sorted(told) == sorted(story.id for story in stories) and len(set(told.values())) == 2
             killed = told[stories[0].id]
