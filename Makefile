@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 TESTED := -c constraints.txt
 
-.PHONY: demo test test-all mutants bench-quick gpu-check lint format clean
+.PHONY: demo test test-all mutants bench-quick gpu-check lint format docs clean
 
 demo: $(VENV)/installed-model
 	mkdir -p demo
@@ -35,12 +35,15 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+docs: $(VENV)/installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo bench build *.egg-info
+	rm -rf $(VENV) demo bench build site *.egg-info
 
 # torch first and pinned: any other request for it would fetch another build.
 $(VENV)/torch: constraints.txt
@@ -53,5 +56,5 @@ $(VENV)/installed-model: $(VENV)/torch pyproject.toml
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed-model
-	$(PIP) install $(TESTED) -e '.[model,serve,ray,test]'
+	$(PIP) install $(TESTED) -e '.[model,serve,ray,test,docs]'
 	touch $@

@@ -1,1 +1,1 @@
-"""The benchmark harness: correct first, then timed, against every peer on this machine. See docs/benchmarks.md."""
+"""Studies of this repository, and results. The harness itself is memflow_bench; see docs/benchmarks.md."""

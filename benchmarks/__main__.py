@@ -1,11 +1,5 @@
-"""python -m benchmarks: run, report, cases."""
+"""python -m benchmarks: what `memflow-bench` does, without installing."""
 
-from .pinning import pin_threads
+from memflow_bench.__main__ import run
 
-pin_threads()
-
-import torch  # noqa: E402, F401 (before anything else that brings an OpenMP runtime)
-
-from .command import main  # noqa: E402
-
-raise SystemExit(main())
+raise SystemExit(run())

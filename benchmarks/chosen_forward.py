@@ -5,7 +5,7 @@
 One thread, its CPU time, in rounds of one call each in turns. The choice is given: it is the same for all.
 """
 
-from .pinning import pin_threads
+from memflow_bench.pinning import pin_threads
 
 pin_threads()
 
@@ -17,12 +17,11 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+from memflow_bench import environment  # noqa: E402
 from memflow_kernels import frame_means, memory_attention, select_frames  # noqa: E402
 from memflow_kernels.reference.attend import attend  # noqa: E402
 from memflow_kernels.reference.merge import merge_attention  # noqa: E402
 from memflow_kernels.testing import states  # noqa: E402
-
-from . import environment  # noqa: E402
 
 FRAMES, CANDIDATES, TOP_K, TOKENS, HEADS, DIM, ROUNDS = 15, 6, 3, 390, 3, 128, 15
 

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.providers.flex import Flex, FlexFlash
-from benchmarks.providers.peers import FLASH_ATTENTION, FlashAttention, FlashInfer, Sdpa, flashinfer_norm_rope
+from memflow_bench.providers.flex import Flex, FlexFlash
+from memflow_bench.providers.peers import FLASH_ATTENTION, FlashAttention, FlashInfer, Sdpa, flashinfer_norm_rope
 from memflow_kernels import (
     Pool,
+    cover_frames,
     frame_means,
     memory_attention,
     prompt_relevance,
@@ -47,6 +48,7 @@ class Size(NamedTuple):
 MODEL = Size(heads=12, head_dim=128, rows=30, cols=52, layers=30, text=512, dtype=torch.bfloat16)
 TINY = Size(heads=2, head_dim=16, rows=2, cols=3, layers=2, text=5, dtype=torch.float32)
 CHUNK, CANDIDATES, FRAMES, TOP_K, PASSES = 3, 6, 15, 3, 5
+HELD = 24
 
 
 class Call(NamedTuple):
@@ -148,7 +150,8 @@ def write_calls(size: Size, device: torch.device, ours: Ours) -> list[Call]:
 
 
 def update_calls(size: Size, device: torch.device, ours: Ours) -> list[Call]:
-    """What a chunk costs beside its passes: relevance and replacement for all layers at once, and one selection."""
+    """What a chunk costs beside its passes: relevance and replacement for all layers at once, one selection, and the
+    frames that cover the prompt."""
     shape = (size.heads, size.head_dim)
     pool = Pool.zeros(size.layers, FRAMES, size.tokens, *shape, dtype=size.dtype, device=device)
     pool.key.normal_()
@@ -157,6 +160,10 @@ def update_calls(size: Size, device: torch.device, ours: Ours) -> list[Call]:
     text = states(size.layers, size.text, *shape, dtype=size.dtype, device=device, seed=8)
     query = states(1, CHUNK * size.tokens, *shape, dtype=size.dtype, device=device, seed=9)
     bank = pool.key[:, : CANDIDATES * size.tokens]
+    held = states(size.layers, HELD, *shape, dtype=torch.float32, device=device, seed=10)
+    # in quarters, whose sums are exact in any order
+    scores = (4 * states(1, size.text, HELD, 1, dtype=torch.float32, device=device, seed=11)[..., 0]).round() / 4
+    weights = torch.full((1, size.text), 0.25, device=device)
     # the newest frame goes over the one before it: the bank that the other calls read stays as it is
     source = torch.full((size.layers,), FRAMES - 1, dtype=torch.int32, device=device)
 
@@ -164,7 +171,13 @@ def update_calls(size: Size, device: torch.device, ours: Ours) -> list[Call]:
         with use_backend(name):
             if aggregate == "mean":
                 return prompt_relevance(text, frame_mean=pool.frame_mean[:, :CANDIDATES])
+            if aggregate == "token":
+                return prompt_relevance(text, frame_mean=held, aggregate="token")
             return prompt_relevance(text, bank, tokens_per_frame=size.tokens, aggregate="softmax")
+
+    def covering(name: str) -> Tensor:
+        with use_backend(name):
+            return cover_frames(scores, weights, CANDIDATES, scores.mean(1))
 
     def selection(name: str) -> Tensor:
         with use_backend(name):
@@ -178,6 +191,8 @@ def update_calls(size: Size, device: torch.device, ours: Ours) -> list[Call]:
     runs = {
         "relevance mean": (partial(relevance, aggregate="mean"), text.nbytes),
         "relevance softmax": (partial(relevance, aggregate="softmax"), text.nbytes + bank.nbytes),
+        "relevance token": (partial(relevance, aggregate="token"), text.nbytes + held.nbytes),
+        "covering": (covering, CANDIDATES * scores.nbytes),
         "selection": (selection, query.nbytes),
         "replacement": (replacement, 4 * bank.nbytes // CANDIDATES),
     }

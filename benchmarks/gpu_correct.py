@@ -15,8 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_calls import CANDIDATES, CHUNK, FRAMES, TOP_K, Ours, Size
-from memflow_kernels import Pool, frame_means, memory_attention, qk_norm_rope_write, replace_frame, use_backend
+from benchmarks.gpu_calls import CANDIDATES, CHUNK, FRAMES, HELD, TOP_K, Ours, Size
+from memflow_kernels import (
+    Pool,
+    cover_frames,
+    frame_means,
+    memory_attention,
+    prompt_relevance,
+    qk_norm_rope_write,
+    replace_frame,
+    use_backend,
+)
 from memflow_kernels.reference import rms_norm, rotate_3d
 from memflow_kernels.testing import states
 
@@ -165,10 +174,29 @@ def write(size: Size, device: torch.device, ours: Ours) -> Iterator[Finding]:
             yield compared(f"the frame beside it, {label}", frames[:, 2], frames[:, 3], 0.0)
 
 
+def covering(size: Size, device: torch.device, ours: Ours) -> Iterator[Finding]:
+    """The scores of every text token, with a prompt of another length than the tiles, and the frames that cover it."""
+    shape, tokens = (size.heads, size.head_dim), size.text - 1
+    text = states(2, tokens, *shape, dtype=size.dtype, device=device, seed=7)
+    means = states(2, HELD + 1, *shape, dtype=torch.float32, device=device, seed=8, layout="heads_first")
+    wide, mean_wide = (x.double().flatten(2) / (size.heads * size.head_dim**0.5) ** 0.5 for x in (text, means))
+    expected, mass = wide @ mean_wide.mT, wide.abs() @ mean_wide.abs().mT
+    # in quarters, whose sums are exact: equal frames are common
+    scores = (4 * states(3, tokens, HELD + 1, 1, device=device, seed=9)[..., 0]).round() / 4
+    row = torch.full((3, tokens), 0.25, device=device), 6, torch.zeros(3, HELD + 1, device=device)
+    with use_backend("torch"):
+        covered = cover_frames(scores, *row)
+    for label, backend in ours.items():
+        with use_backend(backend):
+            actual = prompt_relevance(text, frame_mean=means, aggregate="token")
+            yield compared(f"relevance per token, {label}", actual, expected, 1e-5 * mass)
+            yield compared(f"frames that cover, {label}", cover_frames(scores, *row), covered, 0.0)
+
+
 def check(size: Size, device: torch.device, ours: Ours, report: Callable[[Finding], None]) -> bool:
     """Whether everything is right; report is given every finding as it comes."""
     right = True
-    for find in (attention, write):
+    for find in (attention, write, covering):
         for finding in find(size, device, ours):
             report(finding)
             right &= finding.right

@@ -23,7 +23,7 @@ from benchmarks.gpu_calls import (
     update_calls,
     write_calls,
 )
-from benchmarks.timing import captured, in_turns, spread
+from memflow_bench.timing import captured, in_turns, spread
 from memflow_kernels.testing import relative_error
 
 GROUPS_OF_CALLS = (attention_calls, write_calls, update_calls)
@@ -132,7 +132,7 @@ def targets(rows: list[dict], ceilings: dict[str, float]) -> dict[str, bool]:
     if ours is None or fastest is None:
         return {"the attention was measured": False}
     chunk = PASSES * MODEL.layers * (ms("attention", ours["name"]) + ms("write", "ours"))
-    update = ms("relevance mean", "ours") + ms("replacement", "ours")
+    update = sum(ms(group, "ours") for group in ("relevance mean", "relevance token", "covering", "replacement"))
     update += PASSES * MODEL.layers * ms("selection", "ours")
     share = lambda group: named.get((group, "ours"), {}).get("share_of_ceiling", 0.0)  # noqa: E731
     return {
@@ -141,8 +141,8 @@ def targets(rows: list[dict], ceilings: dict[str, float]) -> dict[str, bool]:
         f"attention at 0.9 of the TFLOP/s of {fastest['name']}": ours["rate"] >= 0.9 * fastest["rate"],
         "write at 80 % of the copy bandwidth": share("write") >= 0.8,
         "frame_means at 80 % of the copy bandwidth": share("frame_means") >= 0.8,
-        f"relevance, selection, replacement within 1 % of a chunk ({update / chunk:.2%} of attention and write alone)":
-        update <= 0.01 * chunk,
+        "relevance, covering, selection, replacement within 1 % of a chunk "
+        f"({update / chunk:.2%} of attention and write alone)": update <= 0.01 * chunk,
     }  # fmt: skip
 
 

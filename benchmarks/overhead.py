@@ -6,7 +6,7 @@ writes the numbers and, beside them, a table (.md). One thread. Every round time
 is the median over the rounds, the least one stands beside it. --before: an earlier result, shown next to the new one.
 """
 
-from .pinning import pin_threads
+from memflow_bench.pinning import pin_threads
 
 pin_threads()
 
@@ -23,9 +23,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import memflow_kernels as mk  # noqa: E402
+from memflow_bench import environment  # noqa: E402
 from memflow_kernels.testing import states  # noqa: E402
-
-from . import environment  # noqa: E402
 
 ROUNDS, CALLS = 25, 40
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "grad": nullcontext}
@@ -37,7 +36,8 @@ WRITES = ("qk_norm_rope_write", "replace_frame")  # in place: without gradients 
 def calls(size: str, grad: bool) -> dict[str, Callable[[], object]]:
     """The calls of one size; with `grad` each runs forward and backward."""
     frames, tokens, queries, heads, dim, candidates, top_k = SIZES[size]
-    query = states(1, queries, heads, dim, layout="heads_first").requires_grad_(grad)
+    # queries as linear layers leave them, keys and values as a pool has them
+    query = states(1, queries, heads, dim).requires_grad_(grad)
     key, value = (
         states(1, frames * tokens, heads, dim, layout="heads_first", seed=s).requires_grad_(grad) for s in (1, 2)
     )

@@ -37,6 +37,36 @@ Tensor prompt_relevance_mean(Tensor text_key, Tensor frame_mean, MaybeTensor tex
   return score;
 }
 
+Tensor prompt_relevance_token(Tensor text_key, Tensor frame_mean, MaybeTensor text_mask, double scale) {
+  const Shape text = shape_of("text_key", text_key);
+  const int dtype = dtype_of("text_key", text_key);
+  const int64_t frames = shape_of("frame_mean", frame_mean).tokens;
+  const MemflowStates texts = states("text_key", text_key, text, text_key.scalar_type());
+  const MemflowStates means = states("frame_mean", frame_mean, text.with(frames), ScalarType::Float);
+  const MaybeTensor mask = flat("text_mask", text_mask, {text.batch, text.tokens}, ScalarType::Bool);
+  Launch on("prompt_relevance_token", {{"text_key", text_key}, {"frame_mean", frame_mean}, {"text_mask", mask}});
+  Tensor score = on.empty({text.batch, text.tokens, frames}, ScalarType::Float);
+  on.check(memflow_prompt_relevance_token(texts, dtype, pointer<uint8_t>(mask), means, text.batch, text.tokens, frames,
+                                          text.heads, text.head_dim, scale, static_cast<float*>(score.data_ptr()),
+                                          on.stream));
+  return score;
+}
+
+Tensor cover_frames(Tensor scores, Tensor weights, int64_t k, Tensor prior) {
+  if (scores.dim() != 3) fail("scores must have 3 dimensions, got the shape ", listed(scores.sizes()));
+  const int dtype = dtype_of("scores", scores);
+  const int64_t rows = scores.size(0), tokens = scores.size(1), frames = scores.size(2);
+  if (k < 0) fail("k must be at least 0, got ", k);
+  const MaybeTensor all = flat("scores", scores, {rows, tokens, frames}, scores.scalar_type());
+  const MaybeTensor counts = flat("weights", weights, {rows, tokens}, ScalarType::Float);
+  const MaybeTensor before = flat("prior", prior, {rows, frames}, ScalarType::Float);
+  Launch on("cover_frames", {{"scores", all}, {"weights", counts}, {"prior", before}});
+  Tensor table = on.empty({rows, k < frames ? k : frames}, ScalarType::Int);
+  on.check(memflow_cover_frames(pointer<void>(all), dtype, pointer<float>(counts), pointer<float>(before), rows, tokens,
+                                frames, k, static_cast<int32_t*>(table.data_ptr()), on.stream));
+  return table;
+}
+
 Tensor prompt_relevance_softmax(Tensor text_key, Tensor key, MaybeTensor text_mask, int64_t tokens_per_frame,
                                 double scale) {
   const Shape text = shape_of("text_key", text_key);
@@ -234,6 +264,8 @@ STABLE_TORCH_LIBRARY(memflow_cuda, m) {
   m.def(
       "prompt_relevance_softmax(Tensor text_key, Tensor key, Tensor? text_mask, int tokens_per_frame, float scale)"
       " -> Tensor");
+  m.def("prompt_relevance_token(Tensor text_key, Tensor frame_mean, Tensor? text_mask, float scale) -> Tensor");
+  m.def("cover_frames(Tensor scores, Tensor weights, int k, Tensor prior) -> Tensor");
   m.def("select_frames(Tensor query, Tensor frame_mean, int top_k, Tensor? valid, int? query_block) -> Tensor");
   m.def(
       "memory_attention(Tensor query, Tensor key, Tensor value, Tensor? frame_table, int tokens_per_frame,"
@@ -257,6 +289,8 @@ STABLE_TORCH_LIBRARY_IMPL(memflow_cuda, CompositeExplicitAutograd, m) {
   m.impl("frame_means", TORCH_BOX(&frame_means));
   m.impl("prompt_relevance_mean", TORCH_BOX(&prompt_relevance_mean));
   m.impl("prompt_relevance_softmax", TORCH_BOX(&prompt_relevance_softmax));
+  m.impl("prompt_relevance_token", TORCH_BOX(&prompt_relevance_token));
+  m.impl("cover_frames", TORCH_BOX(&cover_frames));
   m.impl("select_frames", TORCH_BOX(&select_frames));
   m.impl("memory_attention", TORCH_BOX(&memory_attention));
   m.impl("qk_norm_rope_write", TORCH_BOX(&qk_norm_rope_write));

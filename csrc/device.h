@@ -71,6 +71,14 @@ __device__ __forceinline__ float warp_sum(float x, int first = 1) {
   return x;
 }
 
+// A score mapped so that a larger number is a larger score. NaN counts as the largest; no other score is mapped below
+// 0x007fffff.
+__device__ __forceinline__ uint32_t sortable(float score) {
+  if (score != score) return 0xffffffffu;
+  uint32_t bits = __float_as_uint(score + 0.0f);  // -0 is 0
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
 // ---- host side
 
 inline int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -47,6 +47,17 @@ int memflow_prompt_relevance_softmax(MemflowStates text_key, MemflowStates key, 
                                      int64_t heads, int64_t head_dim, double scale, float* score, void* workspace,
                                      void* stream);
 
+// score [B, T, F] float32, contiguous: mean over heads of <text key, frame mean> * scale for every text token, 0 for one
+// that text_mask leaves out.
+int memflow_prompt_relevance_token(MemflowStates text_key, int dtype, const uint8_t* text_mask,
+                                   MemflowStates frame_mean, int64_t batch, int64_t tokens, int64_t frames,
+                                   int64_t heads, int64_t head_dim, double scale, float* score, void* stream);
+
+// table [R, min(k, F)] int32: k times the frame that adds most, in that order, -1 at the end. scores [R, T, F] of
+// `dtype`, weights [R, T] and prior [R, F] float32; all contiguous. 2 T + 9 F at most 12287.
+int memflow_cover_frames(const void* scores, int dtype, const float* weights, const float* prior, int64_t rows,
+                         int64_t tokens, int64_t frames, int64_t k, int32_t* table, void* stream);
+
 // table [B, H, blocks, k] int32, contiguous, k = min(top_k, F), blocks = ceil(Lq / query_block): the chosen frames of
 // every head, ascending, -1 at the end. query [B, Lq, H, D]; query_block 0: one block of all queries.
 // query_mean [B, blocks, H, D] float32, contiguous: the means where they are known (query is then not read and no

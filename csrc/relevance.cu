@@ -64,6 +64,52 @@ share_kernel(const float* lse, const uint8_t* mask, float* score, int heads, int
   if (threadIdx.x == 0) score[batch * frames + frame] = total / (count * static_cast<float>(heads));
 }
 
+// score [B, T, F]: one tile of TILE tokens x TILE frames per block, four numbers per thread, each added up in the order of
+// the channels. Token and frame of a thread's numbers are TILE / 2 apart.
+template <class T>
+__global__ void __launch_bounds__(SCORE_THREADS)
+token_score_kernel(MemflowStates text_key, const uint8_t* mask, MemflowStates frame_mean, float* score, int tokens,
+                   int frames, int heads, int head_dim, float scale) {
+  constexpr int TILE = 2 * 16, STEP = 32;
+  float(*text)[STEP + 1] = reinterpret_cast<float(*)[STEP + 1]>(memflow_shared);  // [TILE][STEP + 1], no bank twice
+  float(*means)[STEP + 1] = text + TILE;
+  int64_t batch = blockIdx.z, first_token = int64_t(blockIdx.x) * TILE, first_frame = int64_t(blockIdx.y) * TILE;
+  const T* texts = static_cast<const T*>(text_key.data) + batch * text_key.batch;
+  const float* all_means = static_cast<const float*>(frame_mean.data) + batch * frame_mean.batch;
+  int own_token = threadIdx.x / 16, own_frame = threadIdx.x % 16;
+  float sum[2][2] = {};
+  for (int head = 0; head < heads; ++head) {
+    for (int start = 0; start < head_dim; start += STEP) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < TILE * STEP; i += SCORE_THREADS) {
+        int64_t token = first_token + i / STEP, frame = first_frame + i / STEP;
+        int channel = start + i % STEP;
+        bool counts = token < tokens && channel < head_dim && (!mask || mask[batch * tokens + token]);
+        text[i / STEP][i % STEP] = counts ? to_float(texts[token * text_key.token + head * text_key.head + channel]) : 0;
+        bool inside = frame < frames && channel < head_dim;
+        means[i / STEP][i % STEP] =
+            inside ? all_means[frame * frame_mean.token + head * frame_mean.head + channel] : 0;
+      }
+      __syncthreads();
+#pragma unroll 8
+      for (int channel = 0; channel < STEP; ++channel)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            sum[i][j] += text[own_token + 16 * i][channel] * means[own_frame + 16 * j][channel];
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      int64_t token = first_token + own_token + 16 * i, frame = first_frame + own_frame + 16 * j;
+      if (token >= tokens || frame >= frames) continue;
+      bool counts = !mask || mask[batch * tokens + token];  // 0 times a mean that is NaN would be NaN
+      score[(batch * tokens + token) * frames + frame] = counts ? sum[i][j] * (scale / static_cast<float>(heads)) : 0;
+    }
+  }
+}
+
 constexpr int64_t SCORE_SHARED = SCORE_THREADS / WARP * sizeof(float);
 
 }  // namespace
@@ -90,6 +136,23 @@ extern "C" int memflow_prompt_relevance_mean(MemflowStates text_key, int dtype, 
   dim3 grid(static_cast<unsigned>(frames), static_cast<unsigned>(batch));
   return launch(mean_score_kernel, grid, SCORE_THREADS, SCORE_SHARED, stream, sums, parts, text_mask, frame_mean, score,
                 tokens, frames, heads, head_dim, scale);
+}
+
+extern "C" int memflow_prompt_relevance_token(MemflowStates text_key, int dtype, const uint8_t* text_mask,
+                                              MemflowStates frame_mean, int64_t batch, int64_t tokens, int64_t frames,
+                                              int64_t heads, int64_t head_dim, double scale, float* score,
+                                              void* stream) {
+  using namespace memflow;
+  if (batch < 1 || tokens < 1 || frames < 0 || heads < 1 || head_dim < 1) return MEMFLOW_INVALID;
+  if (batch > 65535 || frames > 32 * 65535 || tokens > INT32_MAX) return MEMFLOW_UNSUPPORTED;
+  if (frames == 0) return cudaSuccess;
+  dim3 grid(static_cast<unsigned>(cdiv(tokens, 32)), static_cast<unsigned>(cdiv(frames, 32)),
+            static_cast<unsigned>(batch));
+  return with_format(dtype, [&](auto format) {
+    return launch(token_score_kernel<decltype(format)>, grid, SCORE_THREADS, 2 * 32 * 33 * sizeof(float), stream,
+                  text_key, text_mask, frame_mean, score, int(tokens), int(frames), int(heads), int(head_dim),
+                  static_cast<float>(scale));
+  });
 }
 
 extern "C" int64_t memflow_prompt_relevance_softmax_workspace(int64_t batch, int64_t tokens, int64_t heads,

@@ -8,15 +8,8 @@ constexpr int64_t MOST_FRAMES = 12288;  // their scores fit into the shared memo
 constexpr int MOST_CHANNELS = 256;
 
 // What a frame's place in shared memory holds: 0 for a frame that may not be chosen, TAKEN for one that has been, else
-// its score, mapped so that a larger number is a larger score. No score but NaN, which counts as the largest, is mapped
-// below 0x007fffff.
+// its score as `sortable` maps it.
 constexpr uint32_t NOT_FREE = 0, TAKEN = 1;
-
-__device__ __forceinline__ uint32_t sortable(float score) {
-  if (score != score) return 0xffffffffu;
-  uint32_t bits = __float_as_uint(score + 0.0f);  // -0 is 0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 
 // One warp makes the choice of one head for one block of queries. Sums of queries serve as well as means: the order of
 // the scores is the same.

@@ -7,6 +7,7 @@ from .backends import available_backends, use_backend
 from .masks import block_causal_table
 from .ops._checks import MAX_HEAD_DIM as MAX_HEAD_DIM
 from .ops.attention import memory_attention
+from .ops.covering import cover_frames
 from .ops.means import frame_means
 from .ops.merge import merge_attention
 from .ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_write
@@ -20,6 +21,7 @@ __all__ = [
     "Pool",
     "available_backends",
     "block_causal_table",
+    "cover_frames",
     "frame_means",
     "memory_attention",
     "merge_attention",

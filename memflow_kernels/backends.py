@@ -13,9 +13,12 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Backend(NamedTuple):
@@ -44,7 +47,7 @@ def _gpu_missing() -> str | None:
 
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (it exists for Linux: pip install triton)"
+        return "the package triton is not installed: a torch for GPUs brings its own (or, on Linux, pip install triton)"
     reason = None if interpreting() else _gpu_missing()
     return (
         f"{NO_GPU} (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)" if reason == NO_GPU else reason
@@ -125,11 +128,11 @@ class use_backend:
         global _forced
         _forced = self._before
 
-    def __call__(self, function: Callable) -> Callable:
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         self.__exit__()  # decorating chooses nothing yet
 
         @functools.wraps(function)
-        def run(*arguments: object, **options: object):
+        def run(*arguments: P.args, **options: P.kwargs) -> R:
             with use_backend(self.name):
                 return function(*arguments, **options)
 

@@ -2,7 +2,8 @@
 
 What runs an operator, `ops/`, every backend and the tests, reads this table. An operator `thing_backward` is the
 gradient of `thing`: its arguments are found by name among the arguments and results of `thing`, and `grad_x` is the
-gradient of x.
+gradient of x. memory_attention_top_k, which is memory_attention with the choice before it, has the gradient of
+memory_attention.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ def _named(listed: str) -> dict[str, str]:
 
 _STATES = "Tensor query, Tensor key, Tensor value"
 _FRAMES = "Tensor? frame_table, SymInt tokens_per_frame, SymInt candidate_frames, float scale, SymInt? query_block"
+_CHOICE = (
+    "Tensor? frame_mean, Tensor? query_mean, SymInt tokens_per_frame, SymInt candidate_frames, SymInt top_k, "
+    "float scale, SymInt? query_block"
+)
 _PARTS = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b"
 _SOFTMAX = "Tensor text_key, Tensor key, Tensor? text_mask, SymInt tokens_per_frame, float scale"
 _WEIGHTS = "Tensor weight_q, Tensor weight_k, float eps, SymInt rows, SymInt cols, SymInt start_frame, Tensor? start"
@@ -45,12 +50,16 @@ _TURNS = "SymInt[]? axes=None, float theta=10000., bool per_head=False"
 _POOL = "Tensor(a!) pool_key, Tensor(b!) pool_value, Tensor(c!) pool_frame_mean"
 
 OPERATORS = {
+    "cover_frames": Operator("covering", "(Tensor scores, Tensor weights, SymInt k, Tensor prior) -> Tensor"),
     "frame_means": Operator("means", "(Tensor key, SymInt tokens_per_frame) -> Tensor"),
     "memory_attention": Operator("attention", f"({_STATES}, {_FRAMES}) -> (Tensor out, Tensor lse)"),
     "memory_attention_backward": Operator(
         "attention",
         f"(Tensor grad_out, Tensor? grad_lse, {_STATES}, Tensor out, Tensor lse, {_FRAMES}) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    ),
+    "memory_attention_top_k": Operator(
+        "attention", f"({_STATES}, {_CHOICE}) -> (Tensor out, Tensor lse, Tensor frame_table)"
     ),
     "merge_attention": Operator("merge", f"({_PARTS}) -> (Tensor out, Tensor lse)"),
     "merge_attention_backward": Operator(
@@ -64,6 +73,9 @@ OPERATORS = {
     "prompt_relevance_softmax": Operator("relevance", f"({_SOFTMAX}) -> Tensor score"),
     "prompt_relevance_softmax_backward": Operator(
         "relevance", f"(Tensor grad_score, {_SOFTMAX}) -> (Tensor grad_text_key, Tensor grad_key)"
+    ),
+    "prompt_relevance_token": Operator(
+        "relevance", "(Tensor text_key, Tensor frame_mean, Tensor? text_mask, float scale) -> Tensor"
     ),
     "qk_norm_rope": Operator(
         "qk_norm_rope", f"(Tensor query, Tensor key, {_WEIGHTS}, {_TURNS}) -> (Tensor new_query, Tensor new_key)"
@@ -93,7 +105,7 @@ OPERATORS = {
 
 
 def implementations(package: str) -> dict[str, Callable]:
-    """The function of every operator in `package`, which has the files of the table; a gradient may have its own."""
+    """The function of every operator in `package`, which has the files of the table; an operator may have its own."""
     found = {}
     for name, operator in OPERATORS.items():
         module = importlib.import_module(f"{package}.{operator.file}")

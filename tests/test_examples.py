@@ -14,6 +14,7 @@ SAYS = {
     "diffusers_loop.py": "chunk 5: latents of std",
     "own_engine.py": "attention of [1, 45, 4, 24]; held frames by layer: [[",
     "own_model.py": "window [27, 28, 29, 30, 31, 32, 33, 34, 35]",
+    "from_sdpa.py": "with the top 3 of 6 remembered frames per head: (1, 8, 72, 64)",
     "from_flash_attention.py": "with the top 3 of 6 remembered frames per head: (1, 72, 4, 64)",
 }
 

@@ -44,39 +44,76 @@ def train(
     typer.echo(f"trained: {folder}" if folder else f"stopped: --resume goes on in {out}")
 
 
+PARTS = ("policies", "retrieval", "generated", "activation", "endless")
+
+
 @app.command()
 def evaluate(
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.json", help="A table and plots go beside it.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="Of policies a .json, a table and plots go beside it; else a .jsonl."
+        ),
+    ],
+    part: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=f"What is measured, once for each: {', '.join(PARTS)}. [default: policies]"),
+    ] = None,
     model: Annotated[
         str, typer.Option(metavar="NAME", help="A preset, or the folder of a trained model.")
     ] = "storybook",
-    stories: Annotated[int, typer.Option(min=1, metavar="N", help="Of each length.")] = 102,
+    stories: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Of policies of each length, else of each seed.")
+    ] = 102,
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="That the stories are spread over.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, metavar="N", help="The others count on; not of policies.")] = 11,
     memory: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL", help="One of the memories, once for each. [default: all]")
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="A policy, a rule or a kind of activation, once for each. [default: all]"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... [default: cuda where there is one]")
     ] = None,
 ) -> None:
-    """Tell stories under every policy and measure who and what comes back after an absence."""
-    from examples.storybook import recall, report
+    """Tell stories under every policy, or every rule of recall, and measure who and what comes back after an absence.
+
+    Results are written as they come; started again with the same FILE it goes on.
+    """
+    from examples.storybook import recall, report, retrieval, told
     from examples.storybook.evaluate import run
-    from memflow.cli.loading import choose_device, choose_dtype, load_pipeline
+    from examples.storybook.results import Results
+    from examples.storybook.rules import RULES
+    from examples.storybook.told import ACTIVATED
+    from memflow.cli.loading import choose_device, choose_dtype, choose_threads, load_pipeline
     from memflow.errors import MemFlowError
 
-    if out.suffix != ".json":
-        raise MemFlowError(f"-o must name a .json file, which a table and plots are written beside; got {out}")
-    try:
-        settings = recall.settings_named(memory)
-    except ValueError as error:
-        raise MemFlowError(f"--memory: {error}") from None
+    parts = part or ["policies"]
+    unknown = [name for name in parts if name not in PARTS]
+    if unknown or ("policies" in parts and len(parts) > 1):
+        raise MemFlowError(f"--part must be policies alone, or some of {', '.join(PARTS[1:])}; got {', '.join(parts)}")
+    needed = ".json" if parts == ["policies"] else ".jsonl"
+    if out.suffix != needed:
+        raise MemFlowError(f"-o must name a {needed} file with --part {', '.join(parts)}; got {out}")
+    known = [setting.label for setting in recall.SETTINGS] if parts == ["policies"] else [*RULES, *ACTIVATED]
+    unknown = [label for label in memory or [] if label not in known]
+    if unknown:
+        raise MemFlowError(f"--memory: unknown: {', '.join(unknown)}; there are {', '.join(known)}")
     chosen = choose_device(device)
     pipeline = load_pipeline(model, chosen, choose_dtype("float32", chosen))
-    found = run(pipeline, out, stories=stories, seeds=seeds, settings=settings, say=typer.echo)
-    out.with_suffix(".md").write_text(report.table(found))
-    report.plot(found, out.with_suffix(".png"))
-    report.plot_forgetting(found, out.with_name(out.stem + "-forgetting.png"))
+    if needed == ".json":
+        settings = recall.settings_named(memory)
+        found = run(pipeline, out, stories=stories, seeds=seeds, settings=settings, say=typer.echo)
+        out.with_suffix(".md").write_text(report.table(found))
+        report.plot(found, out.with_suffix(".png"))
+        report.plot_forgetting(found, out.with_name(out.stem + "-forgetting.png"))
+        return
+    choose_threads(pipeline.transformer, chosen)
+    chosen_seeds = list(range(first_seed, first_seed + seeds))
+    for name in parts:
+        command = f"python -m examples.storybook evaluate --part {name} --stories {stories} --seeds {seeds}"
+        results = Results(out, f"{command} --first-seed {first_seed} -o {out.name}", say=typer.echo)
+        measured = retrieval.run if name == "retrieval" else told.RUNS[name]
+        measured(pipeline, results, stories=stories, seeds=chosen_seeds, labels=memory or known)
 
 
 @app.command()

@@ -26,6 +26,8 @@ MEMORY = {
     "layers": "mean",
     "positions": "relative",
     "recache": False,
+    "recall": "coverage",
+    "scene_frame": "first",
 }
 _PAD, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
 

@@ -28,7 +28,8 @@ class Setting:
     changes: dict = field(default_factory=dict)
 
     def config(self, trained: MemoryConfig) -> MemoryConfig:
-        return replace(trained, **{"held_frames": None, "top_k": None, **self.changes})
+        plain = {"held_frames": None, "top_k": None, "recall": "relevance", "scene_frame": "any"}
+        return replace(trained, **plain | self.changes)
 
 
 SETTINGS = [
@@ -130,7 +131,7 @@ def evaluate(pipeline, setting: Setting, length: str, stories: int, seed: int) -
     seconds, chances = 0.0, []
     all_trials = trials(length, stories, seed)
     for first in range(0, stories, BATCH):
-        told = _Telling(pipeline, setting, all_trials[first : first + BATCH], seed * 1_000_000 + first)
+        told = Telling(pipeline, setting, all_trials[first : first + BATCH], seed * 1_000_000 + first)
         seconds += told.seconds
         chances += told.chances
         for name, values in told.outcomes().items():
@@ -138,7 +139,7 @@ def evaluate(pipeline, setting: Setting, length: str, stories: int, seed: int) -
     return {"shares": shares, "seconds": seconds / stories, "chance": float(np.mean(chances)) if chances else 0.0}
 
 
-class _Telling:
+class Telling:
     """One batch of trials, told.
 
     seen: what the frames of the scenes that count show, fields [stories, CHUNK]; landmarks: the mean colours of their
@@ -146,16 +147,16 @@ class _Telling:
     """
 
     def __init__(self, pipeline, setting: Setting, part: list[Trial], seed: int):
-        self.trials = part
+        self.trials, self.chunks = part, part[0].chunks
         prompts = [list(texts) for texts in zip(*(trial.script.prompts() for trial in part), strict=True)]
         config = setting.config(pipeline.memory_config)
         stream = pipeline.stream(
             prompts,
-            seconds_per_prompt=CHUNK / pipeline.fps,
+            seconds_per_prompt=self.chunks * CHUNK / pipeline.fps,
             seed=[seed + row for row in range(len(part))],
             memory=config,
         )
-        stream.decoder = _Latents()
+        stream.decoder = Undecoded()
         self.seen: dict[int, Frame] = {}
         self.landmarks: dict[int, Tensor] = {}
         self.hits: dict[str, list[bool]] = {"hit character": [], "hit place": []}
@@ -166,21 +167,25 @@ class _Telling:
             if config.policy == "oracle":
                 stream.memory.policy.wanted = [trial.useful_frames(scene) for trial in part]
             begin = time.perf_counter()
-            chunk = next(stream)
+            chunk = next(stream)  # of a scene the first chunk counts
             self.seconds += time.perf_counter() - begin
             if scene in first.meetings or scene in first.returns:
-                self.seen[scene], self.landmarks[scene] = _measure(pipeline.vae, chunk.latents)
+                self.seen[scene], self.landmarks[scene] = measure_latents(pipeline.vae, chunk.latents)
             if scene in first.returns:
                 self._note_hits(stream.snapshot(), scene)
+            if scene + 1 < len(prompts):
+                for _ in range(self.chunks - 1):
+                    next(stream)
 
     def _note_hits(self, snapshot, scene: int) -> None:
         """Whether sink, window and what is recalled, in the last layer, show the character, and the place."""
         shown = snapshot.recalled[-1]  # [B, bank]
-        always = [frame // CHUNK for frame in (*snapshot.sink, *snapshot.window)]
-        past = scene - 3  # prototypes that have left the window, the sink not counted
+        length = CHUNK * self.chunks
+        always = [frame // length for frame in (*snapshot.sink, *snapshot.window)]
+        past = scene * self.chunks - 3  # prototypes that have left the window, the sink not counted
         for trial, frames in zip(self.trials, shown, strict=True):
             scenes = trial.script.scenes
-            held = {int(frame) // CHUNK for frame in frames if frame >= 0} | {i for i in always if i < scene}
+            held = {int(frame) // length for frame in frames if frame >= 0} | {i for i in always if i < scene}
             for name, key in (("hit character", "name"), ("hit place", "place")):
                 self.hits[name].append(any(getattr(scenes[i], key) == getattr(scenes[scene], key) for i in held))
             self.chances.append(chance_of_a_hit(past, 1, shown.shape[1]))
@@ -193,7 +198,7 @@ class _Telling:
                 told = trial.script.scenes[scene]
                 look = trial.script.looks[told.name]
                 shown = Frame(*(values[row] for values in self.seen[scene]))
-                hue, shape, place = (_most(x) for x in (shown.hue, shown.shape, shown.place))
+                hue, shape, place = (most(x) for x in (shown.hue, shown.shape, shown.place))
                 found["scene"].append(place == told.place)
                 found["action"].append(_acted(shown) == told.action)
                 if scene in trial.meetings:
@@ -208,15 +213,18 @@ class _Telling:
         return found
 
 
-class _Latents:
+class Undecoded:
     """Stands in for a stream's decoder: only few of the chunks are looked at."""
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents.new_empty(latents.shape[0], 0, 0, 0, 3)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
 
 @torch.no_grad()
-def _measure(codec, latents: Tensor) -> tuple[Frame, Tensor]:
+def measure_latents(codec, latents: Tensor) -> tuple[Frame, Tensor]:
     """What clean latents [B, C, F, h, w] show: fields [B, F]; and the mean colour of the landmark [B, 3]."""
     stories = latents.shape[0]
     pictures = codec.decode_frames(latents.transpose(1, 2).flatten(0, 1)).clamp(0, 1).float().cpu()
@@ -225,7 +233,7 @@ def _measure(codec, latents: Tensor) -> tuple[Frame, Tensor]:
     return Frame(*(values.unflatten(0, (stories, -1)) for values in frame)), landmark
 
 
-def _most(values: Tensor) -> int:
+def most(values: Tensor) -> int:
     """The value that most frames of a scene have; of equals the smallest."""
     return int(values.bincount().argmax())
 

@@ -103,14 +103,15 @@ def training_script(random: np.random.Generator, chunks: int) -> Script:
 
 @dataclass(frozen=True)
 class Trial:
-    """The script of a story of one chunk per scene, and what is asked of it.
+    """The script of a story of scenes of equal length, and what is asked of it.
 
     A first scene that the sink holds; four meetings, of a character in a place each; `between` scenes of others; four
-    returns, of every one of these characters to another one's place. first_return: the scene where they begin.
+    returns, of every one of these characters to another one's place. chunks: of a scene.
     """
 
     script: Script
     between: int
+    chunks: int = 1
 
     @property
     def meetings(self) -> range:
@@ -132,22 +133,24 @@ class Trial:
         """Numbers of the past frames, first ones of a chunk, that show the scene's character or place."""
         wanted = self.script.scenes[scene]
         past = self.script.scenes[:scene]
-        return [i * CHUNK for i, s in enumerate(past) if s.name == wanted.name or s.place == wanted.place]
+        scenes = [i for i, s in enumerate(past) if s.name == wanted.name or s.place == wanted.place]
+        return [(i * self.chunks + chunk) * CHUNK for i in scenes for chunk in range(self.chunks)]
 
 
-def recall_trial(random: np.random.Generator, between: int) -> Trial:
-    """A random trial; `between` is at least 2, so that nothing that returns is in the window."""
-    if between < 2:
+def recall_trial(random: np.random.Generator, between: int, chunks: int = 1) -> Trial:
+    """A random trial of scenes of `chunks` chunks; there are at least 2 chunks between, or in the last meeting where
+    nothing is between, so that nothing that returns is in the window."""
+    if max(1, between) * chunks < 2:
         raise ValueError(f"between must be at least 2, or the window may still show what returns, got {between}")
     looks, landmarks = random_cast(random)
     names, places = random.permutation(len(NAMES)).tolist(), random.permutation(len(PLACES)).tolist()
 
     def scene(name: int, place: int) -> Scene:
-        return Scene(name, place, int(random.integers(len(ACTIONS))), 1)
+        return Scene(name, place, int(random.integers(len(ACTIONS))), chunks)
 
     others, elsewhere = (names[0], names[-1]), (places[0], places[-1])
     scenes = [scene(names[0], places[0])]
     scenes += [scene(names[i], places[i]) for i in range(1, 1 + _MET)]
     scenes += [scene(int(random.choice(others)), int(random.choice(elsewhere))) for _ in range(between)]
     scenes += [scene(names[i], places[i % _MET + 1]) for i in range(1, 1 + _MET)]
-    return Trial(Script(scenes, looks, landmarks), between)
+    return Trial(Script(scenes, looks, landmarks), between, chunks)

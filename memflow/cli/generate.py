@@ -97,11 +97,8 @@ def _run(request: Request, todo: list[Job], films: list[Film], console: Console,
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(film.kept() if film else "") from None
             except (MemFlowError, MemoryError, torch.OutOfMemoryError) as error:
-                short = (
-                    ""
-                    if isinstance(error, MemFlowError)
-                    else f"{device} is out of memory, --height and --width can be less: "
-                )
+                less = f"{'--held, ' if request.held else ''}--height and --width can be less"
+                short = "" if isinstance(error, MemFlowError) else f"{device} is out of memory, {less}: "
                 kept = f" ({film.kept()})" if film and film.kept() else ""
                 raise MemFlowError(f"{short}{error}{kept}") from error
             films.append(film)
@@ -127,7 +124,9 @@ def _stream(pipe, job: Job, request: Request):
         height=request.height,
         width=request.width,
         **settings(job.story, request),
-        memory=choose_memory(request.memory, request.held, request.top_k, pipe.memory_config),
+        memory=choose_memory(
+            request.memory, request.held, request.top_k, pipe.memory_config, **request.further_memory()
+        ),
     )
 
 
@@ -192,16 +191,25 @@ def new_report(name: str, stream):
     from memflow.output.report import MemoryReport
 
     config = stream.config
-    attended = "all" if config.top_k is None else str(config.top_k)
     held = "" if config.held_frames is None else f", {config.held_frames} held"
+    recall = "" if config.recall == "relevance" else f", shown by {config.recall}"
+    recall += "" if config.scene_frame == "any" else f", {config.scene_frame} of a scene"
     facts = [
-        f"memory: {'published' if config.published_mode else config.policy}{held}",
+        f"memory: {'published' if config.published_mode else config.policy}{held}{recall}",
         f"sink {config.sink_frames}, window {config.window_frames}, bank {config.bank_frames} latent frames",
-        f"every head attends to {attended} of sink and bank",
+        f"every head attends to {_attended(config)} of sink and bank",
         f"seed {stream.seeds[0]}",
     ]
     title = name.replace("-", " ").replace("_", " ")
     return MemoryReport(title, fps=stream.pipeline.fps, subtitle="   ·   ".join(facts))
+
+
+def _attended(config) -> str:
+    blocks = "" if config.activation_block is None else f" in blocks of {config.activation_block} tokens"
+    if config.activated is None:
+        return "all" if config.top_k is None else f"{config.top_k}{blocks and ' frames'}{blocks}"
+    amount = f"{config.activated:.0%}" if isinstance(config.activated, float) else f"{config.activated} tokens"
+    return amount + blocks
 
 
 def draw(report, path: Path, failed: bool) -> None:

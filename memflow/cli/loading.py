@@ -19,8 +19,10 @@ from memflow.cli.options import lasting
 from memflow.decoders import use_decoder
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
+from memflow.memory.policies import POLICIES
+from memflow.models.wan.encoder_files import encoder_digest, prompt_folder
 from memflow.models.wan.published import find_preset
-from memflow.models.wan.text import PromptCache, cache_folder
+from memflow.models.wan.text import PromptCache
 from memflow_kernels.backends import available_backends, refused, use_backend
 
 if TYPE_CHECKING:
@@ -131,13 +133,15 @@ def load_pipeline(
             pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
         if preset is not None:
             pipeline.use_preset(preset)
+        encoder = encoder_digest(folder)
         pipeline.prompts = PromptCache(
             pipeline.tokenizer,
             lambda: _text_encoder(folder, device, dtype),
             pipeline.config.text_length,
             dtype=dtype,
-            folder=cache_folder(folder) if prompt_cache else None,
+            folder=prompt_folder(encoder) if prompt_cache else None,
             text_dim=pipeline.transformer.config.text_dim,
+            encoder=encoder,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
@@ -152,11 +156,19 @@ def _text_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
     return encoder.to(device).eval()
 
 
-def choose_memory(policy: str | None, held: int | None, top_k: int | None, trained: MemoryConfig) -> MemoryConfig:
-    """The memory that the model was trained for, with another policy, held_frames or top_k where they are given."""
-    changes = {} if top_k is None else {"top_k": top_k}
-    if held is not None:
-        changes["held_frames"] = held
+def choose_memory(
+    policy: str | None, held: int | None, top_k: int | None, trained: MemoryConfig, **others
+) -> MemoryConfig:
+    """The memory that the model was trained for, with what else is asked for; None: it is not.
+
+    policy: one of `memflow.cli.options.MEMORIES`. held: held_frames. others: further fields of `MemoryConfig`.
+    """
+    changes = {"held_frames": held, "top_k": top_k, **others}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if "top_k" in changes and "activated" not in changes:  # two words for the same
+        changes["activated"] = None
+    elif "activated" in changes and "top_k" not in changes:
+        changes["top_k"] = None
     bank = trained.bank_frames or MemoryConfig.bank_frames
     try:
         if policy == "published":
@@ -175,11 +187,17 @@ def choose_memory(policy: str | None, held: int | None, top_k: int | None, train
             )
         if policy is not None:
             ours = {"held_frames": None, "published_mode": None, "global_sink": True, "bank_frames": bank}
+            if not (held or POLICIES[policy].keeps_all) or not POLICIES[policy].by_relevance():
+                ours |= {"recall": MemoryConfig.recall, "scene_frame": MemoryConfig.scene_frame}
             changes = ours | changes | {"policy": policy}
         return replace(trained, **changes)
     except ValueError as error:
-        option = f"--memory {policy}" if held is None else f"--held {held}"
-        raise MemFlowError(f"{option}: {error}") from None
+        given = {"memory": policy, "held": held, "top_k": top_k, **others}
+        named = [name for name, value in given.items() if value is not None]
+        # Of all that was given what the sentence begins with, else what changes most.
+        blamed = next((name for name in named if str(error).startswith(name)), None)
+        blamed = blamed or ("held" if held is not None else named[0] if named else "memory")
+        raise MemFlowError(f"--{blamed.replace('_', '-')} {given[blamed]}: {error}") from None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from memflow.memory.config import RECALLS, SCENE_FRAMES
 from memflow.memory.policies import POLICIES
 from memflow.models.wan.published import MODELS, PRESETS
 
@@ -82,7 +83,26 @@ class Request:
         _memory(
             min=1,
             metavar="N",
-            help="Past frames that are held; attention sees the most relevant of them. \\[default: as many as it sees]",
+            help="Past frames that are held; attention sees those that the prompt calls for. \\[default: the model's; "
+            "with another --memory as many as it sees]",
+        ),
+    ] = None
+    recall: Annotated[
+        str | None,
+        _memory(
+            metavar="RULE",
+            help="Which of them attention sees. relevance: the most relevant, each by itself. coverage: a set that "
+            "covers the words of the prompt. \\[default: the model's]",
+            autocompletion=lambda: RECALLS,
+        ),
+    ] = None
+    scene_frame: Annotated[
+        str | None,
+        _memory(
+            metavar="FRAME",
+            help="Which held frames of a scene are preferred: any, first, or latest, where looks are meant to change. "
+            "\\[default: the model's]",
+            autocompletion=lambda: SCENE_FRAMES,
         ),
     ] = None
     top_k: Annotated[
@@ -91,6 +111,28 @@ class Request:
             min=1,
             metavar="N",
             help="Remembered frames that each attention head looks at. \\[default: the model's; all of them for most]",
+        ),
+    ] = None
+    activated: Annotated[
+        float | None,
+        _memory(
+            min=0.0,
+            metavar="SHARE",
+            help="The same as a share of what is remembered and seen, 0.25 for example; above 1: a number of tokens.",
+        ),
+    ] = None
+    activation_block: Annotated[
+        int | None,
+        _memory(
+            min=1,
+            metavar="TOKENS",
+            help="A head chooses blocks of so many tokens, a row of a frame for example. \\[default: whole frames]",
+        ),
+    ] = None
+    query_block: Annotated[
+        int | None,
+        _memory(
+            min=1, metavar="TOKENS", help="Tokens of the new frames that choose together. \\[default: all of a head]"
         ),
     ] = None
     model: Annotated[
@@ -165,6 +207,14 @@ class Request:
             "here, else one is started.",
         ),
     ] = None
+
+    def further_memory(self) -> dict[str, object]:
+        """The options that are fields of `MemoryConfig` by the same name."""
+        named = ("recall", "scene_frame", "activated", "activation_block", "query_block")
+        found = {name: getattr(self, name) for name in named}
+        if found["activated"] is not None and found["activated"] > 1:
+            found["activated"] = round(found["activated"])
+        return found
 
     def given_again(self) -> list[str]:
         """The options that were given although a saved state knows them, as they are written on the command line."""

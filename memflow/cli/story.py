@@ -280,10 +280,18 @@ def _without_twins(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
 def _yaml(text: str, where: str) -> Any:
     import yaml  # comes with huggingface_hub
 
+    class Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Loader, node: yaml.MappingNode) -> dict:
+        loader.flatten_mapping(node)
+        return _without_twins(loader.construct_pairs(node, deep=True), where)
+
+    Loader.add_constructor(Loader.DEFAULT_MAPPING_TAG, mapping)
     try:
-        return yaml.load(text, yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise MemFlowError(f"{where}: broken YAML: {error}") from None
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise MemFlowError(f"{where}: broken YAML: {' '.join(str(error).split())}") from None
 
 
 def _story(record: Any, default: str, where: str) -> Story:

@@ -86,7 +86,9 @@ class FilmWorker:
             seed=task.told["seed"],
             height=asked.height,
             width=asked.width,
-            memory=choose_memory(asked.memory, asked.held, asked.top_k, self._pipeline.memory_config),
+            memory=choose_memory(
+                asked.memory, asked.held, asked.top_k, self._pipeline.memory_config, **asked.further_memory()
+            ),
         )
         return VideoWriter(task.film, fps)
 

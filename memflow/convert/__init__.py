@@ -21,6 +21,7 @@ from memflow.convert.lora import Lora, check_fits, write_lora
 from memflow.convert.shards import DTYPES, Shard, Weight, plan_shards, write_shards
 from memflow.convert.sources import Sources, find_sources
 from memflow.errors import MemFlowError
+from memflow.files import write_whole
 from memflow.models.wan.checkpoints import Layout, kept_dtype, layout_of, listed
 from memflow.models.wan.published import Preset, find_preset
 
@@ -60,7 +61,8 @@ def convert(request: Conversion) -> None:
         request: What is wanted.
 
     Raises:
-        MemFlowError: Something is wrong with the sources or the output; nothing has been written then.
+        MemFlowError: Something is wrong with the sources or the output, nothing has been written then; or the disk is
+            full.
     """
     console = Console(stderr=True, highlight=False, markup=False)
     preset = find_preset(request.preset) if request.preset else Preset()
@@ -77,12 +79,17 @@ def convert(request: Conversion) -> None:
         if lora.assumed_alpha:
             note = "no alpha is known: the rank is taken, a scale of 1; --lora-alpha gives another"
             console.print(f"{lora.path.name}: {note}", soft_wrap=True)
-    request.output.mkdir(parents=True, exist_ok=True)
-    _write_json(request.output / _RECORD, record)
-    _write(parts, request.output, console)
-    if request.keep_lora:
-        write_lora(sources.loras[0], parts["transformer"].layout.original, request.output)
-    _finish(parts, sources, preset, request.output)
+    try:
+        request.output.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(record, indent=2) + "\n"
+        write_whole(request.output / _RECORD, lambda file: file.write(text.encode()))
+        _write(parts, request.output, console)
+        if request.keep_lora:
+            write_lora(sources.loras[0], parts["transformer"].layout.original, request.output)
+        _finish(parts, sources, preset, request.output)
+    except OSError as error:
+        again = "what is finished stays, the same command goes on"
+        raise MemFlowError(f"{request.output}: cannot be written: {error.strerror or error}; {again}") from error
     _show(parts, sources, request)
 
 
@@ -166,10 +173,7 @@ def _write(parts: dict[str, Part], output: Path, console: Console) -> None:
             task = bar.add_task(name.replace("_", " "), total=sum(shard.nbytes for shard in part.shards))
             folder = output / name
             folder.mkdir(exist_ok=True)
-            try:
-                write_shards(part.shards, folder, _STEM[name], lambda count, task=task: bar.advance(task, count))
-            except OSError as error:
-                raise MemFlowError(f"{folder}: cannot be written: {error.strerror or error}") from error
+            write_shards(part.shards, folder, _STEM[name], lambda count, task=task: bar.advance(task, count))
 
 
 def _finish(parts: dict[str, Part], sources: Sources, preset: Preset, output: Path) -> None:
@@ -207,10 +211,6 @@ def _show(parts: dict[str, Part], sources: Sources, request: Conversion) -> None
     elif request.preset is None:
         console.print("no preset recorded: `memflow generate --preset NAME` says how the model is run", soft_wrap=True)
     console.print(f"{'folder':<13} {request.output}", soft_wrap=True)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _gigabytes(count: int) -> str:

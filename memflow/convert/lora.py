@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS_NAME  # where load_lora_weights looks
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from memflow.errors import MemFlowError
+from memflow.files import write_whole
 from memflow.models.wan.checkpoints import Checkpoint, listed
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|down|up)(?:\.default)?\.weight")
@@ -114,9 +115,7 @@ def write_lora(lora: Lora, original: Mapping[str, str], folder: Path) -> None:
         module = names[old].removesuffix(".weight")
         tensors[f"transformer.{module}.lora_A.weight"] = a.contiguous()
         tensors[f"transformer.{module}.lora_B.weight"] = _scaled(b, scale).contiguous()
-    partial = folder / f"{WEIGHTS_NAME}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / WEIGHTS_NAME)
+    write_whole(folder / WEIGHTS_NAME, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
 
 
 def _scaled(b: Tensor, scale: float) -> Tensor:

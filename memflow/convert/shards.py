@@ -10,16 +10,17 @@ import ctypes
 import json
 import math
 import mmap
-import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memflow.convert.lora import Update
+from memflow.files import write_whole
 
 _BLOCK = 32 * 2**20  # bytes of a tensor in hand at a time
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -93,22 +94,22 @@ def write_shards(shards: list[Shard], folder: Path, stem: str, advance: Callable
         if path.is_file() and path.stat().st_size == len(_header(shard)) + shard.nbytes:
             advance(shard.nbytes)
             continue
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            file.write(_header(shard))
-            for weight in shard.weights:
-                for block in weight.blocks():
-                    file.write(block.numpy())
-                    advance(block.numel())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, partial(_write, shard, advance))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
             "weight_map": {weight.name: shard.file for shard in shards for weight in shard.weights},
         }
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        text = json.dumps(index, indent=2) + "\n"
+        write_whole(folder / f"{stem}.safetensors.index.json", lambda file: file.write(text.encode()))
+
+
+def _write(shard: Shard, advance: Callable[[int], None], file: BinaryIO) -> None:
+    file.write(_header(shard))
+    for weight in shard.weights:
+        for block in weight.blocks():
+            file.write(block.numpy())
+            advance(block.numel())
 
 
 def _header(shard: Shard) -> bytes:

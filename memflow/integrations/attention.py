@@ -229,5 +229,8 @@ def _gather_joined(choice: Tensor, sources: list[tuple[Tensor, Tensor]], tokens:
 @functools.lru_cache(maxsize=16)
 def _index(batch: int, heads: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of every row, of every head, and of the frames from `first` on, for each of both."""
-    last = torch.arange(first, first + count, dtype=torch.int32).expand(batch, heads, -1)
-    return torch.arange(batch)[:, None, None], torch.arange(heads)[:, None], last
+    last, rows, columns = (
+        torch.arange(begin, end, dtype=dtype, device="cpu")
+        for begin, end, dtype in ((first, first + count, torch.int32), (0, batch, torch.int64), (0, heads, torch.int64))
+    )
+    return rows[:, None, None], columns[:, None], last.expand(batch, heads, -1)

@@ -102,7 +102,7 @@ def _step(
         if slot >= 0:
             frames[slot] = frame
         places.append(slot)
-    at = torch.tensor(places, dtype=torch.int32)
+    at = torch.tensor(places, dtype=torch.int32, device="cpu")
     on_host = device.type == "cpu"
     after = tuple(frames)
     stored, unstored = Held(after, stop, len(after)), Held(after, held.stop, held.count, start, lost + len(overwritten))

@@ -7,6 +7,7 @@ import inspect
 import reprlib
 import textwrap
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def check_module(name: str, module: nn.Module, attributes: tuple[str, ...]) -> N
         if getattr(module, attribute, None) is None:
             raise ValueError(f"{name}.{attribute}: is missing")
     heads = module.num_heads
-    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+    if isinstance(heads, bool) or not isinstance(heads, Integral) or heads < 1:
         raise ValueError(f"{name}.num_heads: must be a whole number of at least 1, got {heads!r}")
     for attribute in ("q", "k", "v", "o"):
         if not callable(getattr(module, attribute)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -152,7 +152,7 @@ def _owners(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Modul
 def _check_options(check: bool, check_calls: int, check_tolerance: float | None) -> None:
     if not isinstance(check, bool):
         raise ValueError(f"check must be True or False, got {check!r}")
-    if isinstance(check_calls, bool) or not isinstance(check_calls, int) or check_calls < 1:
+    if isinstance(check_calls, bool) or not isinstance(check_calls, Integral) or check_calls < 1:
         raise ValueError(f"check_calls must be a whole number of at least 1, got {check_calls!r}")
     number = isinstance(check_tolerance, Real) and not isinstance(check_tolerance, bool)
     if check_tolerance is not None and not (number and 0 < check_tolerance < 1):

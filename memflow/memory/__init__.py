@@ -5,6 +5,13 @@ first used: what computes imports torch, and the command line's help lists the p
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memflow.memory.config import MemoryConfig
+    from memflow.memory.frames import FrameMemory, MemorySnapshot, Pass, Prompt, make_memory
+    from memflow.memory.held import HeldMemory
+    from memflow.memory.published import PublishedMemory
 
 _HOME = {
     "FrameMemory": "frames",
@@ -16,10 +23,20 @@ _HOME = {
     "PublishedMemory": "published",
     "make_memory": "frames",
 }
-__all__ = list(_HOME)
+__all__ = [
+    "FrameMemory",
+    "HeldMemory",
+    "MemoryConfig",
+    "MemorySnapshot",
+    "Pass",
+    "Prompt",
+    "PublishedMemory",
+    "make_memory",
+]
 
+if not TYPE_CHECKING:
 
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    def __getattr__(name: str):
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

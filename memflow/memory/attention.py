@@ -3,6 +3,7 @@
 What `flash_attn_with_kvcache` is for a KV cache: `attend_with_memory` writes the new keys and values where they belong
 and attends to all that is visible, in place. The memory itself is driven around it:
 
+    memory.switch_prompt(start, prompt)             # where a prompt begins, and a scene with it
     memory.update(start, prompt)                    # before a chunk: what is given up, what is shown
     step = memory.pass_over(start, frames, prompt)  # for every call of the model over these frames
     out = attend_with_memory(query, key, value, step, layer)
@@ -77,10 +78,12 @@ def attend_with_memory(
         key = place_keys(frames, places, step.rotation).flatten(1, 2)
         query = place_keys(query.unflatten(1, (count, tokens)), places, step.rotation).flatten(1, 2)
     write_frames(key, value, pool, step.slots)
-    return attend(query, None, pool, step)
+    return attend(query, None, pool, step, step.block_means[layer] if step.block_means else None)
 
 
-def attend(query: Tensor, query_mean: Tensor | None, pool: Pool, step: Pass) -> Tensor:
+def attend(
+    query: Tensor, query_mean: Tensor | None, pool: Pool, step: Pass, block_mean: Tensor | None = None
+) -> Tensor:
     """[B, L, H, D]: attention of queries [B, L, H, D] to the slots of `pool` that the call `step` sees.
 
     Args:
@@ -88,18 +91,21 @@ def attend(query: Tensor, query_mean: Tensor | None, pool: Pool, step: Pass) -> 
         query_mean: [B, H, D], their mean where it is known and heads choose by it; else None.
         pool: that of the layer.
         step: the call.
+        block_mean: [B, blocks, H, D], the layer's means of what heads choose among, where that is not whole frames.
     """
-    tokens = step.grid[0] * step.grid[1]
+    tokens, blocks = step.grid[0] * step.grid[1], step.blocks
     count = step.end_slot - step.first_slot
+    means = pool.frame_mean if block_mean is None else block_mean
     return memory_attention(
         query,
         pool.key.narrow(1, step.first_slot * tokens, count * tokens),
         pool.value.narrow(1, step.first_slot * tokens, count * tokens),
-        tokens_per_frame=tokens,
-        candidate_frames=step.candidates,
+        tokens_per_frame=tokens // blocks,  # to the op a block is a frame of its own
+        candidate_frames=step.candidates * blocks,
         top_k=step.top_k if step.candidates else None,
-        frame_mean=pool.frame_mean.narrow(1, step.first_slot, step.candidates),
+        frame_mean=means.narrow(1, step.first_slot * blocks, step.candidates * blocks),
         query_mean=query_mean,
+        query_block=step.query_block if step.chooses else None,
     )
 
 

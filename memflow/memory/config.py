@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral
+from numbers import Integral, Real
 
 from memflow.errors import MemFlowError
 from memflow.memory.policies import POLICIES
 
+RECALLS = ("relevance", "coverage")
+SCENE_FRAMES = ("any", "first", "latest")
 PUBLISHED_MODES = ("interactive", "single")  # the published pipelines
 
 
@@ -19,10 +21,20 @@ class MemoryConfig:
     sink_frames: the first frames of the stream, kept for ever.
     window_frames: the newest frames, the current chunk included, the sink not.
     bank_frames: places for past frames that attention sees.
-    held_frames: past frames held, of which the bank shows those that the coming prompt calls for most; at least
+    held_frames: past frames held, of which the bank shows those that the coming prompt calls for; at least
         bank_frames. None: the bank is all that is held; or, with the policies that forget nothing, everything is.
-    top_k: candidate frames (bank + sink) that each head attends to; None = all of them.
     policy: which frame is given up when no more can be held: one of `memflow.memory.policies.POLICIES`.
+    recall: what the bank shows of more frames than it has places: "relevance" = those that are most relevant to the
+        coming prompt, each by itself; "coverage" = a set that covers the tokens of the prompt, so that each token finds
+        a frame that answers it well (`memflow.memory.recall`).
+    scene_frame: which held frames of a scene (the frames between two prompts) are preferred for the bank: "any", or
+        the "first", which is no copy of a copy, or the "latest", for stories in which looks are meant to change.
+    top_k: candidate frames (bank + sink) that each head attends to; None = all of them.
+    activated: the same in other words: candidate keys that each head attends to, a whole number of keys or a share of
+        all candidates (0.25, say).
+    activation_block: tokens that are activated together, a divisor of a frame's tokens; None = whole frames. A head
+        then attends to as many keys as top_k or activated says, in blocks of this size (a row of tokens, say).
+    query_block: queries that choose together what they attend to; None = all queries of a head.
     layers: "each" = every layer holds and shows frames of its own; "mean" = those of one vote, the mean of what all
         layers but the first say (its keys know nothing of the text yet).
     aggregate: how a relevance is summed up, "mean" or "softmax" (see `memflow_kernels.prompt_relevance`).
@@ -43,6 +55,11 @@ class MemoryConfig:
     held_frames: int | None = None
     top_k: int | None = None
     policy: str = "prompt"
+    recall: str = "relevance"
+    scene_frame: str = "any"
+    activated: int | float | None = None
+    activation_block: int | None = None
+    query_block: int | None = None
     layers: str = "each"
     aggregate: str = "mean"
     positions: str = "absolute"
@@ -58,13 +75,15 @@ class MemoryConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _require_count("window_frames", self.window_frames, self.frames_per_chunk)
-        if self.top_k is not None:
-            _require_count("top_k", self.top_k, 1)
         _require_one_of("policy", self.policy, tuple(POLICIES))
         _require_one_of("layers", self.layers, ("each", "mean"))
         _require_one_of("aggregate", self.aggregate, ("mean", "softmax"))
         _require_one_of("positions", self.positions, ("absolute", "relative"))
+        _require_one_of("recall", self.recall, RECALLS)
+        _require_one_of("scene_frame", self.scene_frame, SCENE_FRAMES)
         self._check_held()
+        self._check_recall()
+        self._check_activation()
         if self.published_mode is not None:
             self._check_published()
         elif not self.global_sink:
@@ -99,6 +118,45 @@ class MemoryConfig:
                 "it compares all past frames by their means, their keys are in host memory"
             )
 
+    def _check_recall(self) -> None:
+        """What is shown is a question only where more is held than shown, and where the prompt decides."""
+        for name, default in (("recall", "relevance"), ("scene_frame", "any")):
+            value = getattr(self, name)
+            if value == default:
+                continue
+            if self.held_frames is None and not self.keeps_all:
+                raise ValueError(
+                    f"{name} must be {default!r} where held_frames is None, got {value!r}: the bank shows all that "
+                    f"policy={self.policy!r} holds"
+                )
+            if not POLICIES[self.policy].by_relevance():
+                raise ValueError(
+                    f"{name} must be {default!r} with policy={self.policy!r}, got {value!r}: this policy shows what it "
+                    "says, whatever the prompt"
+                )
+        if self.recall == "coverage" and self.aggregate != "mean":
+            raise ValueError(f"aggregate must be 'mean' with recall='coverage', got {self.aggregate!r}")
+
+    def _check_activation(self) -> None:
+        if self.top_k is not None:
+            _require_count("top_k", self.top_k, 1)
+        share = self.activated
+        if share is not None:
+            if self.top_k is not None:
+                raise ValueError(f"activated must be None with top_k={self.top_k}, which says the same, got {share!r}")
+            if isinstance(share, Real) and not isinstance(share, Integral):
+                if not 0 < share <= 1:
+                    raise ValueError(f"activated must be above 0 and at most 1.0 where it is a share, got {share!r}")
+                object.__setattr__(self, "activated", float(share))
+            else:
+                _require_count("activated", share, 1)
+        for name in ("activation_block", "query_block"):
+            value = getattr(self, name)
+            if value is not None:
+                _require_count(name, value, 1)
+                if self.top_k is None and share is None:
+                    raise ValueError(f"{name}={value} needs top_k or activated: how much a head attends to")
+
     def _check_published(self) -> None:
         _require_one_of("published_mode", self.published_mode, PUBLISHED_MODES)
         _require_count("bank_frames", self.bank_frames, 1)
@@ -110,6 +168,10 @@ class MemoryConfig:
             ("recache", True),
         ):
             _require_one_of(name, getattr(self, name), (value,))
+        for name in ("activated", "activation_block", "query_block"):
+            if getattr(self, name) is not None:
+                mode = self.published_mode
+                raise ValueError(f"{name} must be None with published_mode={mode!r}, got {getattr(self, name)!r}")
         if self.held_frames is not None:
             mode = self.published_mode
             raise ValueError(f"held_frames must be None with published_mode={mode!r}, got {self.held_frames}")

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memflow.errors import MemFlowError
 from memflow.memory.places import Places, Rotation, Unplaced, place_keys
 from memflow.memory.policies import POLICIES, Held
+from memflow.memory.recall import passed_over
 from memflow.memory.slots import FramePool, RelativeFramePool, copy_exactly
 from memflow_kernels import Pool, prompt_relevance
 
@@ -42,9 +44,12 @@ class Pass(NamedTuple):
     pools: the layers' pools. prompt: what cross-attention attends to. grid: token rows and columns of a frame.
     start_frame: [1] int64 on the device, the place of its first frame (`memflow.memory.places`).
     slots: [n] int32, where the frames of the call are written (-1: nowhere).
-    first_slot, end_slot: the slots attended to. candidates: how many of them compete. top_k: places they compete for.
+    first_slot, end_slot: the slots attended to. candidates: how many of them compete.
+    top_k: blocks of the candidates that a head attends to; None = all. block: tokens of a block, a frame's where None.
     unplaced: with relative positions, what a clean pass writes beside its keys, by layer.
     rotation: how keys turn with time.
+    query_block: queries that choose together; None = all.
+    block_means: mean keys of the blocks, where these are smaller than frames, by layer: [B, blocks, H, D].
     """
 
     pools: tuple[Pool, ...]
@@ -58,11 +63,19 @@ class Pass(NamedTuple):
     top_k: int | None
     unplaced: tuple[Unplaced | None, ...] = ()
     rotation: Rotation | None = Rotation()
+    block: int | None = None
+    query_block: int | None = None
+    block_means: tuple[Tensor, ...] = ()
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in a frame."""
+        return 1 if self.block is None else self.grid[0] * self.grid[1] // self.block
 
     @property
     def chooses(self) -> bool:
         """Whether heads attend to a choice of the candidates in this call."""
-        return self.top_k is not None and self.top_k < self.candidates
+        return self.top_k is not None and self.top_k < self.candidates * self.blocks
 
 
 class MemorySnapshot(NamedTuple):
@@ -71,6 +84,10 @@ class MemorySnapshot(NamedTuple):
     held: [layers, B, n] frame numbers, -1 = empty place. relevance: [layers, B, n], of each to the prompt in force, as
     the layers voted on it; NaN = empty. recalled: [layers, B, bank] numbers of the held frames that attention sees,
     -1 = empty place. sink, window: frame numbers.
+    token_relevance: [layers, B, T, n], of each held frame to each token of the prompt in force, as the layers voted on
+    it; NaN = empty.
+    words: for each batch row the frames that attention sees in the bank, by number, and the words of the prompt that
+    called for each, the strongest first; empty where nobody knows the text (`Stream.snapshot` does).
     """
 
     held: np.ndarray
@@ -78,6 +95,8 @@ class MemorySnapshot(NamedTuple):
     recalled: np.ndarray
     sink: list[int]
     window: list[int]
+    token_relevance: np.ndarray
+    words: Sequence[dict[int, list[str]]] = ()
 
 
 class FrameMemory:
@@ -98,6 +117,7 @@ class FrameMemory:
 
     Raises:
         ValueError: relative positions for keys that do not turn.
+        MemFlowError: an activation_block that does not divide a frame.
     """
 
     extra_slots = 0
@@ -146,18 +166,30 @@ class FrameMemory:
             dtype=dtype,
             device=device,
         )
+        tokens, block = grid[0] * grid[1], config.activation_block
+        if block is not None:
+            if tokens % block:
+                raise MemFlowError(
+                    f"activation_block must divide the {tokens} tokens of a frame ({grid[0]} rows of {grid[1]}), "
+                    f"got {block}"
+                )
+            self.pool.keep_block_means(block)
         self.layer_pools = tuple(self.pool.layer(i) for i in range(layers))
         self.unplaced = tuple(self.pool.unplaced(i) for i in range(layers))
         self.shown = torch.full((layers, batch, config.bank_frames), -1, dtype=torch.int64, device=device)
         self.bank_used = 0
         self.updated_for = -1
+        self.scene_starts = torch.zeros(0, dtype=torch.int64, device=device)
         self.policy = POLICIES[config.policy]()
         self.seeds = torch.tensor(list(seeds) or [0] * batch, dtype=torch.int64, device=device)
 
     # -- one chunk ---------------------------------------------------------------------------------------------------
 
     def switch_prompt(self, start: int, prompt: Prompt) -> None:
-        """`prompt` is about to start with the chunk at frame `start`; the window has not been re-encoded yet."""
+        """`prompt` is about to start with the chunk at frame `start`, and a scene with it; the window has not been
+        re-encoded yet."""
+        begins = torch.full((1,), start, dtype=torch.int64, device=self.scene_starts.device)
+        self.scene_starts = torch.cat([self.scene_starts, begins])
 
     def update(self, start: int, prompt: Prompt) -> None:
         """Make the memory ready for the chunk that begins at frame `start`, under the prompt of that chunk."""
@@ -170,6 +202,7 @@ class FrameMemory:
         self.recall(prompt)
         if self.places is not None:
             self.pool.place(self._slot_places(start + self.config.frames_per_chunk))
+        self.pool.average_blocks()
 
     def admit(self, prototype: int, prompt: Prompt) -> None:
         """Hold frame `prototype` of the window."""
@@ -194,6 +227,7 @@ class FrameMemory:
         oldest = stop - config.window_frames
         slots = [pool.slot_of(f) if f < config.sink_frames or f >= oldest else -1 for f in range(start, stop)]
         bank = self.visible_bank()
+        candidates = self._candidates(start, stop, bank)
         return Pass(
             pools=self.layer_pools,
             prompt=prompt,
@@ -202,10 +236,13 @@ class FrameMemory:
             slots=torch.tensor(slots, dtype=torch.int32).to(device, non_blocking=True),
             first_slot=config.bank_frames - bank,
             end_slot=config.bank_frames + min(stop, config.sink_frames + config.window_frames),
-            candidates=self._candidates(start, stop, bank),
-            top_k=config.top_k,
+            candidates=candidates,
+            top_k=self._activated(candidates),
             unplaced=self.unplaced,
             rotation=self.rotation,
+            block=config.activation_block,
+            query_block=config.query_block,
+            block_means=self.pool.block_means,
         )
 
     def end_chunk(self, start: int) -> None:
@@ -236,22 +273,33 @@ class FrameMemory:
 
     def snapshot(self, stop: int, prompt: Prompt) -> MemorySnapshot:
         """What is held when the frames before `stop` have been made. Waits for the device: for reports."""
-        config = self.config
-        held = self.held.to("cpu", copy=True)
-        relevance = torch.full(held.shape, float("nan"))
-        if self.bank_used:
-            relevance[..., config.bank_frames - self.bank_used :] = self.relevance(prompt).float().cpu()
-        return MemorySnapshot(held.numpy(), relevance.numpy(), held.numpy().copy(), *self._spans(stop))
+        held, tokens = self.held.cpu(), prompt.mask.shape[1]
+        here, relevance = held >= 0, torch.full(held.shape, torch.nan)
+        by_token = torch.full((*held.shape, tokens), torch.nan)
+        if here.any():
+            relevance[here] = self.relevance(prompt).float().cpu().flatten()
+            by_token[here] = self.token_relevance(prompt).float().cpu().transpose(2, 3).reshape(-1, tokens)
+        by_token, shown = by_token.transpose(2, 3), self.shown.cpu().numpy().copy()
+        return MemorySnapshot(held.numpy().copy(), relevance.numpy(), shown, *self._spans(stop), by_token.numpy())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that a resumed stream needs: tensors and whole numbers apart."""
-        return {**self.pool.state_dict(), "shown": self.shown}, {name: getattr(self, name) for name in self._counters()}
+        tensors = {**self.pool.state_dict(), "shown": self.shown, "scene_starts": self.scene_starts}
+        return tensors, {name: getattr(self, name) for name in self._counters()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         self.pool.load_state_dict(tensors)
         copy_exactly(self.shown, tensors, "shown")
+        starts = tensors.pop("scene_starts", None)
+        if starts is None and self.config.scene_frame == "any":  # a state of MemFlow 0.2, which knew no scenes
+            starts = self.scene_starts[:0]
+        if starts is None or starts.ndim != 1 or starts.dtype != torch.int64:
+            got = "nothing" if starts is None else f"{starts.dtype} {list(starts.shape)}"
+            raise ValueError(f"scene_starts must be {torch.int64} [scenes], got {got}")
+        self.scene_starts = starts.to(self.scene_starts.device)
         for name, value in self._checked(counters).items():
             setattr(self, name, value)
+        self.pool.average_blocks()
 
     def _checked(self, counters: dict[str, int]) -> dict[str, int]:
         """`counters` that `state_dict` may have given; ValueError for others."""
@@ -274,6 +322,17 @@ class FrameMemory:
         mask = prompt.mask.repeat(prompt.key.shape[0], 1)
         return self._vote(self._relevance(prompt.key, mask, *self._used_slots()))
 
+    def token_relevance(self, prompt: Prompt) -> Tensor:
+        """[layers, B, T, n] float32: relevance of the held frames to each token of the prompt, as the layers voted on
+        it; 0 for padding."""
+        mask, means = prompt.mask.repeat(prompt.key.shape[0], 1), self._held_means().flatten(0, 1)
+        scores = prompt_relevance(prompt.key.flatten(0, 1), frame_mean=means, text_mask=mask, aggregate="token")
+        return self._vote(scores.unflatten(0, prompt.key.shape[:2]))
+
+    def _held_means(self) -> Tensor:
+        """[layers, B, n, H, D]: mean keys of the frames held."""
+        return self.pool.means(*self._used_slots())
+
     def _relevance(self, text_key: Tensor, text_mask: Tensor | None, first_slot: int, count: int) -> Tensor:
         if self.config.aggregate == "mean":
             frames = {"frame_mean": self.pool.means(first_slot, count).flatten(0, 1)}
@@ -290,9 +349,8 @@ class FrameMemory:
 
     def _held(self, prompt: Prompt) -> Held:
         """What is held, as the policy sees it."""
-        first, count = self._used_slots()
-        frames = self.shown[..., first:]
-        return self._view(frames, lambda: self.pool.means(first, count), lambda: self.relevance(prompt))
+        frames = self.shown[..., self.config.bank_frames - self.bank_used :]
+        return self._view(frames, self._held_means, lambda: self.relevance(prompt), prompt)
 
     def _newcomer(self, prototype: int, prompt: Prompt) -> Held:
         """A frame of the window, as the policy sees it."""
@@ -301,11 +359,31 @@ class FrameMemory:
         relevance = lambda: self._vote(self._relevance(prompt.key, mask, slot, 1))  # noqa: E731
         return self._view(frames, lambda: self.pool.means(slot, 1), relevance)
 
-    def _view(self, frames: Tensor, means, relevance) -> Held:
+    def _view(self, frames: Tensor, means, relevance, prompt: Prompt | None = None) -> Held:
+        """prompt: that the frames are chosen for, where they are held already."""
         # Absolute keys are turned by the number of their frame; memories are compared as they were before that.
         turned = self.places is None and self.rotation is not None
         at_zero = (lambda: place_keys(means(), -frames, self.rotation)) if turned else means
-        return Held(frames, at_zero, relevance, self._vote, self.seeds)
+        scene = lambda: torch.bucketize(frames.contiguous(), self.scene_starts, right=True)  # noqa: E731
+        held = Held(frames, at_zero, relevance, self._vote, self.seeds, scene)
+        if prompt is None:
+            return held
+        preferred, mask = self.config.scene_frame, prompt.mask.float()
+        return held._replace(
+            token_relevance=lambda: self.token_relevance(prompt),
+            token_weight=mask / mask.sum(1, keepdim=True).clamp(min=1),
+            passed_over=None if preferred == "any" else lambda: passed_over(frames, scene(), preferred),
+        )
+
+    def _activated(self, candidates: int) -> int | None:
+        """Blocks of so many candidate frames that a head attends to; None = all."""
+        config = self.config
+        tokens = self.pool.tokens_per_frame
+        block = config.activation_block or tokens
+        if config.activated is None:
+            return config.top_k and config.top_k * (tokens // block)
+        keys = config.activated * candidates * tokens if isinstance(config.activated, float) else config.activated
+        return max(1, round(keys / block))
 
     def _vote(self, scores: Tensor) -> Tensor:
         """[layers, ...] as they are, or their mean over all layers but the first in every layer."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import FrameMemory, MemorySnapshot, Prompt, note_frame
+from memflow.memory.frames import FrameMemory, Prompt, note_frame
 from memflow.memory.policies import Held
+from memflow.memory.recall import cover
 from memflow.memory.slots import FramePool, copy_exactly
 from memflow_kernels import prompt_relevance
 
@@ -18,8 +19,8 @@ from memflow_kernels import prompt_relevance
 class HeldMemory(FrameMemory):
     """`FrameMemory` with a store behind the bank: prototypes enter the store, copies of the chosen ones the bank.
 
-    Before each chunk the policy says what every held frame is worth, and the bank shows those worth most. A frame that
-    is shown already stays in its slot: a chunk copies only what it recalls anew.
+    Before each chunk the bank shows the held frames that the policy or `MemoryConfig.recall` chooses. A frame that is
+    shown already stays in its slot: a chunk copies only what it recalls anew.
 
     stored: [layers, B, n] numbers of the frames in the store, -1 = empty: all that is held.
     shown: [layers, B, bank] numbers in the bank slots, -1 = empty.
@@ -53,12 +54,13 @@ class HeldMemory(FrameMemory):
             note_frame(self.stored, index, prototype)
 
     def recall(self, prompt: Prompt) -> None:
-        """Bring the frames worth most into the bank."""
+        """Bring the frames that the prompt calls for into the bank."""
         self.bank_used = min(self.store.used, self.config.bank_frames)
         if not self.bank_used:
             return
         held, first = self._held(prompt), self.config.bank_frames - self.bank_used
-        chosen = self.policy.worth(held).topk(self.bank_used).indices
+        choose = cover if self.config.recall == "coverage" else self.policy.choose
+        chosen = choose(held, self.bank_used)
         shown = self.shown[..., first:]
         source = _sources(chosen, held.frames.gather(2, chosen), shown)
         self.store.bring(source, first)
@@ -68,19 +70,9 @@ class HeldMemory(FrameMemory):
         """[layers, B, n] float32: relevance of all that is held to the prompt, as the layers voted on it."""
         if not self.config.keeps_all:
             return super().relevance(prompt)
-        mask = prompt.mask.repeat(prompt.key.shape[0], 1)
-        means = self.store.means().flatten(0, 1)
+        mask, means = prompt.mask.repeat(prompt.key.shape[0], 1), self._held_means().flatten(0, 1)
         scores = prompt_relevance(prompt.key.flatten(0, 1), frame_mean=means, text_mask=mask)
         return self._vote(scores.unflatten(0, prompt.key.shape[:2]))
-
-    def snapshot(self, stop: int, prompt: Prompt) -> MemorySnapshot:
-        """What is held and shown when the frames before `stop` have been made. Waits for the device: for reports."""
-        held = self.held.to("cpu", copy=True)
-        relevance = torch.full(held.shape, float("nan"))
-        if self.store.used:
-            relevance[..., : self.store.used] = self.relevance(prompt).float().cpu()
-        shown = self.shown.to("cpu", copy=True)
-        return MemorySnapshot(held.numpy(), relevance.numpy(), shown.numpy(), *self._spans(stop))
 
     def state_dict(self):
         tensors, counters = super().state_dict()
@@ -104,7 +96,10 @@ class HeldMemory(FrameMemory):
 
     def _held(self, prompt: Prompt) -> Held:
         frames = self.stored[..., : self.store.used]
-        return self._view(frames, self.store.means, lambda: self.relevance(prompt))
+        return self._view(frames, self._held_means, lambda: self.relevance(prompt), prompt)
+
+    def _held_means(self) -> Tensor:
+        return self.store.means()
 
 
 class Reserve:

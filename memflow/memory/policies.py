@@ -1,7 +1,7 @@
 """What is forgotten and what is recalled.
 
-A policy is a class with one method of its own, `victim` (who leaves) or `worth` (who is shown); add it to POLICIES and
-`MemoryConfig(policy=...)` has it, saving and tests included.
+A policy is a class with one method of its own: `victim` (who leaves), `worth` (who is shown, frame by frame) or
+`choose` (who is shown, as a set); add it to POLICIES and `MemoryConfig(policy=...)` has it, saving and tests included.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ if TYPE_CHECKING:  # imported where it computes: the command line lists POLICIES
     from torch import Tensor
 
 
+PASSED_OVER = 1000.0  # more than any relevance differs by: frames of a scene that are not preferred come last
+
+
 class Held(NamedTuple):
     """Past frames, n of them in every layer and batch row, as a policy sees them.
 
@@ -21,6 +24,11 @@ class Held(NamedTuple):
     relevance: call it for [layers, B, n] float32, how much the coming prompt calls for each.
     vote: turns any [layers, ...] of scores into what `MemoryConfig.layers` asks for; relevance() has been voted on.
     seeds: [B] int64, those of the stories.
+    scene: call it for [layers, B, n] int64, the number of the scene that each frame is of: a prompt begins one.
+    token_relevance: call it for [layers, B, T, n] float32, how much each token of the prompt calls for each frame.
+    token_weight: [B, T] float32, how much each token counts: the same for all, 0 for padding, 1 in all.
+    passed_over: call it for [layers, B, n] bool, True where another held frame of the same scene is preferred; None:
+        none is (`MemoryConfig.scene_frame`).
     """
 
     frames: Tensor
@@ -28,6 +36,10 @@ class Held(NamedTuple):
     relevance: Callable[[], Tensor]
     vote: Callable[[Tensor], Tensor]
     seeds: Tensor
+    scene: Callable[[], Tensor] | None = None
+    token_relevance: Callable[[], Tensor] | None = None
+    token_weight: Tensor | None = None
+    passed_over: Callable[[], Tensor] | None = None
 
 
 class PromptPolicy:
@@ -39,6 +51,11 @@ class PromptPolicy:
 
     keeps_all = by_hand = False
 
+    @classmethod
+    def by_relevance(cls) -> bool:
+        """Whether the prompt decides what is shown, so that `MemoryConfig` may say how."""
+        return cls.worth is PromptPolicy.worth and cls.choose is PromptPolicy.choose
+
     def victim(self, held: Held, newcomer: Held) -> Tensor:
         """[layers, B] index of the frame that gives its place to the newcomer (n = 1); -1: the newcomer is not held."""
         return self.worth(held).argmin(-1)
@@ -46,6 +63,13 @@ class PromptPolicy:
     def worth(self, held: Held) -> Tensor:
         """[layers, B, n]: the bank shows the frames with the highest."""
         return held.relevance()
+
+    def choose(self, held: Held, k: int) -> Tensor:
+        """[layers, B, k] indices of the frames that the bank shows."""
+        worth = self.worth(held)
+        if held.passed_over is not None:
+            worth = worth - PASSED_OVER * held.passed_over()
+        return worth.topk(k).indices
 
 
 class FifoPolicy(PromptPolicy):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memflow.memory.places import Rotation, Unplaced
-from memflow_kernels import Pool, replace_frame, rotate_keys_write
+from memflow_kernels import Pool, frame_means, replace_frame, rotate_keys_write
 
 
 class FramePool:
@@ -40,6 +40,30 @@ class FramePool:
             size = 2 * math.prod(heads_first) * dtype.itemsize / 2**30
             raise MemoryError(f"the keys and values that a stream remembers take {size:,.1f} GiB") from error
         self.frame_mean = torch.zeros((layers, batch, slots, heads, head_dim), dtype=mean_dtype, device=device)
+        self.block_tokens: int | None = None
+        self.block_mean = self.frame_mean[:, :, :0]
+        self.block_means: tuple[Tensor, ...] = ()
+
+    def keep_block_means(self, tokens: int) -> None:
+        """From now on keep the mean key of every `tokens` tokens of bank and sink too, as attention sees them:
+        block_mean [layers, B, slots * blocks, H, D] in the dtype of frame_mean; block_means: the same by layer."""
+        layers, batch, _, heads, head_dim = self.frame_mean.shape
+        blocks = (self.bank_slots + self.sink_slots) * (self.tokens_per_frame // tokens)
+        self.block_tokens = tokens
+        self.block_mean = self.frame_mean.new_zeros((layers, batch, blocks, heads, head_dim))
+        self.block_means = tuple(self.block_mean)
+
+    def average_blocks(self) -> None:
+        """Bring the means of the blocks up to date, once for all passes of a chunk, in which bank and sink stay."""
+        if self.block_tokens is not None:
+            tokens = self.tokens(0, self.bank_slots + self.sink_slots)
+            means = frame_means(self.key[:, :, tokens].flatten(0, 1), self.block_tokens)
+            self.block_mean.copy_(means.view_as(self.block_mean))
+
+    @property
+    def nbytes(self) -> int:
+        """What all of it takes."""
+        return sum(tensor.nbytes for tensor in self.state_dict().values()) + self.block_mean.nbytes
 
     @property
     def first_extra_slot(self) -> int:

@@ -1,15 +1,13 @@
-"""What a stream needs of a model: `VideoModel`, and the digest that tells one model's weights from another's."""
+"""What a stream needs of a model: `VideoModel`."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from memflow.memory.frames import Pass, Prompt
@@ -81,29 +79,6 @@ class VideoModel(Protocol):
 
 
 _SAMPLES = 8  # numbers of every tensor
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = WeakKeyDictionary()
-
-
-def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers.
-
-    Computed once per module and again when a tensor has been replaced or written to; some numbers of every tensor are
-    compared too, as `sampled` says why.
-
-    Args:
-        module: any model; its tensors may lie on any device.
-    """
-    tensors = {name: getattr(tensor, "qdata", tensor) for name, tensor in module.state_dict().items()}  # torchao's
-    seen = tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors.values())
-    seen += (*tensors, *sampled(tensors.values()))
-    known = _KNOWN.get(module)
-    if known is None or known[0] != seen:
-        total = hashlib.sha256()
-        for name, tensor in tensors.items():
-            total.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-            total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        known = _KNOWN[module] = (seen, total.hexdigest())
-    return known[1]
 
 
 def sampled(tensors: Iterable[Tensor]) -> tuple[bytes, ...]:

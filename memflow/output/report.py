@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, MemFlowWarning
+from memflow.output.lettering import missing
 from memflow.output.timeline import Entry, Held, Timeline
 
 _THUMBNAIL = (192, 108)  # pixels at most
@@ -67,10 +68,16 @@ class MemoryReport:
         """Write the picture as a PNG; MemFlowError if `path` cannot be written."""
         if not self._entries:
             raise ValueError("nothing was recorded: call add() for at least one chunk")
+        lost = "".join(sorted(missing([self.title, *(entry.prompt for entry in self._entries)])))
+        if lost:
+            letters = " ".join(lost[:12]) + (" …" if len(lost) > 12 else "")
+            advice = "install one that has them (for Chinese, Japanese and Korean Noto Sans CJK)"
+            said = f"no font here has the letters {letters} of the report, which are boxes in it: {advice}"
+            warnings.warn(said, MemFlowWarning, stacklevel=2)
         figure = Timeline(self._entries, self.title, self.subtitle, self._seconds_per_chunk).draw()
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as a box; prompts come in every script
+                warnings.filterwarnings("ignore", "Glyph .* missing")  # said above
                 figure.savefig(path, format="png", dpi=130, metadata=_MARK)
         except OSError as error:
             raise MemFlowError(f"{path}: cannot be written: {error.strerror}") from None

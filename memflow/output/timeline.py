@@ -2,17 +2,18 @@
 
 From top to bottom: the film; its prompts; the memory; where the bank's frames come from. In the memory both axes are
 time: along a row runs the life of one remembered chunk, in a column stands all that one new chunk could look back to,
-and faintly what was held besides and not recalled.
+and faintly what was held besides and not recalled. Prompts too many to stand above their chunks are numbered there and
+listed below.
+
+Every colour has one meaning: cold ones are prompts, warm ones relevance, greys the sink and the window.
 """
 
 from __future__ import annotations
 
 import io
-import textwrap
 from collections import Counter
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
@@ -20,13 +21,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from memflow.output.lettering import families
+from memflow.output.prompts import PromptList, Scene, draw_strip, fits, size_in_inches
+
 _PROMPT_COLOURS = (
-    "#4477aa", "#ee8866", "#44aa88", "#cc6699", "#ddaa33", "#66bbdd", "#885599", "#99aa44", "#bb5544", "#778899",
+    "#3f78b5", "#3aa68a", "#8a5fb0", "#5cbcd6", "#2c5d8a", "#8fae4a", "#b58fd0", "#1f7a6c", "#8aa2c8", "#5b4a9e",
 )  # fmt: skip
-_RELEVANCE = LinearSegmentedColormap.from_list("relevance", matplotlib.colormaps["plasma_r"](np.linspace(0.12, 1, 64)))
-_WINDOW, _SINK, _INK, _QUIET, _FAINT = "#e4e6ee", "#c3cbdc", "#2b2d3a", "#6a6c7a", "#d9dae2"
-_HELD = "#f0ead8"  # and not shown
-_SWITCH = {"color": _INK, "linewidth": 0.7, "alpha": 0.55, "linestyle": (0, (4, 3))}
+_MANY_PROMPTS = LinearSegmentedColormap.from_list("prompts", ("#7ccfb6", "#4aa3c8", "#3f78b5", "#5b4a9e", "#b58fd0"))
+_RELEVANCE = LinearSegmentedColormap.from_list("relevance", ("#ffdf8e", "#f9a13c", "#dc5a1e", "#8c1d18"))
+_WINDOW, _SINK, _INK, _QUIET, _FAINT = "#e9eaed", "#c6c9d0", "#2b2d3a", "#6a6c7a", "#d9dae2"
+_HELD = "#f6edd6"  # and not shown
+_SWITCH = {"color": _INK, "linewidth": 0.7, "linestyle": (0, (4, 3))}
 
 
 class Held(NamedTuple):
@@ -59,31 +64,38 @@ class Timeline:
         self._seconds_per_chunk = seconds_per_chunk
         self._first, self._stop = entries[0].index, entries[-1].index + 1
         self._scenes = _scenes(entries)
+        self._list = None if fits(self._scenes, self._stop - self._first) else PromptList(self._scenes)
 
     def draw(self) -> Figure:
         """The whole picture."""
-        figure = Figure(figsize=(13, 11), facecolor="white")
+        strip, list_height = (0.3, self._list.height) if self._list else (1.0, 0.0)  # inches, as all here
+        height = 10.0 + strip + list_height
+        figure = Figure(figsize=(13, height), facecolor="white")
         rows = figure.add_gridspec(
-            4, 2, height_ratios=(0.85, 1.0, 6.6, 0.8), width_ratios=(0.9, 12), left=0.045, right=0.975, top=0.915,
-            bottom=0.055, hspace=0.06, wspace=0.012,
+            4, 2, height_ratios=(0.85, strip, 6.6, 0.8), width_ratios=(0.9, 12), left=0.045, right=0.975,
+            top=1 - 0.935 / height, bottom=(0.6 + list_height) / height, hspace=0.06, wspace=0.012,
         )  # fmt: skip
         film = figure.add_subplot(rows[0, 1])
         prompts, memory, origin = (figure.add_subplot(rows[i, 1], sharex=film) for i in (1, 2, 3))
         faces = figure.add_subplot(rows[2, 0], sharey=memory)
         film.set_xlim(self._first, self._stop)
         headline = {"fontsize": 17, "fontweight": "bold", "color": _INK, "parse_math": False}
-        figure.text(0.045, 0.965, self._title, va="center", **headline)
-        figure.text(0.045, 0.935, self._subtitle, fontsize=9.5, color=_QUIET, va="center")
+        figure.text(0.045, 1 - 0.385 / height, self._title, va="center", family=families(self._title), **headline)
+        figure.text(0.045, 1 - 0.715 / height, self._subtitle, fontsize=9.5, color=_QUIET, va="center")
         self._draw_film(film)
-        self._draw_prompts(prompts)
+        draw_strip(prompts, self._scenes, self._prompt_colour, numbered=self._list is not None)
         self._draw_memory(memory)
         self._draw_faces(faces)
         self._draw_origin(origin)
         self._legend(memory)
+        if self._list:
+            left, right = film.get_position().x0, film.get_position().x1
+            below = figure.add_axes((left, 0.06 / height, right - left, list_height / height))
+            self._list.draw(below, self._prompt_colour)
         return figure
 
     def _draw_film(self, axes) -> None:
-        width, height = _size_in_inches(axes)
+        width, height = size_in_inches(axes)
         first = Image.open(io.BytesIO(self._entries[0].thumbnail))
         places = max(1, round(width / (height * first.width / first.height)))
         step = (self._stop - self._first) / places
@@ -96,22 +108,8 @@ class Timeline:
         axes.set_ylim(0, 1)
         axes.axis("off")
 
-    def _draw_prompts(self, axes) -> None:
-        inches_per_chunk = _size_in_inches(axes)[0] / (self._stop - self._first)
-        for number, (start, stop, prompt) in enumerate(self._scenes):
-            colour = _prompt_colour(number)
-            axes.axvspan(start, stop, 0, 1, facecolor=colour, alpha=0.16, linewidth=0)
-            axes.axvspan(start, stop, 0.93, 1, facecolor=colour, linewidth=0)
-            inches = (stop - start) * inches_per_chunk
-            text = _fit(prompt, characters=int(inches * 14.5) - 2, lines=5)
-            left = start + 0.07 / inches_per_chunk
-            style = {"fontsize": 8, "va": "top", "color": _INK, "linespacing": 1.25, "parse_math": False}
-            axes.text(left, 0.87, text, clip_on=True, **style)
-        axes.set_ylim(0, 1)
-        axes.axis("off")
-
     def _draw_memory(self, axes) -> None:
-        least = 0.022 / _size_in_inches(axes)[1] * self._stop  # a bar that can be seen, in chunks
+        least = 0.022 / size_in_inches(axes)[1] * self._stop  # a bar that can be seen, in chunks
         ground, bank = [], []
         for entry in self._entries:
             for (start, stop), colour in ((entry.window, _WINDOW), (entry.sink, _SINK)):
@@ -126,9 +124,10 @@ class Timeline:
                     bank.append((entry.index, held.chunk + 0.5 - height / 2, height, colour))
         _draw_cells(axes, ground, zorder=1)
         _draw_cells(axes, bank, zorder=3)
+        faint = _faintness(self._scenes)
         for start, _, _ in self._scenes[1:]:
-            axes.axvline(start, **_SWITCH, zorder=4)
-            axes.axhline(start, color=_INK, linewidth=0.5, alpha=0.25, linestyle=(0, (4, 3)), zorder=2)
+            axes.axvline(start, **_SWITCH, alpha=faint, zorder=4)
+            axes.axhline(start, color=_INK, linewidth=0.5, alpha=faint / 2, linestyle=(0, (4, 3)), zorder=2)
         axes.set_ylim(0, self._stop)
         axes.tick_params(labelleft=False, left=False, labelbottom=False, bottom=False)
         for side in ("top", "right"):
@@ -138,7 +137,7 @@ class Timeline:
 
     def _draw_faces(self, axes) -> None:
         """Thumbnails of the chunks that were held longest, at their place on the axis of remembered time."""
-        width, height = _size_in_inches(axes)
+        width, height = size_in_inches(axes)
         axes.set_xlim(0, 1)
         thumbnails = {entry.index: entry.thumbnail for entry in self._entries}
         placed: list[float] = []
@@ -153,7 +152,7 @@ class Timeline:
                 axes.imshow(image, extent=(0, 0.86, centre - size / 2, centre + size / 2), aspect="auto", zorder=2)
                 axes.plot((0.87, 1), (centre, chunk + 0.5), color=_QUIET, linewidth=0.8, clip_on=False)
         for number, (start, stop, _) in enumerate(self._scenes):
-            axes.axhspan(start, stop, 0.965, 1, facecolor=_prompt_colour(number), linewidth=0, zorder=3)
+            axes.axhspan(start, stop, 0.965, 1, facecolor=self._prompt_colour(number), linewidth=0, zorder=3)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, self._stop)
         axes.tick_params(colors=_QUIET, labelsize=8, bottom=False, labelbottom=False, length=0)
@@ -169,7 +168,7 @@ class Timeline:
             total, base = sum(held.shown for held in entry.bank), 0.0
             for held in sorted(held for held in entry.bank if held.shown):
                 number = next((n for n, (start, stop, _) in enumerate(scenes) if start <= held.chunk < stop), None)
-                colour = _FAINT if number is None else _prompt_colour(number)
+                colour = _FAINT if number is None else self._prompt_colour(number)
                 cells.append((entry.index, base, held.shown / total, to_rgba(colour)))
                 base += held.shown / total
         _draw_cells(axes, cells, zorder=1)
@@ -177,7 +176,7 @@ class Timeline:
             note = "the bank was empty"
             axes.text(0.5, 0.5, note, transform=axes.transAxes, ha="center", va="center", fontsize=8.5, color=_QUIET)
         for start, _, _ in scenes[1:]:
-            axes.axvline(start, **_SWITCH)
+            axes.axvline(start, **_SWITCH, alpha=_faintness(scenes))
         axes.set_ylim(0, 1)
         axes.set_yticks([])
         axes.set_ylabel("bank\nby prompt", fontsize=8, color=_INK, rotation=0, ha="right", va="center")
@@ -217,6 +216,12 @@ class Timeline:
             legend.text(x, y, text, fontsize=8, va="center", color=_INK)
         legend.set(xlim=(0, 10), ylim=(0, top))
 
+    def _prompt_colour(self, number: int) -> tuple:
+        """Few prompts have colours of their own; with many, colours follow the film."""
+        if len(self._scenes) <= len(_PROMPT_COLOURS):
+            return to_rgba(_PROMPT_COLOURS[number])
+        return _MANY_PROMPTS(number / (len(self._scenes) - 1))
+
     def _held_longest(self) -> list[tuple[int, float]]:
         held: Counter[int] = Counter()
         for entry in self._entries:
@@ -238,9 +243,9 @@ class Timeline:
         )
 
 
-def _scenes(entries: list[Entry]) -> list[tuple[int, int, str]]:
+def _scenes(entries: list[Entry]) -> list[Scene]:
     """(first chunk, end, prompt) of each stretch under one prompt."""
-    scenes: list[tuple[int, int, str]] = []
+    scenes: list[Scene] = []
     for entry in entries:
         if scenes and scenes[-1][2] == entry.prompt:
             scenes[-1] = (scenes[-1][0], entry.index + 1, entry.prompt)
@@ -249,23 +254,12 @@ def _scenes(entries: list[Entry]) -> list[tuple[int, int, str]]:
     return scenes
 
 
+def _faintness(scenes: list[Scene]) -> float:
+    """How strong a line at every prompt may be: many together are not to cover what they divide."""
+    return min(0.55, 8 / len(scenes))
+
+
 def _draw_cells(axes, cells: list[tuple[float, float, float, tuple]], zorder: int) -> None:
     """Rectangles one chunk wide, each (left, bottom, height, RGBA)."""
     corners = [[(x, y), (x + 1, y), (x + 1, y + height), (x, y + height)] for x, y, height, _ in cells]
     axes.add_collection(PolyCollection(corners, facecolors=[cell[3] for cell in cells], linewidths=0, zorder=zorder))
-
-
-def _prompt_colour(number: int) -> str:
-    return _PROMPT_COLOURS[number % len(_PROMPT_COLOURS)]
-
-
-def _size_in_inches(axes) -> tuple[float, float]:
-    box, size = axes.get_position(), axes.figure.get_size_inches()
-    return box.width * size[0], box.height * size[1]
-
-
-def _fit(text: str, characters: int, lines: int) -> str:
-    """`text` wrapped to at most `lines` lines; empty if not even a word fits."""
-    if characters < 6:
-        return ""
-    return textwrap.fill(text, characters, max_lines=lines, placeholder=" …", break_on_hyphens=False)

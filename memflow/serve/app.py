@@ -7,12 +7,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
+from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from memflow import __version__
@@ -27,6 +29,14 @@ from memflow.serve.words import Words
 
 PAGE = Path(__file__).parent / "page"
 _BODY = 64 * 1024  # bytes of a request
+_EXAMPLES = {  # first scenes, by model
+    "storybook": (
+        "bo, a red ball, jumps on the beach.",
+        "mia, a white star, waits in the forest.",
+        "kip, a green box, walks left in the village.",
+        "ada, a pink cone, jumps in the desert.",
+    )
+}
 
 
 def make_app(load, settings: Settings) -> Starlette:
@@ -77,6 +87,7 @@ async def _info(request: Request) -> Response:
     offered = [policy for policy in POLICIES.items() if not policy[1].by_hand]
     about = {"version": __version__, "model": stories.settings.model, "fps": pipe.fps}
     about |= {"width": pipe.config.width, "height": pipe.config.height, "frames_per_chunk": pipe.frames_per_chunk}
+    about["examples"] = _EXAMPLES.get(stories.settings.model, ())
     about |= {"latent_frames_per_chunk": config.frames_per_chunk, "memory": config.to_dict()}
     about["policies"] = [
         {"name": name, "about": " ".join(kind.__doc__.split(".")[0].split())} for name, kind in offered
@@ -110,7 +121,28 @@ async def _film(request: Request) -> Response:
     if found is None or not path.exists():
         return _unknown()
     download = {"filename": "story.mp4"} if "download" in request.query_params else {}
-    return FileResponse(path, media_type="video/mp4", headers={"cache-control": "no-store"}, **download)
+    return _FilmSoFar(path, media_type="video/mp4", headers={"cache-control": "no-store"}, **download)
+
+
+class _FilmSoFar(FileResponse):
+    """A file that may grow while it is sent: no more of it than its length was when the answer began."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        left = -1  # bytes that are still to come; -1: not said yet
+
+        async def send_at_most(message: Message) -> None:
+            nonlocal left
+            if message["type"] == "http.response.start":
+                left = int(Headers(raw=message["headers"])["content-length"])
+            elif left == 0:
+                return  # this file has grown
+            else:
+                body = message["body"][:left]
+                left -= len(body)
+                message = message | {"body": body, "more_body": message["more_body"] and left > 0}
+            await send(message)
+
+        await super().__call__(scope, receive, send_at_most)
 
 
 async def _story(request: Request) -> Response:

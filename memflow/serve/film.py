@@ -192,7 +192,9 @@ def remove(folder: Path, id: str) -> bool:
 
 
 def memory_of(snapshot, frames_per_chunk: int) -> dict[str, Any]:
-    """What a memory held: each past frame, the shares of the layers that hold and show it, and its relevance."""
+    """What a memory held: each past frame, the shares of the layers that hold and show it, its relevance, and the words
+    that called for it, where the memory can say so."""
+    words = (getattr(snapshot, "words", None) or [{}])[0]
     held, relevance, shown = snapshot.held[:, 0], snapshot.relevance[:, 0], snapshot.recalled[:, 0]
     frames = []
     for frame in np.unique(held[held >= 0]):
@@ -206,6 +208,7 @@ def memory_of(snapshot, frames_per_chunk: int) -> dict[str, Any]:
                 "held": round(float(here.any(1).mean()), 3),
                 "shown": round(float((shown == frame).any(1).mean()), 3),
                 "relevance": worth,
+                "words": words.get(int(frame), []),
             }
         )
     return {"held": frames, "sink": [int(n) for n in snapshot.sink], "window": [int(n) for n in snapshot.window]}

@@ -255,7 +255,8 @@ def _spread(given: dict[str, Any]) -> None:
 
 
 def _memory(ours: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    memory = {name: value for name, value in _object(ours, "memory").items() if value is not None}
+    given = _object(ours, "memory").items()
+    memory = {name: value for name, value in given if value is not None or name in ("held_frames", "top_k")}
     if unknown := sorted(set(memory) - {"policy", "bank_frames", "held_frames", "top_k"}):
         raise Refused(f"memory: {_short(unknown[0])} is no setting; there are policy, bank_frames, held_frames, top_k")
     offered = [name for name, policy in POLICIES.items() if not policy.by_hand]
@@ -266,7 +267,7 @@ def _memory(ours: dict[str, Any], settings: Settings) -> dict[str, Any]:
         ("held_frames", 1, settings.held_frames),
         ("top_k", 1, 2**31),
     ):
-        if name in memory:
+        if memory.get(name) is not None:
             _number(f"memory: {name}", memory[name], _WHOLE, least, most)
     return memory
 

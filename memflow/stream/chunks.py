@@ -88,6 +88,7 @@ class ChunkDriver:
         if self.size is not None:
             raise MemFlowError(f"latents: a stream keeps its size; it began with {self.size} (B, h, w), not {size}")
         check_size(size)
+        batch, rows, columns = size = (int(batch), int(rows), int(columns))
         model = self.model
         try:
             grid = model.grid(rows, columns)
@@ -231,35 +232,49 @@ class ChunkDriver:
 
         Raises:
             MemFlowError: there is no memory yet.
-            ValueError: a state of other sizes or settings, or one that no driver could have given.
+            ValueError: a state of other sizes or settings, or one that no driver could have given. The driver is as
+                `open` left it then, at the beginning of a video.
         """
         self._require_memory("load_state_dict")
-        device = self.model.device
+        try:
+            with own_modes():
+                self._load(tensors, counters)
+        except BaseException:
+            size, self.size, self.memory = self.size, None, None  # the room of the old one before the new one is made
+            self.position, self.history, self._text, self._prompt, self._next = 0, None, None, None, None
+            self._settled()
+            self.open(*size)
+            raise
+
+    def _load(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         position = counters.get("position")
         if not isinstance(position, int) or not 0 <= position < 2**48:
             raise ValueError(f"position must be a whole number, got {position!r}")
-        with own_modes():
-            self.position = position
-            memory = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("memory.")}
-            self.memory.load_state_dict(memory, counters)
-            known = {"history", "text.embeds", "text.mask", "next.embeds", "next.mask"}
-            unknown = [*memory, *(name for name in tensors if not name.startswith("memory.") and name not in known)]
-            if unknown:  # `memory` has lost what was loaded
-                raise ValueError(f"unknown tensors: {', '.join(unknown)}")
-            self.history = tensors["history"].to(device) if "history" in tensors else None
-            self._check_history()
-            texts = {}
-            for name in ("text", "next"):
-                if f"{name}.embeds" in tensors:
-                    text = self._checked_text(name, tensors)
-                    texts[name] = text, self.model.encode_prompt(*text)
-            self._version = self.model.text_version()
+        self.position = position
+        memory = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("memory.")}
+        self.memory.load_state_dict(memory, counters)
+        known = {"history", "text.embeds", "text.mask", "next.embeds", "next.mask"}
+        unknown = [*memory, *(name for name in tensors if not name.startswith("memory.") and name not in known)]
+        if unknown:  # `memory` has lost what was loaded
+            raise ValueError(f"unknown tensors: {', '.join(unknown)}")
+        self.history = tensors["history"].to(self.model.device) if "history" in tensors else None
+        self._check_history()
+        texts = {}
+        for name in ("text", "next"):
+            if f"{name}.embeds" in tensors:
+                text = self._checked_text(name, tensors)
+                texts[name] = text, self.model.encode_prompt(*text)
         if position and "text" not in texts:
             raise ValueError("text.embeds is missing: the prompt of the last chunk")
+        self._version = self.model.text_version()
         self._text, self._prompt = texts.get("text", (None, None))
         self._next = texts.get("next")
+        self._settled()
+
+    def _settled(self) -> None:
+        """No chunk is in hand, and no clean pass is due."""
         self._begun = self._ready = self.position - 1
-        self._unwritten = None
+        self._step = self._unwritten = None
 
     def _require_memory(self, name: str) -> None:
         if self.memory is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from memflow.errors import MemFlowError
 
 def check_size(size: Sequence[object]) -> None:
     """(B, h, w) must be whole numbers of at least 1."""
-    if not all(isinstance(count, int) and count >= 1 for count in size):
+    if not all(isinstance(count, Integral) and count >= 1 for count in size):
         raise MemFlowError(f"latents: B, h and w must be whole numbers of at least 1, got {tuple(size)}")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,15 +15,15 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from memflow.decoders import current_class, stream_decoder
+from memflow.decoders import StreamDecoder, current_class, stream_decoder
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.memory.config import MemoryConfig
-from memflow.models.base import weights_digest
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.float8 import to_float8
 from memflow.models.wan.graphs import require_gpu
 from memflow.models.wan.published import PRESETS, find_preset
 from memflow.models.wan.text import PromptCache, encode_prompts, losses
+from memflow.models.weights import weights_digest
 from memflow.modes import own_modes
 from memflow.stream.chunks import ChunkDriver
 from memflow.stream.plan import Plan, check_text
@@ -48,13 +49,28 @@ class MemFlowOutput(BaseOutput):
 class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """Text to video, streamed, with a memory of the past frames that the coming prompt calls for.
 
-    tokenizer, text_encoder: a T5 family encoder. transformer: WanTransformer3DModel, distilled for few-step causal
-    generation. vae: AutoencoderKLWan or an `IndependentCodec`. scheduler: a diffusers flow-matching
-    scheduler, the source of the noise levels. denoising_steps: its unshifted timesteps that are used. fps: video frames
-    per second. text_length: tokens that a prompt is padded to. height, width: default size of the video in pixels.
-    memory: fields of the `MemoryConfig` that this model was trained for; the defaults of that class where not given.
+    Args:
+        tokenizer: that of text_encoder.
+        text_encoder: of the T5 family.
+        transformer: WanTransformer3DModel, distilled for few-step causal generation.
+        vae: AutoencoderKLWan or an `IndependentCodec`.
+        scheduler: a diffusers flow-matching scheduler, the source of the noise levels.
+        denoising_steps: its unshifted timesteps that are used.
+        fps: video frames per second.
+        text_length: tokens that a prompt is padded to.
+        height: of the video in pixels, by default.
+        width: likewise.
+        memory: fields of the `MemoryConfig` that this model was trained for; its defaults where not given.
 
-    prompts: None, or a `PromptCache` that is asked for embeddings in the encoder's place.
+    Attributes:
+        prompts: None, or a `PromptCache` that is asked for embeddings in the encoder's place.
+
+    Example:
+        >>> from memflow import MemFlowPipeline
+        >>> pipe = MemFlowPipeline.from_preset("storybook")
+        >>> chunk = next(pipe.stream(["bo, a red ball, jumps on the beach."], seconds_per_prompt=1.5))
+        >>> chunk.frames.shape  # batch, frames, height, width, colours
+        torch.Size([1, 3, 512, 512, 3])
     """
 
     prompts: PromptCache | None = None
@@ -111,7 +127,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return cls.from_pretrained(Path(__file__).parents[1] / "assets" / "storybook", dtype=dtype)
 
     @classmethod
-    def load_config(cls, *arguments, **options):
+    def load_config(cls, *arguments: Any, **options: Any) -> Any:
         """As diffusers' own; classes that a folder names by an older module are found where they are now."""
         found = super().load_config(*arguments, **options)
         config = found[0] if isinstance(found, tuple) else found
@@ -120,7 +136,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return found
 
     @classmethod
-    def from_pretrained(cls, *arguments, **options):
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> MemFlowPipeline:
         """As diffusers' own, whatever torch is set to; torch's global random state is left as it was."""
         with own_modes(), torch.random.fork_rng(devices=[]):
             return super().from_pretrained(*arguments, **options)
@@ -158,12 +174,14 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Video frames in a chunk (a causal VAE gives fewer for the first)."""
         return self.memory_config.frames_per_chunk * stream_decoder(self.vae).temporal_factor
 
-    def compile(self, *, graphs: bool = False, **options) -> None:
+    def compile(self, *, graphs: bool = False, **options: Any) -> None:
         """Compile the blocks of the transformer, all of them with the same graphs: one for a first chunk, one for all
         that follow and one for prompt switches, whatever memory holds. For streams that are made from now on.
 
-        graphs: also replay passes, denoising and clean, as CUDA graphs, once the memory is full; needs a GPU, and
-        weights that stay where they are. options: of torch.compile, `mode="max-autotune-no-cudagraphs"` for example.
+        Args:
+            graphs: also replay passes, denoising and clean, as CUDA graphs, once the memory is full; needs a GPU, and
+                weights that stay where they are.
+            options: of torch.compile, `mode="max-autotune-no-cudagraphs"` for example.
         """
         if graphs:
             require_gpu(self.transformer)
@@ -193,11 +211,16 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> Stream:
         """A generator of chunks that tells the story of `prompts`.
 
-        prompts: one text per prompt; for a batch of stories one list of texts (one per story) per prompt.
-        seconds_per_prompt: length of every prompt's part of the video.
-        height, width: of the video in pixels; the model's own where not given.
-        seed: of the first story; the next ones in a batch count on from it. Or one seed per story.
-        memory: the model's own where not given.
+        Args:
+            prompts: one text per prompt; for a batch of stories one list of texts (one per story) per prompt.
+            seconds_per_prompt: length of every prompt's part of the video.
+            height: of the video in pixels; the model's own where not given.
+            width: likewise.
+            seed: of the first story; the next ones in a batch count on from it. Or one seed per story.
+            memory: what is remembered; the model's own where not given.
+
+        Raises:
+            MemFlowError: an argument that cannot be, named.
         """
         if not isinstance(prompts, (list, tuple)) or not prompts:
             raise MemFlowError(f"prompts must be a list of at least one prompt, got {prompts!r}")
@@ -230,13 +253,21 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         driver.open(len(seeds), height // self.spatial_factor, width // self.spatial_factor)
         return driver
 
-    def decoder(self):
+    def decoder(self) -> StreamDecoder:
         """A decoder at the start of a video: latents to frames, chunk by chunk."""
         return stream_decoder(self.vae)
 
     def identity(self) -> dict:
-        """What a saved stream must find again: digests of the weights, and the settings that decide what comes out."""
-        return {
+        """What a saved stream must find again: digests of the weights, and the settings that decide what comes out.
+
+        The text encoder goes by its weights where it is in memory and by its files where a `PromptCache` loads it; the
+        one says nothing about the other.
+        """
+        if self.prompts is not None:
+            text = {} if self.prompts.encoder is None else {"text_encoder_files": self.prompts.encoder}
+        else:
+            text = {} if self.text_encoder is None else {"text_encoder": weights_digest(self.text_encoder)}
+        return text | {
             "transformer": WanModel(self.transformer).identity(),
             "vae": f"{type(self.vae).__name__} {weights_digest(self.vae)}",
             "denoising_steps": list(self.config.denoising_steps),
@@ -244,11 +275,11 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             "dtype": str(self.transformer.dtype),
         }
 
-    def resume(self, path) -> Stream:
+    def resume(self, path: str | Path) -> Stream:
         """The stream that `Stream.save` wrote to `path`; its next chunks are those of the uninterrupted one."""
         return load_stream(self, path, Stream)
 
-    def __call__(self, prompts, **settings) -> MemFlowOutput:
+    def __call__(self, prompts: Sequence[str] | Sequence[Sequence[str]], **settings: Any) -> MemFlowOutput:
         """The whole video at once. Arguments as in `stream`."""
         chunks = list(self.progress_bar(self.stream(prompts, **settings)))
         return MemFlowOutput(

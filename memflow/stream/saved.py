@@ -31,6 +31,7 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _PARTS = {"plan": dict, "config": dict, "seeds": list, "height": int, "width": int, "counters": dict}
+_ENCODER = ("text_encoder", "text_encoder_files")  # one of them, or neither: compared where both sides have it
 _PARTS |= {"timings": dict, "model": dict, "extra": dict}
 
 
@@ -85,8 +86,9 @@ def load_stream(pipeline, path, make: Callable):
     """
     header, tensors = _read(path, digest=True)
     identity = pipeline.identity()
-    names = sorted({*identity, *header["model"]})
-    differing = [name for name in names if identity.get(name) != header["model"].get(name)]
+    saved = header["model"]
+    names = {*identity, *saved} - ({*_ENCODER} - ({*identity} & {*saved}))
+    differing = sorted(name for name in names if identity.get(name) != saved.get(name))
     if differing:
         raise MemFlowError(f"{path} was saved with another model, it differs in: {', '.join(differing)}")
     try:

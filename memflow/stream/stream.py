@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from memflow.errors import MemFlowError
+from memflow.models.wan.text import token_words
 from memflow.modes import own_modes
 from memflow.stream.sampler import Noise, to_device
+from memflow.stream.words import called_by
 
 if TYPE_CHECKING:
     from memflow.memory.config import MemoryConfig
@@ -136,10 +139,12 @@ class Stream(Iterator[Chunk]):
         self.pipeline.warn_of_losses(texts)
 
     def snapshot(self) -> MemorySnapshot:
-        """What the memory holds for the chunk just made. Waits for the device."""
-        return self.driver.snapshot()
+        """What the memory holds for the chunk just made, and the words that called for it. Waits for the device."""
+        snapshot, length = self.driver.snapshot(), self.pipeline.config.text_length
+        words = [token_words(self.pipeline.tokenizer, text, length) for text in self.plan.current]
+        return snapshot._replace(words=called_by(snapshot, words))
 
-    def save(self, path, extra: dict[str, str] | None = None) -> None:
+    def save(self, path: str | Path, extra: dict[str, str] | None = None) -> None:
         """Write the state to one safetensors file, from which `MemFlowPipeline.resume` goes on with identical results.
 
         Args:
@@ -147,15 +152,20 @@ class Stream(Iterator[Chunk]):
             extra: texts of the caller's own that come back as `stream.extra`.
 
         Raises:
-            MemFlowError: the stream was interrupted in a chunk, or the file cannot be written.
+            MemFlowError: the stream was interrupted in a chunk, extra is not texts by name, or the file cannot be
+                written.
         """
         from memflow.stream.saved import save_stream
+
+        extra = {} if extra is None else extra
+        if not isinstance(extra, Mapping) or not all(isinstance(text, str) for item in extra.items() for text in item):
+            raise MemFlowError(f"extra must be texts by name, got {extra!r}")
 
         with self._lock, own_modes():
             self._refuse_if_broken()
             with self._timed("loop"):
                 self.driver.settle()
-            save_stream(self, path, {**self.extra, **(extra or {})})
+            save_stream(self, path, {**self.extra, **extra})
 
     def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt."""

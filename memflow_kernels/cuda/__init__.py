@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from .. import backends
+from ..choosing import composed
 from ..operators import OPERATORS
 from .coverage import LIMITS, unserved
 
@@ -29,4 +30,6 @@ def _op(name: str) -> Callable:
     return chosen
 
 
-globals().update({name: _op(name) for name in OPERATORS})
+_OPS = {name: _op(name) for name in OPERATORS}
+_PARTS = [_OPS[name] for name in ("frame_means", "select_frames", "memory_attention")]
+globals().update({**_OPS, "memory_attention_top_k": composed(*_PARTS)})

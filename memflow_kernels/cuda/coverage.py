@@ -10,6 +10,7 @@ from torch import Tensor
 from . import extension
 
 MOST_CANDIDATES = 12288  # select_frames: the scores of one head lie in shared memory
+MOST_COVERED = 12287  # cover_frames: what a row's tokens and frames take of shared memory
 MOST_CHANNELS = 8192  # qk_norm_rope_write: one block holds a token of all heads
 HALF = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (64, 128)
@@ -35,16 +36,24 @@ def _qk_norm_rope_write(query: Tensor, *rest: object) -> str | None:
     return f"it takes up to {MOST_CHANNELS} channels H*D, not {channels}" if channels > MOST_CHANNELS else None
 
 
+def _cover_frames(scores: Tensor, *_: object) -> str | None:
+    tokens, frames = scores.shape[1:]
+    needed = 2 * tokens + 9 * frames
+    return f"it takes 2 T + 9 F up to {MOST_COVERED}, not {needed}" if needed > MOST_COVERED else None
+
+
 def _any(*_: object) -> None:
     return None
 
 
 # op -> its own limits. An op that is not named here has no compiled kernel.
 LIMITS: dict[str, Callable[..., str | None]] = {
+    "cover_frames": _cover_frames,
     "frame_means": _any,
     "memory_attention": _memory_attention,
     "prompt_relevance_mean": _any,
     "prompt_relevance_softmax": _any,
+    "prompt_relevance_token": _any,
     "qk_norm_rope_write": _qk_norm_rope_write,
     "replace_frame": _any,
     "select_frames": _select_frames,

@@ -180,7 +180,7 @@ def once_per_kind(check: Callable[..., None]) -> Callable[..., None]:
         if torch.compiler.is_compiling():  # checked while it is traced, and not at all when the graph runs
             return check(*arguments)
         try:
-            kinds = tuple([_kind(x) for x in arguments])
+            kinds = _kinds(arguments)
             if kinds in passed:
                 return None
         except (TypeError, RuntimeError):  # a list, a symbolic size, a tensor without strides
@@ -194,9 +194,14 @@ def once_per_kind(check: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-def _kind(x: object) -> tuple:
-    if isinstance(x, Tensor):
-        return type(x), x.shape, x.dtype, x.device, x.layout, x.stride()
-    if isinstance(x, tuple):
-        return type(x), *[_kind(part) for part in x]
-    return type(x), x
+def _kinds(arguments: tuple) -> tuple:
+    """In one row: the type of each argument says how much of the row is about it."""
+    found = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            found += (type(x), x.shape, x.dtype, x.device, x.layout, x.stride())
+        elif isinstance(x, tuple):
+            found += (type(x), _kinds(x))
+        else:
+            found += (type(x), x)
+    return tuple(found)

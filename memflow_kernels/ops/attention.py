@@ -7,12 +7,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backends import current_backend
 from ..dtypes import statistics_dtype
 from . import _checks
 from .means import _frame_means
-from .registration import Registered
+from .registration import Registered, derived
 from .selection import _select_frames
 
 Layout = Literal["blhd", "bhld"]
@@ -28,7 +26,16 @@ def _fake_backward(grad_out, grad_lse, query, key, value, *rest):
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
+def _fake_top_k(query, key, value, frame_mean, query_mean, tokens_per_frame, candidate_frames, top_k, scale, block):
+    blocks = () if block is None else (_checks.block_count(query.shape[1], block),)
+    places = (query.shape[0], query.shape[2], *blocks, min(top_k, candidate_frames))
+    return *_fake(query), query.new_empty(places, dtype=torch.int32)
+
+
 _memory_attention = Registered("memory_attention", _fake)
+_memory_attention_top_k = Registered(
+    "memory_attention_top_k", _fake_top_k, derived("memory_attention_top_k", "memory_attention_backward")
+)
 Registered("memory_attention_backward", _fake_backward)
 
 
@@ -83,6 +90,11 @@ def _check(
             raise ValueError(f"top_k = {top_k} needs candidate_frames: how many of the first {frames} it chooses among")
     if query_block is not None:
         _checks.integer("query_block", query_block, 1)
+        if top_k is None and frame_table is None:
+            raise ValueError(
+                f"query_block = {query_block} is for blocks of queries with a choice of their own: it needs top_k or "
+                "frame_table, got neither"
+            )
         if heads != key_heads and queries % query_block:
             raise ValueError(
                 f"query_block must divide the {queries} queries where key has fewer heads than query, got {query_block}"
@@ -129,17 +141,13 @@ def _choose(
     top_k: int,
     query_block: int | None,
 ) -> Tensor:
-    """The table of frames."""
-    means = _frame_means
-    if query.device.type == "cpu" and not torch.compiler.is_compiling() and current_backend(query.device) == "torch":
-        means = reference.frame_means  # one operator less to go through, which a small call notices
+    """The table of frames where several query heads share a key head."""
     key, query = key.detach(), query.detach()
     if frame_mean is None:
-        frame_mean = means(key[:, : candidate_frames * tokens_per_frame], tokens_per_frame)
-    if query.shape[2] != key.shape[2]:
-        frame_mean = frame_mean.repeat_interleave(query.shape[2] // key.shape[2], 2)
+        frame_mean = _frame_means(key[:, : candidate_frames * tokens_per_frame], tokens_per_frame)
+    frame_mean = frame_mean.detach().repeat_interleave(query.shape[2] // key.shape[2], 2)
     choosing = query if query_mean is None else query_mean.detach().unsqueeze(1)
-    return _select_frames(choosing, frame_mean.detach(), top_k, None, query_block)
+    return _select_frames(choosing, frame_mean, top_k, None, query_block)
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor, frame_table: Tensor | None, sizes: tuple, block: int | None):
@@ -256,13 +264,17 @@ def memory_attention(
     candidate_frames = candidate_frames or 0
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
-    if top_k is not None and top_k < candidate_frames and query.shape[1]:  # no queries choose nothing
-        frame_table = _choose(
-            query, key, frame_mean, query_mean, tokens_per_frame, candidate_frames, top_k, query_block
-        )
+    chooses = top_k is not None and top_k < candidate_frames and query.shape[1]  # no queries choose nothing
     sizes = (tokens_per_frame, candidate_frames, scale)
     if query.shape[2] != key.shape[2]:
+        if chooses:
+            choice = (frame_mean, query_mean, tokens_per_frame, candidate_frames, top_k, query_block)
+            frame_table = _choose(query, key, *choice)
         out, lse = _grouped(query, key, value, frame_table, sizes, query_block)
+    elif chooses:
+        known = (None if x is None else x.detach() for x in (frame_mean, query_mean))
+        sizes = (tokens_per_frame, candidate_frames, top_k, scale)
+        out, lse, _ = _memory_attention_top_k(query, key, value, *known, *sizes, query_block)
     else:
         out, lse = _memory_attention(query, key, value, frame_table, *sizes, query_block)
     out = out if layout == "blhd" else out.transpose(1, 2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from numbers import Real
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def _check(
         _checks.of_dtype(name, weight, *SUPPORTED)
         _checks.shape(name, weight, (together,), meaning)
         _checks.same_device(name, weight, "query", query)
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
+    if isinstance(eps, bool) or not isinstance(eps, Real):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
@@ -159,6 +160,22 @@ def qk_norm_rope(
     first, start = _start(start_frame, query)
     turns = _turns(axes, theta, norm_scope, query.shape[3])
     return _qk_norm_rope(query, key, weight_q, weight_k, float(eps), *grid, first, start, *turns)
+
+
+@overload
+def qk_norm_rope_write(
+    query: Tensor, key: Tensor, value: Tensor, *, weight_q: Tensor, weight_k: Tensor, eps: float, grid: tuple[int, int],
+    start_frame: int | Tensor, pool: Pool, slots: Tensor, query_mean: Literal[False] = ...,
+    axes: tuple[int, int, int] | None = ..., theta: float = ..., norm_scope: Literal["heads", "head"] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def qk_norm_rope_write(
+    query: Tensor, key: Tensor, value: Tensor, *, weight_q: Tensor, weight_k: Tensor, eps: float, grid: tuple[int, int],
+    start_frame: int | Tensor, pool: Pool, slots: Tensor, query_mean: Literal[True],
+    axes: tuple[int, int, int] | None = ..., theta: float = ..., norm_scope: Literal["heads", "head"] = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def qk_norm_rope_write(

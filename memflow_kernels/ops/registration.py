@@ -35,13 +35,13 @@ class Registered:
         _LIBRARY.impl(name, _kernel(name, written), "CompositeExplicitAutograd")
         torch.library.register_fake(f"memflow::{name}", fake, lib=_LIBRARY)
         if not written:
-            setup, formula = backward or (_derived if f"{name}_backward" in OPERATORS else _refused)(name)
+            setup, formula = backward or (derived if f"{name}_backward" in OPERATORS else _refused)(name)
             torch.library.register_autograd(f"memflow::{name}", formula, setup_context=setup, lib=_LIBRARY)
             self._function = _function(self.operator, setup, formula)
         REGISTERED[name] = self
 
     def __call__(self, *arguments):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # autograd records nothing here
             return self.operator(*arguments)
         graded = False
         for x in arguments:
@@ -92,16 +92,18 @@ def _refused(name: str) -> tuple[Callable, Callable]:
     return (lambda ctx, inputs, output: None), backward
 
 
-def _derived(name: str) -> tuple[Callable, Callable]:
-    """setup_context and backward by the operator `<name>_backward`, which names what it needs. A gradient that nobody
-    asks for is handed to it as None where its schema allows that, and as zeros elsewhere."""
-    forward, gradient = OPERATORS[name], OPERATORS[f"{name}_backward"]
+def derived(name: str, by: str | None = None) -> tuple[Callable, Callable]:
+    """setup_context and backward by the operator `by`, default `<name>_backward`, which names what it needs. A gradient
+    that nobody asks for is handed to it as None where its schema allows that, and as zeros elsewhere."""
+    by = by or f"{name}_backward"
+    forward, gradient = OPERATORS[name], OPERATORS[by]
     known = [*forward.arguments, *forward.results]
     needed = [x for x in gradient.arguments if x in known]
     tensors = [x for x in needed if "Tensor" in gradient.arguments[x]]
     others = [x for x in needed if x not in tensors]
     upstream = [f"grad_{x}" for x in forward.results]
-    optional = any("?" in gradient.arguments[x] for x in upstream)
+    results = {f"grad_{x}": x for x in forward.results if f"grad_{x}" in gradient.arguments}
+    optional = any("?" in gradient.arguments[x] for x in results)
 
     def setup(ctx, inputs, output):
         values = dict(zip(known, (*inputs, *(output if isinstance(output, tuple) else (output,))), strict=True))
@@ -111,10 +113,10 @@ def _derived(name: str) -> tuple[Callable, Callable]:
 
     def backward(ctx, *grads):
         values = dict(zip((*upstream, *tensors, *others), (*grads, *ctx.saved_tensors, *ctx.others), strict=True))
-        for x, result in zip(upstream, forward.results, strict=True):
+        for x, result in results.items():
             if values[x] is None and "?" not in gradient.arguments[x]:
                 values[x] = torch.zeros_like(values[result])
-        found = REGISTERED[f"{name}_backward"](*[values[x] for x in gradient.arguments])
+        found = REGISTERED[by](*[values[x] for x in gradient.arguments])
         by_name = dict(zip(gradient.results, found, strict=True))
         return tuple([by_name.get(f"grad_{x}") for x in forward.arguments])
 

@@ -15,6 +15,8 @@ from .merge import merge_attention
 KEYS_PER_BLOCK = 2048  # of the plain forward: its logits are [B, H, Lq, 2048]
 LOGITS = 2**21  # of the plain backward that exist at a time
 VECTOR = 16  # numbers in the longest register of a CPU
+# torch's fused CPU kernel, which reads strided views [B, H, L, D] in place -> out, lse
+heads_first = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def nothing(query: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,14 +34,10 @@ def attend(
         return nothing(query)
     # Of fewer keys than a register holds torch's kernel takes a row of NaN for one without keys, with a result of 0.
     fused = query.device.type == "cpu" and key.shape[1] >= VECTOR
-    return (_fused if fused else plain)(query, key, value, scale, bias)
-
-
-def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """By torch's fused CPU kernel, which reads strided views in place."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=_mask(query, bias), scale=scale
-    )
+    if not fused:
+        return plain(query, key, value, scale, bias)
+    states = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse = heads_first(*states, attn_mask=_mask(query, bias), scale=scale)
     return out.transpose(1, 2), lse
 
 

@@ -1,7 +1,8 @@
 """prompt_relevance: how much the prompt calls for each remembered frame.
 
-Two aggregates: "mean", the bilinear score of the published code, and "softmax", the share of the attention mass that
-the paper's formula means (arXiv 2512.14699, equation 1, with the softmax over the tokens of all frames together).
+Three aggregates: "mean", the bilinear score of the published code; "softmax", the share of the attention mass that the
+paper's formula means (arXiv 2512.14699, equation 1, with the softmax over the tokens of all frames together); and
+"token", the bilinear score of every text token by itself, whose mean over the tokens is "mean".
 """
 
 import torch
@@ -9,6 +10,8 @@ from einops import einsum
 from torch import Tensor
 
 from ..dtypes import statistics_dtype
+
+PRODUCTS = 2**17  # of text tokens and frames that exist at a time: they stay in the cache of one core
 
 
 def token_weights(text_key: Tensor, text_mask: Tensor | None) -> Tensor:
@@ -45,6 +48,37 @@ def prompt_relevance_mean_backward(
     wanted = einsum(grad, frame_mean.to(wide), "b f, b f h d -> b h d")
     grad_text = einsum(weights, wanted, "b t, b h d -> b t h d")
     grad_mean = einsum(grad, mean_text, "b f, b h d -> b f h d")
+    return grad_text.to(text_key.dtype), grad_mean.to(frame_mean.dtype)
+
+
+def prompt_relevance_token(text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float) -> Tensor:
+    """text_key [B, T, H, D], frame_mean [B, F, H, D] -> [B, T, F]: scaled product, averaged over heads."""
+    batch, tokens, heads, head_dim = text_key.shape
+    frames = frame_mean.shape[1]
+    score = text_key.new_empty((batch, tokens, frames), dtype=statistics_dtype(text_key.dtype))
+    # Products and sums of their own, as in select_frames: equal frames must have equal scores.
+    rows = min(max(PRODUCTS // (heads * head_dim), 1), tokens)
+    columns = max(PRODUCTS // (heads * head_dim * rows), 1)
+    for b, words, means in zip(range(batch), counted(text_key, text_mask), frame_mean.flatten(2), strict=True):
+        for row in range(0, tokens, rows):
+            some = words[row : row + rows].to(score.dtype).flatten(1).unsqueeze(1)
+            for column in range(0, frames, columns):
+                part = (some * means[column : column + columns]).sum(-1)
+                score[b, row : row + rows, column : column + columns] = part
+    score *= scale / heads
+    return score if text_mask is None else score.masked_fill_(~text_mask.unsqueeze(2), 0.0)
+
+
+def prompt_relevance_token_backward(
+    grad: Tensor, text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of text_key and frame_mean for grad [B, T, F]."""
+    wide = statistics_dtype(text_key.dtype)
+    grad = grad * (scale / text_key.shape[2])
+    if text_mask is not None:
+        grad = grad.masked_fill(~text_mask.unsqueeze(2), 0.0)
+    grad_text = einsum(grad, frame_mean.to(wide), "b t f, b f h d -> b t h d")
+    grad_mean = einsum(grad, counted(text_key, text_mask).to(wide), "b t f, b t h d -> b f h d")
     return grad_text.to(text_key.dtype), grad_mean.to(frame_mean.dtype)
 
 

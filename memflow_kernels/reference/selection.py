@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..dtypes import statistics_dtype
 from .means import frame_means
 
 PRODUCTS = 2**22  # of queries and frames that exist at a time
@@ -11,6 +12,8 @@ FEW = 256  # scores that the host sorts sooner than torch's operators
 
 def mean_queries(query: Tensor, query_block: int) -> Tensor:
     """query [B, Lq, H, D] -> [B, blocks, H, D] means of every query_block tokens; the last block may be shorter."""
+    if query_block == query.shape[1] and query.dtype == statistics_dtype(query.dtype):
+        return query.mean(1, keepdim=True)
     whole = query.shape[1] // query_block * query_block
     if whole == query.shape[1]:
         return frame_means(query, query_block)
@@ -25,6 +28,8 @@ def scores(mean_query: Tensor, frame_mean: Tensor) -> Tensor:
     Products and sums of their own instead of a matrix product, which adds up some columns in another order than others:
     equal frames must have equal scores.
     """
+    if mean_query.shape[1] == 1 and frame_mean.numel() <= PRODUCTS:
+        return (mean_query * frame_mean).sum(-1).transpose(1, 2).unsqueeze(2)
     queries, means = mean_query.transpose(1, 2).unsqueeze(3), frame_mean.transpose(1, 2).unsqueeze(2)
     at_a_time = max(PRODUCTS // queries.numel(), 1) if queries.numel() else 1
     if means.shape[3] <= at_a_time:
@@ -32,16 +37,15 @@ def scores(mean_query: Tensor, frame_mean: Tensor) -> Tensor:
     return torch.cat([(queries * some).sum(-1) for some in means.split(at_a_time, 3)], -1)
 
 
-def _best_of_few(score: Tensor, top_k: int) -> Tensor | None:
-    """The table [B, H, blocks, k] from scores [B, H, blocks, F] in host memory; None where some may be NaN."""
+def best_of_few(score: Tensor, top_k: int) -> list[list[int]] | None:
+    """The choice [B * H * blocks][k] from scores [B, H, blocks, F] in host memory; None where some may be NaN."""
     rows = score.flatten(0, 2).tolist()
     total = sum(map(sum, rows))
     if total != total:  # NaN, or infinities of both signs
         return None
     frames = range(score.shape[3])
     # sorted is stable: of equal scores, the lower index
-    best = [sorted(sorted(frames, key=row.__getitem__, reverse=True)[:top_k]) for row in rows]
-    return torch.tensor(best, dtype=torch.int32, device=score.device).view(*score.shape[:3], -1)
+    return [sorted(sorted(frames, key=row.__getitem__, reverse=True)[:top_k]) for row in rows]
 
 
 def select_frames(
@@ -53,13 +57,14 @@ def select_frames(
     """
     frames = frame_mean.shape[1]
     mean_query = mean_queries(query, query.shape[1] if query_block is None else query_block)
-    score = scores(mean_query, frame_mean.to(mean_query.dtype))
+    score = scores(mean_query, frame_mean)
     if valid is not None:
         valid = valid[:, None, None]  # [B, 1, 1, F]
         score = score.masked_fill(~valid, -torch.inf)
     elif score.device.type == "cpu" and score.numel() <= FEW:
-        table = _best_of_few(score, top_k)
-        if table is not None:
+        best = best_of_few(score, top_k)
+        if best is not None:
+            table = torch.tensor(best, dtype=torch.int32, device=score.device).view(*score.shape[:3], -1)
             return table.squeeze(2) if query_block is None else table
     order = score.sort(dim=-1, descending=True, stable=True).indices  # stable: of equal scores, the lower index
     table = order[..., :top_k].to(torch.int32)

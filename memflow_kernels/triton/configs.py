@@ -68,6 +68,9 @@ TABLE: dict[str, dict[str, Config]] = {
     # backward, which only training needs, are exact float32 products. Compiled.
     "relevance_score": {"any": Config({"BLOCK_HEADS": 16}, warps=4)},
     "relevance_share": {"any": Config({"BLOCK_TILE": 2048}, warps=4)},
+    "relevance_token": {"any": Config({"BLOCK_TEXT": 32, "BLOCK_FRAMES": 32, "BLOCK_DIM": 64}, warps=4, stages=2)},
+    # One program per row, most often one in all: enough loads on their way for a single multiprocessor. Compiled.
+    "cover": {"any": Config({"BLOCK_TILE": 4096}, warps=8)},
     "relevance_lse_half": {"any": Config({"BLOCK_TEXT": 64, "BLOCK_KEYS": 64}, warps=4, stages=2)},
     "relevance_lse_float32": {"any": Config({"BLOCK_TEXT": 32, "BLOCK_KEYS": 32}, warps=8)},
     "relevance_gradient": {"any": Config({"BLOCK_TEXT": 32, "BLOCK_KEYS": 32}, warps=8)},

@@ -1,7 +1,8 @@
 """prompt_relevance: how much the prompt calls for each remembered frame.
 
-"mean": means of the text tokens that count, then one product per frame. "softmax": every program streams over the keys
-of one frame and keeps a log-sum-exp per text token; shares come from those, and no score matrix is ever stored.
+"mean": means of the text tokens that count, then one product per frame. "token": one matrix product over the channels
+of all heads. "softmax": every program streams over the keys of one frame and keeps a log-sum-exp per text token; shares
+come from those, and no score matrix is ever stored.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .integers import next_power_of_2
+from .integers import cdiv, next_power_of_2
 from .means import segment_means
 from .relevance_backward import prompt_relevance_softmax_backward
 from .relevance_tiles import frame_lse, load_tokens, tile_sizes
 
-__all__ = ["prompt_relevance_mean", "prompt_relevance_softmax", "prompt_relevance_softmax_backward"]
+__all__ = [
+    "prompt_relevance_mean",
+    "prompt_relevance_softmax",
+    "prompt_relevance_softmax_backward",
+    "prompt_relevance_token",
+]
 
 
 @triton.jit
@@ -41,6 +47,38 @@ def score_kernel(
         keys = frame_mean + batch * mean_batch + frame * mean_frame + head.to(tl.int64) * mean_head + dim
         total += text * tl.load(keys, inside, other=0.0)
     tl.store(score + batch * frames + frame, tl.sum(tl.sum(total, 1), 0) * (scale / heads))
+
+
+@triton.jit
+def token_kernel(
+    text, frame_mean,  # [B, T, H, D], [B, F, H, D] float32
+    mask,  # [B, T] bool, contiguous, or None
+    score,  # [B, T, F] float32, contiguous
+    text_batch, text_token, text_head,
+    mean_batch, mean_frame, mean_head,
+    scale, tokens, heads, frames, head_dim,
+    BLOCK_TEXT: tl.constexpr,
+    BLOCK_FRAMES: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """One program: the scores of BLOCK_TEXT tokens for BLOCK_FRAMES frames."""
+    batch = tl.program_id(2).to(tl.int64)
+    token = tl.program_id(0) * BLOCK_TEXT + tl.arange(0, BLOCK_TEXT)
+    frame = tl.program_id(1) * BLOCK_FRAMES + tl.arange(0, BLOCK_FRAMES)
+    counts = load_tokens(mask, batch, token, tokens, token < tokens)
+    total = tl.zeros([BLOCK_TEXT, BLOCK_FRAMES], tl.float32)
+    for head in range(heads):
+        texts = text + batch * text_batch + token.to(tl.int64)[:, None] * text_token + head * text_head
+        means = frame_mean + batch * mean_batch + frame.to(tl.int64)[:, None] * mean_frame + head * mean_head
+        for start in range(0, head_dim, BLOCK_DIM):
+            dim = start + tl.arange(0, BLOCK_DIM)
+            inside = (dim < head_dim)[None, :]
+            rows = tl.load(texts + dim[None, :], counts[:, None] & inside, other=0.0).to(tl.float32)
+            columns = tl.load(means + dim[None, :], (frame < frames)[:, None] & inside, other=0.0)
+            total = tl.dot(rows, tl.trans(columns), total, input_precision="ieee")
+    total = tl.where(counts[:, None], total * (scale / heads), 0.0)  # 0 times a mean that is NaN would be NaN
+    out = score + (batch * tokens + token.to(tl.int64)[:, None]) * frames + frame[None, :]
+    tl.store(out, total, (token < tokens)[:, None] & (frame < frames)[None, :])
 
 
 @triton.jit
@@ -82,6 +120,23 @@ def prompt_relevance_mean(text_key: Tensor, frame_mean: Tensor, text_mask: Tenso
             float(scale), heads, frames, head_dim,
             BLOCK_DIM=next_power_of_2(head_dim),
             **config("relevance_score", text_key.device).options,
+        )  # fmt: skip
+    return score
+
+
+def prompt_relevance_token(text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float) -> Tensor:
+    """text_key [B, T, H, D], frame_mean [B, F, H, D] -> [B, T, F]: scaled product, averaged over heads."""
+    batch, tokens, heads, head_dim = text_key.shape
+    frames = frame_mean.shape[1]
+    score = frame_mean.new_empty((batch, tokens, frames))
+    if frames:
+        options = config("relevance_token", text_key.device).options
+        options["BLOCK_DIM"] = max(min(options["BLOCK_DIM"], next_power_of_2(head_dim)), 16)  # what a product needs
+        token_kernel[(cdiv(tokens, options["BLOCK_TEXT"]), cdiv(frames, options["BLOCK_FRAMES"]), batch)](
+            text_key, frame_mean, None if text_mask is None else text_mask.contiguous(), score,
+            *text_key.stride()[:3], *frame_mean.stride()[:3],
+            float(scale), tokens, heads, frames, head_dim,
+            **options,
         )  # fmt: skip
     return score
 

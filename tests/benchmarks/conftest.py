@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.cases import Case, case
+from memflow_bench.cases import Case, case
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks.cases import case, load_cases
-from benchmarks.command import main
-from benchmarks.definitions import definition
-from benchmarks.states import attention_state
+from memflow_bench.cases import case, load_cases
+from memflow_bench.command import main
+from memflow_bench.definitions import definition
+from memflow_bench.states import attention_state
 from memflow_kernels import memory_attention
 from memflow_kernels.testing import assert_close
 

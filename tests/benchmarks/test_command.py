@@ -1,17 +1,13 @@
 """The command line, on experiments that take no time."""
 
-import subprocess
-
 import pytest
 import torch
 
-from benchmarks import against, command, streams
-from benchmarks.cases import case
-from benchmarks.environment import ROOT
-from benchmarks.rows import read
-from benchmarks.runner import Experiment
-from benchmarks.streams import StreamExperiment
-from benchmarks.suites import SUITES, suite
+from memflow_bench import command, streams
+from memflow_bench.cases import case
+from memflow_bench.experiments import Experiment, StreamExperiment
+from memflow_bench.rows import read
+from memflow_bench.suites import SUITES, suite
 
 TOY = case("toy")
 
@@ -32,11 +28,12 @@ def test_run_measures_checks_and_writes(tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr(command, "suite", lambda *arguments: experiments)
     monkeypatch.setattr(streams, "CHUNKS", 2)
-    monkeypatch.setattr(command.environment, "ceilings", lambda *arguments: {"flops": 1e11, "bytes": 1e10})
+    monkeypatch.setattr(command, "ceilings", lambda *arguments: {"flops": 1e11, "bytes": 1e10})
     threads = torch.get_num_threads()
     file = tmp_path / "results" / "toy.json"
     assert command.main(["run", "--device", "cpu", "--threads", str(threads), "-o", str(file)]) == 0
-    facts, _, rows = read(file)
+    facts, _, rows, cases = read(file)
+    assert cases["toy"] == TOY
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == threads
     timed = {(row.workload, row.provider) for row in rows if row.seconds}
@@ -56,20 +53,6 @@ def test_run_measures_checks_and_writes(tmp_path, monkeypatch, capsys):
 )
 def test_a_wrong_wish_is_named(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(command, "suite", lambda *_: [Experiment("means", TOY, "float32", budget=0.0)])
-    monkeypatch.setattr(command.environment, "ceilings", lambda *_: {"flops": 1e11, "bytes": 1e10})
+    monkeypatch.setattr(command, "ceilings", lambda *_: {"flops": 1e11, "bytes": 1e10})
     assert command.main(["run", "--device", "cpu", *arguments]) == 2
     assert message in capsys.readouterr().out
-
-
-def test_two_builds_are_compared(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("OMP_PROC_BIND", "false")  # tests may run side by side
-    monkeypatch.setattr(against, "ROUNDS", 2)
-    if subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True).returncode:
-        pytest.skip("this is not a git checkout: there is no other build to compare with")
-    experiments = [Experiment("attention", TOY, "float32", modes=(True,))]
-    assert against.compare("HEAD", experiments, torch.device("cpu"), tmp_path / "against.json") == 0
-    out = capsys.readouterr().out
-    assert "| attention toy float32, activated |" in out
-    assert "failed" not in out
-    with pytest.raises(ValueError, match="--against no-such-commit"):
-        against.compare("no-such-commit", experiments, torch.device("cpu"), None)

@@ -6,9 +6,9 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks import counts
-from benchmarks.states import our_memory
-from benchmarks.workloads import Update
+from memflow_bench import counts
+from memflow_bench.states import our_memory
+from memflow_bench.workloads import Update
 
 SIZE = 2  # bytes of an element
 MEAN = 4  # of a frame mean's

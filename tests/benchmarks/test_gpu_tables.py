@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from benchmarks import gpu_calls, gpu_correct, gpu_speed
-from memflow_kernels import available_backends, memory_attention
+from memflow_kernels import available_backends, memory_attention, prompt_relevance
 
 CPU = torch.device("cpu")
-GROUPS = ["attention", "write", "frame_means", "relevance mean", "relevance softmax", "selection", "replacement"]
+GROUPS = ["attention", "write", "frame_means", "relevance mean", "relevance softmax", "relevance token", "covering"]
+GROUPS += ["selection", "replacement"]
 # 70 tokens per frame: tiles of 64 have tails
 TAILS = gpu_calls.TINY._replace(rows=5, cols=14, head_dim=64, dtype=torch.bfloat16)
 
@@ -43,7 +44,7 @@ def test_the_speed_table(backend):
     assert len(reported) == len(GROUPS) and reported[-1] == len(rows)  # after every group
     timed = [row for row in rows if "reason" not in row]
     assert all(row["milliseconds"]["median"] > 0 for row in timed)
-    assert len([row for row in timed if row["name"].startswith("ours")]) == 8
+    assert len([row for row in timed if row["name"].startswith("ours")]) == 10
     assert len(gpu_speed.table(rows).splitlines()) == len(rows) + 1
     assert len(gpu_speed.targets(rows, found["ceilings"])) == 5
 
@@ -82,7 +83,7 @@ def test_a_wrong_result_gets_no_time(monkeypatch):
     wrong = lambda *args: [call._replace(expected=call.expected + 1) for call in good(*args)]  # noqa: E731
     monkeypatch.setattr(gpu_speed, "GROUPS_OF_CALLS", (gpu_calls.write_calls, wrong))
     found = measured({"ours": "torch"})
-    assert len(found["wrong"]) == 4
+    assert len(found["wrong"]) == 6
     assert {row["group"] for row in found["rows"] if "milliseconds" in row} == {"write", "frame_means"}
 
 
@@ -124,6 +125,11 @@ def test_small_faults_are_found(monkeypatch, fault):
 
     monkeypatch.setattr(gpu_correct, "memory_attention", broken)
     assert wrong_findings("torch", TAILS)
+
+
+def test_a_wrong_relevance_is_found(monkeypatch):
+    monkeypatch.setattr(gpu_correct, "prompt_relevance", lambda *x, **options: prompt_relevance(*x, **options) + 1e-3)
+    assert len(wrong_findings("torch", TAILS)) == 1
 
 
 def test_one_value_too_few_is_found(monkeypatch):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 
-from benchmarks.models import in_float64
-from benchmarks.published_path import PublishedLayer, rms_norm, rotate_complex
-from benchmarks.published_path.stream import PublishedPass, PublishedStream, SelfAttention
-from benchmarks.states import layer_state, published_layer
-from benchmarks.untrained import noise_pipeline
 from memflow.memory import MemoryConfig, Prompt, make_memory
 from memflow.models.wan.attention import MemorySelfAttention
+from memflow_bench.models import in_float64
+from memflow_bench.published_path import PublishedLayer, rms_norm, rotate_complex
+from memflow_bench.published_path.stream import PublishedPass, PublishedStream, SelfAttention
+from memflow_bench.states import layer_state, published_layer
+from memflow_bench.untrained import noise_pipeline
 from memflow_kernels import reference
 from memflow_kernels.testing import Traffic, assert_close
 

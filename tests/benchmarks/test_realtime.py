@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.cases import case
-from benchmarks.realtime import PLAIN, RealtimeExperiment, Way, run_realtime
-from benchmarks.table import group_table
+from memflow_bench.cases import case
+from memflow_bench.experiments import PLAIN, RealtimeExperiment, Way
+from memflow_bench.realtime import run_realtime
+from memflow_bench.table import group_table
 
 SMALL = {
     "vae": {"base_dim": 8, "z_dim": 16, "num_res_blocks": 1},

@@ -4,10 +4,13 @@ import csv
 
 import pytest
 
-from benchmarks.command import main
-from benchmarks.rows import Row, read, write
-from benchmarks.table import markdown
-from benchmarks.targets import targets
+from memflow_bench.cases import load_cases
+from memflow_bench.colours import KNOWN, OWN, PARTS, colours_of
+from memflow_bench.command import main
+from memflow_bench.providers import PROVIDERS
+from memflow_bench.rows import Result, Row, read, write
+from memflow_bench.table import markdown
+from memflow_bench.targets import targets
 
 FACTS = {"command": "python -m benchmarks run", "cpu": "a cpu", "cores": 2, "threads": 2, "torch": "2.13",
          "triton": None, "commit": "abc", "time": "now", "load_average": [0.0, 0.0, 0.0]}  # fmt: skip
@@ -38,7 +41,10 @@ def test_targets_of_the_cpu_are_read_pair_by_pair():
     ]
     assert verdicts(rows) == {
         "attention layer, dense, float32, against the dense published path": ("1.20x", "reached"),
-        "attention layer, activated, float32, against the dense published path": ("2.40x", "reached"),
+        "attention layer, activated, float32, against the dense published path (fewer keys: not like for like)": (
+            "2.40x",
+            "reached",
+        ),
         "memory update, float32, against the published path": ("19.00x", "NOT reached"),
         "toy stream, against the published path": ("1.50x", "reached"),
         "the same if memory attention took no time": ("1.67x", "the most that can be reached"),
@@ -87,8 +93,8 @@ def test_a_result_file_becomes_a_table_a_csv_and_plots(tmp_path):
     rows += [row("ours (torch)", [0.5], "stream", "quarter", parts={"linear": 0.3, "attention": 0.2}, frames=12)]
     rows += [row("broken", [], "attention", "quarter", status="wrong", reason="relative error 0.5")]
     file = tmp_path / "result.json"
-    write(file, FACTS, CEILINGS, rows)
-    assert read(file) == (FACTS, CEILINGS, rows)
+    write(file, Result(FACTS, CEILINGS, rows, load_cases()))
+    assert read(file) == (FACTS, CEILINGS, rows, load_cases())
     assert main(["report", str(file), "-o", str(tmp_path / "out")]) == 0
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert made == {
@@ -103,8 +109,8 @@ def test_a_result_file_becomes_a_table_a_csv_and_plots(tmp_path):
 
 def test_a_file_with_the_old_name_of_the_published_path_is_read(tmp_path):
     rows = [row("ours (torch)", [0.2]), row("reference path", [0.5]), row("reference path, no bank", [0.4])]
-    write(tmp_path / "old.json", FACTS, CEILINGS, rows)
-    _, _, found = read(tmp_path / "old.json")
+    write(tmp_path / "old.json", Result(FACTS, CEILINGS, rows, {}))
+    found = read(tmp_path / "old.json").rows
     assert [line.provider for line in found] == ["ours (torch)", "published path", "published path, no bank"]
     assert "2.50x" in markdown(FACTS, CEILINGS, found)
 
@@ -116,3 +122,40 @@ def test_another_file_is_refused(tmp_path, capsys):
     assert "not a benchmark result" in capsys.readouterr().out
     with pytest.raises(ValueError, match="cannot be read"):
         read(tmp_path / "none.json")
+
+
+def test_like_for_like_and_dense_are_two_columns():
+    rows = [
+        row("ours (torch)", [1.0] * 5, "attention", activated=True),
+        row("SDPA flash", [1.0] * 5, "attention", activated=True),
+        row("published path", [1.1] * 5, "attention", activated=True),
+        row("published path", [1.5] * 5, "attention"),
+    ]
+    table = markdown(FACTS | {"other_work": 0.02}, CEILINGS, rows)
+    assert (
+        "| ours (torch) | activated | 1 s | 1 s | 1 s | 1e-07 | 1.10x (1.10 to 1.10) | 1.50x (1.50 to 1.50) |" in table
+    )
+    assert "other work before the start 2%" in table
+    same = table.split("### Activated, on the same keys")[1]
+    assert "| SDPA flash | 1 s | 1.10x (1.10 to 1.10) | faster |" in same
+    busy = markdown(FACTS | {"other_work": 0.6}, CEILINGS, rows)
+    assert "**WARNING: other work keeps 60%" in busy
+    assert "| SDPA flash | 1 s | 1.10x (1.10 to 1.10) | machine busy |" in busy
+
+
+def test_no_roofline_where_a_point_lies_above_it(tmp_path):
+    rows = [row("ours (torch)", [1e-3], "attention", "quarter", flops=11 * 10**8, nbytes=10**6)]
+    write(tmp_path / "over.json", Result(FACTS, CEILINGS, rows, load_cases()))
+    assert main(["report", str(tmp_path / "over.json")]) == 0
+    assert not (tmp_path / "over-roofline.png").exists()
+    assert "ours (torch) on quarter reached 110%" in (tmp_path / "over.md").read_text()
+
+
+def test_a_provider_has_one_colour_and_none_shares_it():
+    known = set(PROVIDERS)
+    assert known == set(KNOWN)
+    assert len({*KNOWN.values(), *OWN, *PARTS.values()}) == len(KNOWN) + len(OWN) + len(PARTS)
+    few, many = colours_of(["mine", "SDPA flash"]), colours_of(["SDPA flash", "yours", "published path", "mine"])
+    assert few["SDPA flash"] == many["SDPA flash"] == KNOWN["SDPA flash"]
+    assert few["mine"] == many["mine"] != many["yours"]
+    assert colours_of(["ours (torch), no bank"])["ours (torch), no bank"] == KNOWN["ours (torch)"]

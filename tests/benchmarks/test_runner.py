@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from benchmarks.providers import PROVIDERS
-from benchmarks.providers.base import Provider
-from benchmarks.runner import Experiment, run_experiment
-from benchmarks.table import markdown
+from memflow_bench.experiments import Experiment
+from memflow_bench.providers import PROVIDERS
+from memflow_bench.providers.base import Provider
+from memflow_bench.runner import run_experiment
+from memflow_bench.table import markdown
 from memflow_kernels import memory_attention
 
 CPU = torch.device("cpu")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import splits, timing
-from benchmarks.memory import peak_bytes
+from memflow_bench import splits, timing
+from memflow_bench.memory import peak_bytes
 
 CPU = torch.device("cpu")
 
@@ -13,7 +13,7 @@ def test_samples_alternate():
     calls = []
     runs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
     rounds = list(timing.in_turns(runs, CPU, budget=0.0, least=3))
-    assert calls == ["a", "b"] * 3
+    assert calls == ["a", "b", "b", "a", "a", "b"]
     assert [sorted(samples) for samples in rounds] == [["a", "b"]] * 3
 
 

@@ -4,8 +4,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from transformers import ByT5Tokenizer, UMT5EncoderModel
 
-from benchmarks.untrained import PixelShuffleCodec, build
 from memflow import MemFlowPipeline
+from memflow_bench.untrained import PixelShuffleCodec, build
 
 MODELS = ("transformer", "text_encoder", "vae")
 

@@ -1,6 +1,8 @@
 """Weight files are written piece by piece: whole or not there, continued when interrupted, never all in memory."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -77,7 +79,7 @@ def test_an_interrupted_conversion_continues(wan, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(Weight, "blocks", stopping)
     out = tmp_path / "out"
     assert convert(capsys, *arguments, "-o", out)[0] == 130
-    assert not (out / "model_index.json").exists() and list(out.rglob("*.partial"))
+    assert not (out / "model_index.json").exists() and not list(out.rglob("*.partial"))
     done = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert len(done) > 2
     first = cut[:99]
@@ -90,12 +92,44 @@ def test_an_interrupted_conversion_continues(wan, tmp_path, capsys, monkeypatch)
         index |= json.loads(file.read_text())["weight_map"]
     begun_again = {index[name] for name in set(cut[200:]) & set(first)}
     assert len(begun_again) == 1, "only the file in hand is begun again"
-    assert not list(out.rglob("*.partial"))
     whole = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.*")}
     assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*")} == whole
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert convert(capsys, *arguments, "-o", out)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def test_a_file_of_the_users_own_is_not_ours_to_write_over(tmp_path):
+    """Beside the weights, under any name that a file in the making could have had."""
+    plan = plan_shards([Weight("w", torch.arange(60.0), torch.float32)], "model", 10**9)
+    for name in ("model.safetensors.partial", "model.partial"):
+        (tmp_path / name).write_text("mine")
+    write_shards(plan, tmp_path, "model", lambda _: None)
+    assert {path.read_text() for path in tmp_path.glob("*.partial")} == {"mine"}
+
+
+def test_a_full_disk_is_a_sentence(wan, tmp_path, capsys, monkeypatch):
+    """At each file in turn: the record, weights, the index, configurations."""
+    save_file(lora(3), tmp_path / "lora.safetensors")
+    arguments = [wan, tmp_path / "lora.safetensors", "--heads", HEADS, "--keep-lora", "-o", tmp_path / "out"]
+    fsync, left = os.fsync, 0
+
+    def full(descriptor):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    for room in range(8):
+        left, before = room, set(tmp_path.rglob("*.safetensors"))
+        code, _, error = convert(capsys, *arguments)
+        if code == 0:
+            break
+        assert code == 2 and "cannot be written: No space left on device; what is finished stays" in error
+        assert before <= set(tmp_path.rglob("*.safetensors")) and "Traceback" not in error
+    assert room >= 4, "each of record, transformer, text encoder, VAE and LoRA has been refused once"
 
 
 def test_other_files_or_options_do_not_continue_it(wan, tmp_path, capsys):

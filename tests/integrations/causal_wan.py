@@ -141,7 +141,7 @@ class SelfAttention(nn.Module):
             means = keys.unflatten(1, (-1, tokens)).mean(2)  # [B, n, H, D]
             scores = torch.einsum("bhd,bnhd->bhn", query.mean(1), means)
             chosen = scores.topk(self.top_k, dim=-1).indices.sort(-1).values  # [B, H, k]
-            place = chosen[..., None] * tokens + torch.arange(tokens)  # [B, H, k, tokens]
+            place = chosen[..., None] * tokens + torch.arange(tokens, device=keys.device)  # [B, H, k, tokens]
             index = place.flatten(2).transpose(1, 2)[..., None].expand(-1, -1, -1, keys.shape[-1])
             keys, values = (y.gather(1, index) for y in (keys, values))
         keys, values = (torch.cat(pair, dim=1) for pair in zip((keys, values), local, strict=True))

@@ -69,8 +69,17 @@ def relevance(kernels, heads, head_dim, dtype):
     text, key = states(512, heads, head_dim, dtype, batch=30), states(6 * FULL, heads, head_dim, dtype, batch=30)
     mask = numbers(30, 512, dtype=torch.bool)
     kernels.prompt_relevance_mean(text, means(6, heads, head_dim, batch=30), mask, 0.1)
+    kernels.prompt_relevance_token(text, means(24, heads, head_dim, batch=30), mask, 0.1)
     kernels.prompt_relevance_softmax(text, key, mask, FULL, 0.1)
     kernels.prompt_relevance_softmax_backward(means(6)[:, :, 0, 0], text, key, None, FULL, 0.1)
+
+
+@case("cover_frames bf16", frames=24)
+@case("cover_frames fp32", frames=200, dtype=torch.float32)
+@case("cover_frames fp16", frames=5000, dtype=torch.float16)
+def cover_frames(kernels, frames, dtype=torch.bfloat16):
+    row = [numbers(1, size, dtype=torch.float32) for size in (512, frames)]
+    kernels.cover_frames(numbers(1, 512, frames, dtype=dtype), row[0], 6, row[1])
 
 
 @case("qk_norm_rope bf16", heads=12, head_dim=128, dtype=torch.bfloat16)

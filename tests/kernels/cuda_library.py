@@ -18,6 +18,7 @@ def wrong_calls() -> dict:
     """name -> a call that must fail; tensors lie on the CPU, where nothing runs anyway."""
     ops = torch.ops.memflow_cuda
     x, means = states(1, 12, 2, 64), states(1, 3, 2, 64, dtype=torch.float32)
+    scores, row = torch.zeros(1, 5, 3), torch.zeros(1, 3)
     table = torch.zeros(1, 2, 1, dtype=torch.int32)
     slots = torch.zeros(1, dtype=torch.int32)
     pool = (states(1, 24, 2, 64), states(1, 24, 2, 64), states(1, 2, 2, 64, dtype=torch.float32))
@@ -45,6 +46,14 @@ def wrong_calls() -> dict:
         "candidate_frames": lambda: attend(c=4),
         "mask dtype": lambda: ops.prompt_relevance_mean(x, means, torch.ones(1, 12), 1.0),
         "means dtype": lambda: ops.prompt_relevance_mean(x, means.half(), None, 1.0),
+        "token mask shape": lambda: ops.prompt_relevance_token(x, means, torch.ones(1, 3, dtype=torch.bool), 1.0),
+        "token means shape": lambda: ops.prompt_relevance_token(x, means[..., :32].contiguous(), None, 1.0),
+        "scores": lambda: ops.cover_frames(scores[0], torch.ones(1, 5), 2, row),
+        "scores dtype": lambda: ops.cover_frames(scores.double(), torch.ones(1, 5), 2, row),
+        "weights": lambda: ops.cover_frames(scores, torch.ones(1, 3), 2, row),
+        "prior dtype": lambda: ops.cover_frames(scores, torch.ones(1, 5), 2, row.half()),
+        "k": lambda: ops.cover_frames(scores, torch.ones(1, 5), -1, row),
+        "covering on the CPU": lambda: ops.cover_frames(scores, torch.ones(1, 5), 2, row),
         "key shape": lambda: ops.prompt_relevance_softmax(x, states(1, 12, 3, 64), None, 4, 1.0),
         "top_k": lambda: ops.select_frames(x, means, 0, None, None),
         "valid shape": lambda: ops.select_frames(x, means, 1, torch.ones(1, 2, dtype=torch.bool), None),

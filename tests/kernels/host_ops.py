@@ -105,6 +105,24 @@ class HostOps:
         self.run("prompt_relevance_mean", *states, *sizes, float(scale), score, workspace, None)
         return score
 
+    def prompt_relevance_token(
+        self, text_key: Tensor, frame_mean: Tensor, text_mask: Tensor | None, scale: float
+    ) -> Tensor:
+        batch, tokens, heads, head_dim = text_key.shape
+        frames = frame_mean.shape[1]
+        score = poison(batch, tokens, frames)
+        states = (States(text_key), DTYPES[text_key.dtype], text_mask, States(frame_mean))
+        sizes = (batch, tokens, frames, heads, head_dim)
+        self.run("prompt_relevance_token", *states, *sizes, float(scale), score, None)
+        return score
+
+    def cover_frames(self, scores: Tensor, weights: Tensor, k: int, prior: Tensor) -> Tensor:
+        rows, tokens, frames = scores.shape
+        table = torch.full((rows, min(k, frames)), -77, dtype=torch.int32)
+        parts = (scores.contiguous(), DTYPES[scores.dtype], weights.contiguous(), prior.contiguous())
+        self.run("cover_frames", *parts, rows, tokens, frames, k, table, None)
+        return table
+
     def prompt_relevance_softmax(
         self, text_key: Tensor, key: Tensor, text_mask: Tensor | None, tokens_per_frame: int, scale: float
     ) -> Tensor:

@@ -41,6 +41,18 @@ def relevance_mean(text_key, key, tokens_per_frame, scale, mask=None):
     return out
 
 
+def relevance_token(text_key, frame_mean, scale, mask=None):
+    """[B, T, F]: mean over heads of single products; 0 for a token that does not count."""
+    text, means = array(text_key), array(frame_mean)
+    batch, tokens, heads, _ = text.shape
+    out = np.zeros((batch, tokens, means.shape[1]))
+    for b in range(batch):
+        for t in counted(mask, b, tokens):
+            for f in range(means.shape[1]):
+                out[b, t, f] = sum(text[b, t, h] @ means[b, f, h] for h in range(heads)) * scale / heads
+    return out
+
+
 def relevance_softmax(text_key, key, tokens_per_frame, scale, mask=None):
     """Every text token of every head attends to all keys; how much of it falls on each frame, on average."""
     text, key = array(text_key), array(key)
@@ -82,6 +94,38 @@ def best_frames(score, top_k, valid=None):
             best = sorted(usable, key=lambda f: (-head[f], f))[:top_k]
             chosen[b].append(sorted(best) + [-1] * (min(top_k, len(head)) - len(best)))
     return chosen
+
+
+def raised(scores, weights, prior, chosen):
+    """One row: what every frame adds to the chosen ones, a list; -inf for one that may not be chosen (any more)."""
+    scores, weights, prior = array(scores), array(weights), array(prior)
+    usable = [f for f in range(len(prior)) if prior[f] > -math.inf]
+    out = [-math.inf] * len(prior)
+    for f in usable:
+        if f in chosen:
+            continue
+        out[f] = prior[f]
+        for t in range(len(weights)):
+            if not weights[t] > 0:
+                continue
+            known = [s for s in (scores[t, e] for e in usable) if s > -math.inf]  # NaN is not
+            reached = max([min(known, default=math.inf), *(scores[t, e] for e in chosen if scores[t, e] > -math.inf)])
+            if scores[t, f] > reached:
+                out[f] += weights[t] * (scores[t, f] - reached)
+    return out
+
+
+def covering(scores, weights, k, prior):
+    """[R][places]: greedily, every time the first of those that add most."""
+    table = []
+    for row in range(len(scores)):
+        chosen = []
+        for _ in range(min(k, scores.shape[2])):
+            worth = raised(scores[row], weights[row], prior[row], chosen)
+            best = max(range(len(worth)), key=lambda f: (worth[f], -f))
+            chosen.append(best if worth[best] > -math.inf else -1)
+        table.append(chosen)
+    return table
 
 
 def attention(query, key, value, tokens_per_frame, scale, table=None, candidate_frames=0):

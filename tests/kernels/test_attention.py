@@ -298,6 +298,12 @@ def int32(*shape):
             "frame_table holds 3 to 3: .* below candidate_frames = 3",
         ),
         ((QUERY, KEY, KEY), {"frame_table": int32(2, 2, 1) - 2}, ValueError, "frame_table holds -2 to -2"),
+        (
+            (QUERY, KEY, KEY),
+            {"query_block": 2},
+            ValueError,
+            "query_block = 2 .* needs top_k or frame_table, got neither",
+        ),
         ((QUERY, KEY, KEY), {"query_block": 0}, ValueError, "query_block must be at least 1, got 0"),
         (
             (QUERY, KEY, KEY),

@@ -83,6 +83,9 @@ def test_opcheck(table):
     states_ = [x.detach().float().requires_grad_() for x in gradient_inputs()]
     sizes = (table, 3, 3, 0.5, None)
     torch.library.opcheck(torch.ops.memflow.memory_attention, (*states_, *sizes))
+    for query_block in (None, 2):
+        top_k = (*states_, None, None, 3, 2, 1, 0.5, query_block)
+        torch.library.opcheck(torch.ops.memflow.memory_attention_top_k, top_k)
     query, key, value = (x.detach() for x in states_)
     out, lse = torch.ops.memflow.memory_attention(query, key, value, *sizes)
     arguments = (torch.ones_like(out), torch.ones_like(lse), query, key, value, out, lse, *sizes)

@@ -61,11 +61,15 @@ def calls(heads: int = 2, head_dim: int = 64, frames: int = 3, **options) -> dic
     slots = torch.tensor([1, 0], dtype=torch.int32)
     weight = torch.ones(heads * head_dim, dtype=x.dtype)
     parts = pool(heads, head_dim, **options)
+    scores = states(1, 5, frames, 1, **options)[..., 0]
+    wide = mean.new_zeros
     return {
+        "cover_frames": (scores, wide(1, 5) + 1, 2, wide(1, frames)),
         "frame_means": (x, 4),
         "memory_attention": (x, x, x, None, 4, 0, 0.1, None),
         "prompt_relevance_mean": (x, mean, None, 0.1),
         "prompt_relevance_softmax": (x, x, None, 4, 0.1),
+        "prompt_relevance_token": (x, mean, None, 0.1),
         "qk_norm_rope_write": (x, x, x, weight, weight, 1e-6, 2, 3, 0, None, *parts, slots, True),
         "replace_frame": (*parts, slots[:1], slots[1:]),
         "select_frames": (x, mean, 2, None, None),
@@ -84,6 +88,7 @@ UNSERVED = {  # why -> (op, its arguments)
     "bfloat16 and float16 with head size D = 64 or 128, not torch.float32": ("memory_attention", {}),
     "not torch.bfloat16 with D = 80": ("memory_attention", {"head_dim": 80, **HALF}),
     "up to 12288 candidates, not 12289": ("select_frames", {"head_dim": 2, "frames": 12289}),
+    "it takes 2 T + 9 F up to 12287, not 12295": ("cover_frames", {"head_dim": 2, "frames": 1365}),
     "up to 8192 channels H*D, not 8194": ("qk_norm_rope_write", {"head_dim": 4097 * 2, "heads": 1, **HALF}),
     **{f"float64, which is there to check {name}": (name, {"dtype": torch.float64}) for name in coverage.LIMITS},
 }
@@ -102,7 +107,7 @@ def test_what_it_does_not_take_runs_elsewhere(loaded, monkeypatch, reason, call)
     assert not loaded
 
 
-@pytest.mark.parametrize("name", sorted(set(OPERATORS) - set(coverage.LIMITS)))
+@pytest.mark.parametrize("name", sorted(set(OPERATORS) - set(coverage.LIMITS) - {"memory_attention_top_k"}))
 def test_what_has_no_kernel_runs_elsewhere(loaded, monkeypatch, name):
     said = []
     monkeypatch.setattr(backends, "implementation", lambda op, other: lambda *arguments: said.append((op, other)))
@@ -111,9 +116,24 @@ def test_what_has_no_kernel_runs_elsewhere(loaded, monkeypatch, name):
     assert coverage.unserved(name) == f"{name} has no compiled kernel"
 
 
+def test_a_choice_and_its_attention_are_run_by_the_library(loaded, monkeypatch):
+    x = states(1, 12, 2, 64, **HALF)
+    mean = specification.frame_means(x, 4)[:, :2]
+
+    def attend(*arguments):
+        loaded.append(("memory_attention", arguments))
+        return ()
+
+    monkeypatch.setattr(torch.ops.memflow_cuda, "memory_attention", attend)
+    backend.memory_attention_top_k(x, x, x, mean, None, 4, 2, 1, 0.1, None)
+    assert [name for name, _ in loaded] == ["select_frames", "memory_attention"]
+    assert loaded[0][1][1] is mean and loaded[1][1][0] is x and loaded[1][1][4:] == (4, 2, 0.1, None)
+
+
 def test_the_limits_are_those_of_the_c_interface():
     interface = (source_folder() / "launch.h").read_text()
     assert f"F at most {coverage.MOST_CANDIDATES}." in interface
+    assert f"2 T + 9 F at most {coverage.MOST_COVERED}." in interface
     assert f"H*D at most {coverage.MOST_CHANNELS}." in interface
     assert "bfloat16 and float16 with D = 64 or 128" in interface and coverage.HEAD_SIZES == (64, 128)
 

@@ -7,7 +7,7 @@ import pytest
 from fake_nvcc import fake_nvcc, sources
 
 from memflow_kernels.cuda.builder import BuildError, Recipe, cache_folder, cached_library, find_toolchain, library_of
-from memflow_kernels.cuda.builder.private import is_whole
+from memflow_kernels.cuda.builder.private import is_whole, make_private
 from memflow_kernels.cuda.builder.toolchain import parse
 
 NOBODY = 65534
@@ -151,3 +151,20 @@ def test_a_relative_cache_home_is_ignored(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
     assert cache_folder() == tmp_path / ".cache" / "memflow" / "cuda"
+
+
+def test_what_root_prepared_is_used_by_others(recipe, monkeypatch):
+    """Images of containers: root built the library, another user runs it."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can play root")
+    library = cached_library(recipe)
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+    assert is_whole(library)
+    make_private(library.parent)
+
+
+def test_two_that_make_the_folder_at_once(tmp_path, monkeypatch):
+    """What was missing when one looked is there when it comes to make it."""
+    (tmp_path / "a" / "b").mkdir(parents=True, mode=0o700)
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    make_private(tmp_path / "a" / "b")

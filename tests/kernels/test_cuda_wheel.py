@@ -71,7 +71,7 @@ def test_a_wheel_of_python_files_needs_no_torch(tree, tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert sources() <= names_in(wheel)
+    assert sources() | {"memflow/py.typed", "memflow_kernels/py.typed"} <= names_in(wheel)
     assert not [name for name in names_in(wheel) if name.endswith((".so", ".o"))]
     assert {name.split("/")[0].split("-")[0] for name in names_in(wheel)} == {"memflow", "memflow_kernels"}
 
@@ -90,6 +90,8 @@ def test_what_is_installed_from_it_finds_its_sources(tree, tmp_path):
 
 
 def test_the_source_distribution_has_all_that_a_build_needs(tree, tmp_path):
+    (tree / "tests").mkdir()
+    (tree / "tests" / "test_stray.py").touch()  # setuptools takes such files unless told not to
     done = package(tree, tmp_path, hook="build_sdist")
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -97,6 +99,8 @@ def test_the_source_distribution_has_all_that_a_build_needs(tree, tmp_path):
         names = {name.partition("/")[2] for name in file.getnames()}
     assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
     assert {"setup.py", "pyproject.toml", "memflow_kernels/cuda/builder/toolchain.py"} <= names
+    assert {"examples/from_flash_attention.py", "examples/stories/three-friends.txt"} <= names
+    assert not [name for name in names if name.startswith("tests") or name.endswith(".pyc")]
 
 
 def test_with_the_switch_the_wheel_holds_the_library(tree, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from memflow_kernels import (
     Pool,
     available_backends,
+    cover_frames,
     frame_means,
     memory_attention,
     merge_attention,
@@ -18,6 +19,7 @@ from memflow_kernels import (
 )
 from memflow_kernels.backends import current_backend
 from memflow_kernels.cuda import extension
+from memflow_kernels.ops.relevance import AGGREGATES
 from memflow_kernels.testing import states
 
 pytestmark = [
@@ -64,7 +66,9 @@ def chunk(x: Inputs) -> list[torch.Tensor]:
     out, lse = memory_attention(*leaves, candidate_frames=4, top_k=2, return_lse=True, **options)
     dense = memory_attention(query, *x.pool[:2], return_lse=True, **options)
     results = [query, table, out, lse, *merge_attention(out, lse, *dense), *x.pool, frame_means(x.key, TOKENS)]
-    results += [prompt_relevance(x.text, x.pool.key, aggregate=name, **options) for name in ("mean", "softmax")]
+    relevance = [prompt_relevance(x.text, x.pool.key, aggregate=name, **options) for name in AGGREGATES]
+    counts = x.text.float().abs().sum((2, 3))
+    results += [*relevance, cover_frames(relevance[-1], counts, 3, relevance[0])]
     results += torch.autograd.grad(out.float().square().sum(), leaves)
     rotated = [part.detach().requires_grad_() for part in (x.query, x.key)]
     new = qk_norm_rope(*rotated, start_frame=x.start, **weights, **PLACE)

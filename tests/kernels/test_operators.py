@@ -23,6 +23,7 @@ from memflow_kernels import (
 from memflow_kernels.cuda.coverage import LIMITS
 from memflow_kernels.operators import OPERATORS
 from memflow_kernels.ops.registration import REGISTERED
+from memflow_kernels.ops.relevance import AGGREGATES
 from memflow_kernels.testing import states
 
 KEY = states(2, 6, 3, 4)
@@ -33,10 +34,12 @@ LSE = states(2, 3, 6, 1, seed=5, **WIDE)[..., 0]
 # operator: a function of one tensor [2, 6, 3, 4] through its public name, differentiable in it
 DIFFERENTIABLE = {
     "frame_means": lambda x: frame_means(x, 2),
-    "memory_attention": lambda x: memory_attention(x, x, x, tokens_per_frame=2, candidate_frames=3, top_k=2),
+    "memory_attention": lambda x: memory_attention(x, x, x, tokens_per_frame=2),
+    "memory_attention_top_k": lambda x: memory_attention(x, x, x, tokens_per_frame=2, candidate_frames=3, top_k=2),
     "merge_attention": lambda x: merge_attention(x, LSE, 2 * x, LSE + 1)[0],
     "prompt_relevance_mean": lambda x: prompt_relevance(x, x, tokens_per_frame=2),
     "prompt_relevance_softmax": lambda x: prompt_relevance(x, x, tokens_per_frame=2, aggregate="softmax"),
+    "prompt_relevance_token": lambda x: prompt_relevance(x, x, tokens_per_frame=2, aggregate="token"),
     "rotate_keys": lambda x: rotate_keys(x, torch.tensor([3, 1, -2]), tokens_per_frame=2),
     "qk_norm_rope": lambda x: torch.cat(qk_norm_rope(x, 2 * x, **ROTATED, start_frame=1)),
 }
@@ -66,7 +69,10 @@ def test_the_table_is_what_torch_has():
     gradients = {name for name in OPERATORS if name.endswith("_backward")}
     assert {name.removesuffix("_backward") for name in gradients} <= set(DIFFERENTIABLE)
     public = [name for name in memflow_kernels.__all__ if name in OPERATORS]
-    assert set(OPERATORS) - gradients - set(public) == {"prompt_relevance_mean", "prompt_relevance_softmax"}
+    assert set(OPERATORS) - gradients - set(public) == {
+        "memory_attention_top_k",
+        *(f"prompt_relevance_{aggregate}" for aggregate in AGGREGATES),
+    }
 
 
 def test_a_mode_sees_the_op():
@@ -122,8 +128,8 @@ def test_an_op_runs_on_the_device_of_its_tensors(monkeypatch):
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_forward_mode_is_refused_by_name(name):
     x, tangent = states(2, 6, 3, 4, **WIDE), torch.ones(2, 6, 3, 4, **WIDE)
-    # the mean relevance takes means first, which are an op of their own
-    refused = "frame_means" if name == "prompt_relevance_mean" else name
+    # these take means first, which are an op of their own
+    refused = "frame_means" if name in ("prompt_relevance_mean", "prompt_relevance_token") else name
     with pytest.raises(NotImplementedError, match=f"^{refused} has no forward-mode derivative"):
         torch.func.jvp(DIFFERENTIABLE[name], (x,), (tangent,))
     with (

@@ -36,6 +36,7 @@ def test_public_names():
         "Pool",
         "available_backends",
         "block_causal_table",
+        "cover_frames",
         "frame_means",
         "memory_attention",
         "merge_attention",

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from strategies import cases
 
 from memflow_kernels import frame_means, prompt_relevance
+from memflow_kernels.ops.relevance import AGGREGATES
 from memflow_kernels.testing import Traffic, assert_close, draw, poisoned_memory, relative_error, states
 
 KERNELS = settings.get_profile("kernels")
@@ -44,6 +45,39 @@ def test_mean_equals_the_loop(case, share, scale):
 @BACKENDS
 @KERNELS
 @given(cases(), st.sampled_from([None, 0.0, 0.6]), st.sampled_from([None, 0.3]))
+def test_token_equals_the_loop(case, share, scale):
+    text, means = case.query(), frame_means(case.key(), case.tokens_per_frame)
+    mask = None if share is None else text_mask(case, share)
+    options = {"text_mask": mask, "scale": scale}
+    with poisoned_memory():
+        actual = prompt_relevance(text, frame_mean=means, aggregate="token", **options)
+        by_key = {"tokens_per_frame": case.tokens_per_frame, "aggregate": "token", **options}
+        assert torch.equal(actual, prompt_relevance(text, case.key(), **by_key))
+    scale = case.head_dim**-0.5 if scale is None else scale
+    expected = torch.from_numpy(loops.relevance_token(text, means, scale, mask))
+    assert actual.shape == expected.shape
+    assert actual.dtype == means.dtype
+    allowed = (1e-12 if case.dtype == torch.float64 else 1e-5) * largest_product(text, means, scale).cpu()
+    assert (actual.double().cpu() - expected).abs().max() <= allowed
+    mean = prompt_relevance(text, frame_mean=means, **options)
+    count = torch.full((case.batch,), case.queries) if mask is None else mask.sum(1).clamp(min=1)
+    assert (actual.sum(1) / count[:, None] - mean).abs().max().cpu() <= allowed
+
+
+@BACKENDS
+@pytest.mark.parametrize(("tokens", "heads", "head_dim", "frames"), [(40, 3, 20, 37), (7, 12, 128, 24), (70, 1, 24, 7)])
+def test_token_in_larger_sizes_than_one_tile(tokens, heads, head_dim, frames):
+    text = states(2, tokens, heads, head_dim, dtype=torch.bfloat16, layout="fused")
+    means = states(2, frames, heads, head_dim, layout="heads_first", seed=1)
+    with poisoned_memory():
+        score = prompt_relevance(text, frame_mean=means, aggregate="token")
+    expected = torch.from_numpy(loops.relevance_token(text, means, head_dim**-0.5)).to(score.device)
+    assert_close(score, expected)
+
+
+@BACKENDS
+@KERNELS
+@given(cases(), st.sampled_from([None, 0.0, 0.6]), st.sampled_from([None, 0.3]))
 def test_softmax_equals_the_loop(case, share, scale):
     text, key = case.query(), case.key()
     mask = None if share is None else text_mask(case, share)
@@ -76,13 +110,14 @@ def test_softmax_reads_strided_keys_in_place():
 
 
 @BACKENDS
-@pytest.mark.parametrize("aggregate", ["mean", "softmax"])
+@pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_empty_bank(aggregate):
     text, key = states(2, 3, 2, 4), torch.zeros(2, 0, 2, 4)
-    assert prompt_relevance(text, key, tokens_per_frame=5, aggregate=aggregate).shape == (2, 0)
+    score = prompt_relevance(text, key, tokens_per_frame=5, aggregate=aggregate)
+    assert score.shape == ((2, 3, 0) if aggregate == "token" else (2, 0))
 
 
-@pytest.mark.parametrize("aggregate", ["mean", "softmax"])
+@pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradient(aggregate, masked):
     text = states(2, 4, 2, 3, dtype=torch.float64, seed=1).requires_grad_()
@@ -98,13 +133,13 @@ def test_gradient(aggregate, masked):
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(24, 3, 20), (7, 1, 128)])
-@pytest.mark.parametrize("aggregate", ["mean", "softmax"])
+@pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_gradient_equals_that_in_float64(aggregate, tokens, heads, head_dim, dtype):
     """Through the kernels, against the specification; 40 text tokens are more than one tile."""
     text = states(2, 40, heads, head_dim, dtype=dtype, layout="fused", seed=1)
     key = states(2, 3 * tokens, heads, head_dim, dtype=dtype, layout="heads_first", seed=2)
     mask = draw(torch.rand, 2, 40, seed=3) < 0.7
-    wanted = draw(torch.randn, 2, 3, seed=4)
+    wanted = draw(torch.randn, *((2, 40, 3) if aggregate == "token" else (2, 3)), seed=4)
     grads = []
     for inputs in ((text, key), (text.double(), key.double())):
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -127,6 +162,7 @@ def test_opcheck():
     text, key = states(2, 3, 2, 4, seed=1).requires_grad_(), states(2, 6, 2, 4, seed=2).requires_grad_()
     mask = torch.tensor([[True, False, True]] * 2)
     torch.library.opcheck(torch.ops.memflow.prompt_relevance_mean, (text, key, mask, 0.5))
+    torch.library.opcheck(torch.ops.memflow.prompt_relevance_token, (text, key, mask, 0.5))
     torch.library.opcheck(torch.ops.memflow.prompt_relevance_softmax, (text, key, None, 3, 0.5))
     grad = torch.ones(2, 2)
     torch.library.opcheck(
@@ -139,8 +175,8 @@ def test_compiles_to_one_graph():
     text, key = states(2, 3, 2, 4, seed=1).requires_grad_(), states(2, 6, 2, 4, seed=2).requires_grad_()
 
     def score(text, key):
-        options = {"tokens_per_frame": 3}
-        return prompt_relevance(text, key, **options) * prompt_relevance(text, key, aggregate="softmax", **options)
+        mean, shares, by_token = (prompt_relevance(text, key, aggregate=x, tokens_per_frame=3) for x in AGGREGATES)
+        return mean * shares * by_token.amax(1)
 
     eager = score(text, key)
     compiled = torch.compile(score, fullgraph=True, backend="aot_eager")(text, key)
@@ -156,7 +192,8 @@ TEXT, KEY = torch.zeros(2, 3, 2, 4), torch.zeros(2, 6, 2, 4)
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((TEXT, KEY), {"aggregate": "max"}, ValueError, 'aggregate must be "mean" or "softmax", got \'max\''),
+        ((TEXT, KEY), {"aggregate": "max"}, ValueError, "aggregate must be one of mean, softmax, token, got 'max'"),
+        ((TEXT,), {"aggregate": "token"}, ValueError, 'is needed for aggregate="token", got neither'),
         ((TEXT,), {}, ValueError, "frame_mean, or key and tokens_per_frame, is needed"),
         ((TEXT, KEY), {}, ValueError, "tokens_per_frame is needed together with key, got None"),
         ((TEXT,), {"aggregate": "softmax", "frame_mean": KEY}, ValueError, "key is needed for"),

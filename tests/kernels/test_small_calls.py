@@ -1,4 +1,7 @@
-"""What a small call on the CPU takes another way: chosen frames copied line by line, scores sorted by the host."""
+"""What a small call on the CPU takes another way: chosen frames copied line by line, scores sorted by the host,
+choice and attention at once."""
+
+import importlib
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from memflow_kernels.reference import selection
 from memflow_kernels.reference.shown import Gathered, Range, _lines
 from memflow_kernels.testing import LAYOUTS, poisoned_memory, states
 
+together = importlib.import_module("memflow_kernels.reference.memory_attention_top_k")
 KERNELS = settings.get_profile("kernels")
 
 
@@ -88,6 +92,41 @@ def test_scores_that_the_host_does_not_sort():
     ):
         means = torch.tensor(numbers).view(1, 3, 1, 1)
         assert select_frames(torch.ones(1, 2, 1, 1), means, 2).tolist() == [[best]]
+
+
+@KERNELS
+@given(cases(), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.sampled_from(LAYOUTS))
+def test_at_once_is_in_steps(case, candidates, top_k, known, value_layout):
+    """To the bit, whatever the layout; in that of a pool, and where heads choose differently, it is at once."""
+    case.frames += 16
+    key = case.states(case.frames * case.tokens_per_frame, 1)
+    value = states(*key.shape, dtype=case.dtype, layout=value_layout, seed=case.seed)
+    means = frame_means(key, case.tokens_per_frame)[:, : candidates + top_k] if known else None
+    mean_query = case.query().to(means.dtype).mean(1) if known else None
+    sizes = (case.tokens_per_frame, candidates + top_k, top_k, 0.3)
+    arguments = (case.query(), key, value, means, mean_query, *sizes)
+    with poisoned_memory():
+        expected = together._in_steps(*arguments, None)
+        found = together._at_once(*arguments)
+    same_for_all = all(torch.equal(row, expected[2].flatten(0, 1)[0]) for row in expected[2].flatten(0, 1))
+    if case.layout == value_layout == "heads_first":
+        assert (found is None) == same_for_all
+    if found is not None:
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert all(x.is_contiguous() for x in found)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_at_once_leaves_numbers_that_are_not_numbers_to_the_steps(number):
+    query, key, value = (states(1, n, 2, 16, layout="heads_first", seed=n) for n in (6, 45, 46))
+    value = value[:, :45].transpose(1, 2).contiguous().transpose(1, 2)
+    key[0, 0, 1, 3] = number
+    options = {"tokens_per_frame": 5, "candidate_frames": 4}
+    table = select_frames(query, frame_means(key[:, :20], 5), 2)
+    chosen = memory_attention(query, key, value, top_k=2, **options)
+    torch.testing.assert_close(
+        chosen, memory_attention(query, key, value, frame_table=table, **options), rtol=0, atol=0, equal_nan=True
+    )
 
 
 def test_the_choice_is_that_of_select_frames():

@@ -66,7 +66,7 @@ def test_a_block_of_queries_that_chose_a_frame_does_not_touch_the_others():
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
-@pytest.mark.parametrize("aggregate", ["mean", "softmax"])
+@pytest.mark.parametrize("aggregate", ["mean", "softmax", "token"])
 def test_masked_text(aggregate, poison):
     text, key = states(2, 5, 2, 16), states(2, 3 * N, 2, 16, seed=1)
     mask = torch.tensor([[True] * 3 + [False] * 2, [False, True, False, True, True]])
@@ -77,7 +77,7 @@ def test_masked_text(aggregate, poison):
             words[~mask] = poison
         leaves = [words.requires_grad_(), key.clone().requires_grad_()]
         score = prompt_relevance(*leaves, tokens_per_frame=N, text_mask=mask, aggregate=aggregate)
-        results.append((score, *torch.autograd.grad(score[:, 0].sum(), leaves)))
+        results.append((score, *torch.autograd.grad(score[..., 0].sum(), leaves)))
     for a, b in zip(*results, strict=True):
         assert torch.isfinite(b).all()
         assert torch.equal(a, b)

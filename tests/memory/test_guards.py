@@ -10,7 +10,7 @@ import torch
 from memory_driver import DIM, HEADS, MemoryDriver, prompt_of
 
 from memflow import MemFlowError
-from memflow.memory import MemoryConfig
+from memflow.memory import MemoryConfig, policies
 from memflow.memory.policies import DiversePolicy, Held
 from memflow.stream.sampler import DistilledSchedule
 
@@ -136,3 +136,20 @@ def test_noise_levels_begin_at_one(first, accepted):
         return
     with pytest.raises(MemFlowError, match="from 1 down"):
         DistilledSchedule(scheduler, (1000, 500))
+
+
+def test_the_random_policy_draws_by_splitmix64():
+    """As its authors' C has it, in Python's whole numbers: who names the seed gets the same film for ever."""
+
+    def mixed(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    frames, seeds = torch.tensor([[[0, 7, 2**40], [1, 24, 1560]]]), torch.tensor([0, 2**62 + 3])
+    expected = [
+        [(mixed((frame + mixed(seed)) % 2**64) >> 11) / 2**53 for frame in row]
+        for row, seed in zip(frames[0].tolist(), seeds.tolist(), strict=True)
+    ]
+    assert policies._draw(frames, seeds)[0].tolist() == expected

@@ -26,26 +26,24 @@ COMPUTED = {
 }  # fmt: skip
 
 
-def copies(traffic: Traffic) -> dict[str, float]:
+def copies(traffic: Traffic, unit: int = UNIT) -> dict[str, float]:
     """Units moved per operation by what is not computation; a copy reads as much as it writes."""
     moved: dict[str, float] = {}
     for name, written in traffic.written:
         name = name.split("::")[1].rstrip("_")
         if name not in COMPUTED:
-            moved[name] = moved.get(name, 0) + 2 * written / UNIT
+            moved[name] = moved.get(name, 0) + 2 * written / unit
     return moved
 
 
-def layer_after(chunks: int, config: MemoryConfig):
+def layer_after(chunks: int, config: MemoryConfig, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
-    attn = WanAttention(HEADS * DIM, HEADS, DIM, 1e-6)
-    memory = make_memory(
-        config, layers=1, batch=BATCH, heads=HEADS, head_dim=DIM, grid=GRID, dtype=torch.float32, device="cpu"
-    )
-    key = torch.randn(1, BATCH, 6, HEADS, DIM)
+    attn = WanAttention(HEADS * DIM, HEADS, DIM, 1e-6).to(dtype)
+    memory = make_memory(config, layers=1, batch=BATCH, heads=HEADS, head_dim=DIM, grid=GRID, dtype=dtype, device="cpu")
+    key = torch.randn(1, BATCH, 6, HEADS, DIM, dtype=dtype)
     prompt = Prompt(key, key, torch.ones(BATCH, 6, dtype=torch.bool))
     processor = MemorySelfAttention(0)
-    hidden = torch.randn(BATCH, 3 * TOKENS, HEADS * DIM)
+    hidden = torch.randn(BATCH, 3 * TOKENS, HEADS * DIM, dtype=dtype)
     for chunk in range(chunks):
         memory.update(3 * chunk, prompt)
         step = memory.pass_over(3 * chunk, 3, prompt)
@@ -55,18 +53,30 @@ def layer_after(chunks: int, config: MemoryConfig):
     return attn, memory, prompt, processor, hidden
 
 
-@pytest.mark.parametrize(("top_k", "units"), [(None, 12), (3, 12 + 4 * 3), (1, 12 + 4 * 1)], ids=str)
+MOVED = [  # units of the dtype's own: docs/memory.md, What it moves
+    (torch.float32, None, 12),
+    (torch.float32, 3, 12 + 4 * 3),
+    (torch.float32, 1, 12 + 4 * 1),
+    (torch.bfloat16, None, 70),
+    (torch.bfloat16, 3, 130),
+    (torch.bfloat16, 1, 122),
+]
+
+
+@pytest.mark.parametrize(("dtype", "top_k", "units"), MOVED, ids=str)
 @torch.no_grad()
-def test_a_denoising_pass_moves_the_new_keys_and_what_is_activated(top_k, units):
-    attn, memory, prompt, processor, hidden = layer_after(12, MemoryConfig(top_k=top_k))
+def test_a_denoising_pass_moves_the_new_keys_and_what_is_activated(dtype, top_k, units):
+    attn, memory, prompt, processor, hidden = layer_after(12, MemoryConfig(top_k=top_k), dtype)
     memory.update(36, prompt)
     step = memory.pass_over(36, 3, prompt)
     assert step.end_slot - step.first_slot == 15, "bank, sink and window are full"
     with Traffic() as traffic:
         processor(attn, hidden, rotary_emb=step)
-    assert sum(copies(traffic).values()) <= units + 0.5, copies(traffic)
+    unit = UNIT * dtype.itemsize // torch.float32.itemsize
+    assert sum(copies(traffic, unit).values()) <= units + 0.5, copies(traffic, unit)
     largest = max(written for _, written in traffic.written)
-    assert largest <= 3.2 * UNIT, "something larger than the chunk was made"
+    if dtype == torch.float32:
+        assert largest <= 3.2 * UNIT, "something larger than the chunk was made"
 
 
 @torch.no_grad()

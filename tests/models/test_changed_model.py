@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 
 import diffusers
 import pytest
@@ -14,10 +15,10 @@ from peft.utils import get_peft_model_state_dict
 
 from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowError
-from memflow.models.base import weights_digest
 from memflow.models.wan import graphs
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.changes import refuse_hooks, text_version
+from memflow.models.weights import weights_digest
 
 STORY, SMALL = ["a red boat", "an owl"], {"height": 32, "width": 32, "seconds_per_prompt": 3 * 0.75}
 TEXT_LAYERS = ["to_k", "to_v"]
@@ -153,6 +154,21 @@ def test_a_state_is_not_resumed_with_adapters_otherwise_in_force(pipe, lora, tmp
             pipe.resume(tmp_path / "state")
         pipe.enable_lora(), pipe.set_adapters(["a"], [1.0])
     assert torch.equal(next(pipe.resume(tmp_path / "state")).latents, next(stream).latents)
+
+
+def test_layers_whose_weights_are_no_tensors_cannot_be_told_apart(pipe, tmp_path):
+    """torch.ao's quantised layers: a state that nobody could check is not written, and the stream goes on."""
+    stream = pipe.stream(STORY, **SMALL)
+    next(stream)
+    linear = torch.nn.Sequential(pipe.transformer.proj_out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.ao.quantization.quantize_dynamic(linear, {torch.nn.Linear})
+    pipe.transformer.proj_out = quantised[0]
+    with pytest.raises(MemFlowError, match=r"proj_out.* is a .*: a state can tell plain tensors apart only"):
+        stream.save(tmp_path / "state")
+    assert not list(tmp_path.iterdir())
+    assert next(stream).latents.isfinite().all()
 
 
 def test_the_digest_takes_any_buffer():

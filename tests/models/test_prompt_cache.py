@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ByT5Tokenizer
 
-from memflow.models.wan.text import PromptCache, cache_folder
+from memflow.models.wan.text import PromptCache
 
 DIM, LENGTH, PROMPT = 8, 16, "a fox runs"
 
@@ -147,23 +147,3 @@ def test_many_at_once(cache):
         thread.join()
     assert made == [True] * 80
     assert set(os.listdir(entry.parent)) <= {entry.name}
-
-
-def test_where_entries_are_kept(tmp_path, monkeypatch):
-    """By the files of the encoder; a relative XDG_CACHE_HOME would make a folder wherever one happens to be."""
-    model = tmp_path / "model"
-    (model / "text_encoder").mkdir(parents=True)
-    weights = model / "text_encoder" / "weights"
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", "here")
-    with open(weights, "wb") as file:
-        file.truncate(64 * 2**20)
-    first = cache_folder(model)
-    assert first.parent == tmp_path / ".cache" / "memflow" / "prompts"
-    with open(weights, "r+b") as file:
-        file.seek(5 * 2**20)  # between the samples
-        file.write(b"other")
-    os.utime(weights, (1, 1))
-    assert cache_folder(model) != first
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
-    assert cache_folder(model).is_relative_to(tmp_path / "there")

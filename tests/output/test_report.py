@@ -7,9 +7,10 @@ import pytest
 from films import clip
 from PIL import Image
 
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, MemFlowWarning
+from memflow.output.lettering import fit, longest_word, missing
 from memflow.output.report import MemoryReport, _bank
-from memflow.output.timeline import Held, _fit, _scenes
+from memflow.output.timeline import _RELEVANCE, Held, Timeline, _scenes
 
 
 def memory(held, relevance, recalled=None, **spans):
@@ -59,7 +60,9 @@ def record(
         {"chunks": 20, "bank": 9, "shown": 2},
         {"chunks": 30, "per_prompt": 1, "layers": 1},
         {"chunks": 12, "prompt": "A_word_that_has_no_end_" * 40 + "{}"},
-        {"chunks": 6, "prompt": "$\\frac{{$ 狐 {}"},
+        {"chunks": 60, "per_prompt": 3, "bank": 9, "shown": 4},
+        {"chunks": 120, "per_prompt": 2, "bank": 9, "shown": 4},
+        {"chunks": 6, "prompt": "$\\frac{{$ ж {}"},
     ],
     ids=[
         "usual",
@@ -69,6 +72,8 @@ def record(
         "held and not shown",
         "a prompt per chunk",
         "one long word",
+        "20 prompts",
+        "60 prompts",
         "odd characters",
     ],
 )
@@ -123,10 +128,46 @@ def test_scenes_are_stretches_under_one_prompt():
 
 
 def test_prompts_are_wrapped_and_shortened():
-    text = _fit("one two three four five six seven eight nine ten", 12, 3)
+    text = fit("one two three four five six seven eight nine ten", 12, 3)
     assert text.splitlines() == ["one two", "three four", "five six …"]
-    assert _fit("short", 40, 3) == "short"
-    assert _fit("anything", 3, 3) == ""
+    assert fit("short", 40, 3) == "short"
+    assert fit("anything", 3, 3) == ""
+
+
+@pytest.mark.parametrize(("chunks", "per_prompt"), [(12, 4), (60, 3), (120, 2)], ids=["3", "20", "60 prompts"])
+def test_every_prompt_is_in_the_picture_without_a_broken_word(chunks, per_prompt):
+    prompt = "the keeper of the lighthouse waits on the mountain, number {}"
+    report = record(chunks, per_prompt=per_prompt, prompt=prompt)
+    figure = Timeline(report._entries, "A story", "", 0.75).draw()
+    said = [" ".join(text.get_text().split()) for axes in figure.axes for text in axes.texts]
+    assert {prompt.format(number) for number in range(chunks // per_prompt)} <= set(said)
+    names = {str(number + 1) for number in range(chunks // per_prompt)}
+    assert chunks == 12 or sum(text in names for text in said) == 2 * len(names)  # in the strip and in the list
+
+
+def test_colours_of_prompts_are_no_colours_of_relevance():
+    """Prompts are cold, blue over red; relevance is warm."""
+    for prompts in (3, 10, 11, 60):
+        timeline = Timeline(record(prompts, per_prompt=1)._entries, "", "", 1.0)
+        colours = [timeline._prompt_colour(number)[:3] for number in range(prompts)]
+        assert len(set(colours)) == prompts
+        assert all(max(green, blue) > red for red, green, blue in colours)
+    for share in np.linspace(0, 1, 9):
+        red, green, blue, _ = _RELEVANCE(share)
+        assert red > green > blue
+
+
+def test_letters_that_no_font_has_are_named(tmp_path):
+    cuneiform = "\U00012000"
+    with pytest.warns(MemFlowWarning, match=f"no font here has the letters {cuneiform} of the report"):
+        record(4, prompt=f"{cuneiform} {{}}").save(tmp_path / "a.png")
+    assert missing(["plain\n text", cuneiform]) == {cuneiform}
+
+
+def test_wide_letters_take_two_columns_and_break_anywhere():
+    text = "\u4e00\u53ea\u7ea2\u8272\u7684\u72d0\u72f8\u3002 and then"
+    assert longest_word(text) == 4  # the last one, and its full stop, which begins no line
+    assert [len(line) for line in fit(text, 8, 5).splitlines()] == [4, 4, 8]
 
 
 def test_a_record_is_small():

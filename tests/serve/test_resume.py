@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -88,16 +89,14 @@ def test_what_is_not_there_cannot_go_on(shared):
 
 def test_a_server_that_is_stopped_saves_all(serve, toy, whole):
     running = serve()
-    viewers = []
-    for seed in (5, 6):
-        context = running.started(num_frames=FRAMES, seed=seed)
-        viewers.append(context.__enter__())
-        viewers[-1].until("video.chunk_metadata")
-    id = viewers[0].messages[0]["request_id"]
-    running.stop()
-    for viewer in viewers:
-        viewer.rest()
-        assert viewer.closed == 1012
+    with ExitStack() as stack:
+        viewers = [stack.enter_context(running.started(num_frames=FRAMES, seed=seed)) for seed in (5, 6)]
+        id = viewers[0].messages[0]["request_id"]
+        viewers[0].until("video.chunk_metadata")
+        running.stop()
+        for viewer in viewers:
+            viewer.rest()
+            assert viewer.closed == 1012, viewer.messages[-1]
     again = serve()
     with again.started(None, memflow={"resume": id}) as viewer:
         viewer.rest()
@@ -117,11 +116,12 @@ def test_a_process_that_is_killed_keeps_its_last_state(serve, whole):
             copy = running.settings.folder.parent / "left" / path.name
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(path.read_bytes())
+    running.idle()  # the two share a model
     with open(copy.parent / f"{id}.jsonl", "ab") as journal:
         journal.write(b'{"chunk": ')  # in the middle of a line
     again = serve(folder=copy.parent)
     with again.started(None, memflow={"resume": id}) as viewer:
-        viewer.rest()
+        assert (last := viewer.rest()[-1])["type"] == "session.done", last
     again.idle()
     assert again.film(id) == whole
 

@@ -86,3 +86,59 @@ def test_a_size_is_whole_numbers_above_0(streaming, size):
 def test_another_module_is_no_transformer():
     with pytest.raises(MemFlowError, match="transformer must be a WanTransformer3DModel, got Linear"):
         StreamingAttention(nn.Linear(2, 2))
+
+
+SPOILED = {  # a state's tensors and counters -> what load_state_dict says of them
+    "position": lambda tensors, counters: counters.update(position=-1),
+    "a counter": lambda tensors, counters: counters.update(bank_used=10**6),
+    "a tensor is gone": lambda tensors, counters: tensors.pop("memory.shown"),
+    "another tensor": lambda tensors, counters: tensors.update(more=torch.zeros(1)),
+    "history": lambda tensors, counters: tensors.update(history=tensors["history"][:, :, :-1]),
+    "no prompt": lambda tensors, counters: [tensors.pop(name) for name in ("text.embeds", "text.mask")],
+    "a prompt of another width": lambda tensors, counters: tensors.update({"text.embeds": torch.zeros(1, 2, 3)}),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_state_that_is_refused_leaves_a_driver_at_its_beginning(toy, spoil):
+    def told(streaming, chunks):
+        torch.manual_seed(1)
+        flows = []
+        for _ in range(chunks):
+            latents = torch.randn(SHAPE)
+            flows.append(streaming.denoise(latents, 500.0))
+            streaming.keep(latents)
+        return flows
+
+    embeds = torch.randn(1, 5, toy.transformer.config.text_dim)
+    first, second = (StreamingAttention(toy.transformer) for _ in range(2))
+    first.prompt(embeds)
+    expected = told(first, 3)
+    tensors, counters = first.state_dict()
+    state = {name: tensor.clone() for name, tensor in tensors.items()}, dict(counters)
+    going_on = told(first, 2)
+    second.prompt(embeds)
+    told(second, 2)
+    spoiled = dict(state[0]), dict(state[1])
+    spoil(*spoiled)
+    with pytest.raises(ValueError):
+        second.load_state_dict(*spoiled)
+    assert second.position == 0 and second.history is None and not second.in_hand
+    with pytest.raises(MemFlowError, match="which prompt"):
+        second.denoise(torch.randn(SHAPE), 500.0)
+    second.prompt(embeds)
+    for ours, theirs in zip(told(second, 3), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    second.load_state_dict(*state)
+    for ours, theirs in zip(told(second, 2), going_on, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("extra", [{"name": 3}, {1: "text"}, ["name"], "name", {"path": None}])
+def test_what_comes_back_as_extra_is_text(toy, tmp_path, extra):
+    stream = toy.stream(["bo, a red star, jumps on the beach."], seconds_per_prompt=0.8)
+    next(stream)
+    with pytest.raises(MemFlowError, match="extra must be texts by name, got"):
+        stream.save(tmp_path / "state", extra)
+    assert not (tmp_path / "state").exists()
+    stream.save(tmp_path / "state", {})

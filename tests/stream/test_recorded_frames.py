@@ -22,13 +22,19 @@ STORY = (
     "bo waits in the village.",
     "mia walks left on the beach.",
 )
+TOP = {"recall": "relevance", "scene_frame": "any"}  # what the storybook showed before it covered its prompts
+ROWS = {"activated": 0.25, "activation_block": 4, "query_block": 4}
 CASES = {
     "default": ("storybook", {}, [0]),
-    "top-2": ("storybook", {"top_k": 2}, [3]),
-    "prompt-six": ("storybook", {"policy": "prompt", "held_frames": None}, [1]),
-    "diverse": ("storybook", {"policy": "diverse", "held_frames": 8}, [2]),
-    "archive": ("storybook", {"policy": "archive", "held_frames": None}, [5]),
     "two-stories": ("storybook", {}, [0, 9]),
+    "rows": ("storybook", ROWS, [3]),
+    "coverage-of-archive": ("storybook", {"policy": "archive", "held_frames": None}, [5]),
+    "top": ("storybook", TOP, [0]),
+    "top-2": ("storybook", TOP | {"top_k": 2}, [3]),
+    "prompt-six": ("storybook", TOP | {"policy": "prompt", "held_frames": None}, [1]),
+    "diverse": ("storybook", TOP | {"policy": "diverse", "held_frames": 8}, [2]),
+    "archive": ("storybook", TOP | {"policy": "archive", "held_frames": None}, [5]),
+    "top-two-stories": ("storybook", TOP, [0, 9]),
     "noise-published": ("noise", "published", [0]),
     "noise-absolute": ("noise", {"policy": "original", "held_frames": 6, "top_k": 2}, [4]),
 }

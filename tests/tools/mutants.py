@@ -12,17 +12,21 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import importlib
 import os
+import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 MEMORY = ["tests/memory/test_guards.py", "tests/memory/test_memory.py", "tests/memory/test_recall.py"]
+HOST_MEMORY = ["tests/kernels/test_cuda_host_memory.py", "tests/kernels/test_cuda_host_bounds.py"]
 TESTS = {  # file -> the tests that should see a fault in it, the quickest first
     "memflow/memory/policies.py": MEMORY,
     "memflow/memory/held.py": MEMORY,
@@ -42,7 +46,27 @@ TESTS = {  # file -> the tests that should see a fault in it, the quickest first
     "memflow/models/wan/changes.py": ["tests/models/test_changed_model.py"],
     "memflow/convert/lora.py": ["tests/convert/test_lora.py"],
     "memflow/convert/shards.py": ["tests/convert/test_shards.py"],
+    "memflow/files.py": ["tests/stream/test_saved.py"],
     "memflow_kernels/cuda/builder/private.py": ["tests/kernels/test_cuda_private.py"],
+    "memflow_kernels/masks.py": ["tests/kernels/test_masks.py"],
+    "memflow_kernels/reference/selection.py": ["tests/kernels/test_selection.py"],
+    "memflow_kernels/reference/merge.py": ["tests/kernels/test_merge.py"],
+    "memflow_kernels/reference/means.py": ["tests/kernels/test_means.py"],
+    "memflow_kernels/reference/relevance.py": ["tests/kernels/test_relevance.py"],
+    "memflow_kernels/reference/replacement.py": ["tests/kernels/test_replacement.py"],
+    "memflow_kernels/reference/rotation.py": ["tests/kernels/test_rotation.py"],
+    "memflow_kernels/reference/attend.py": ["tests/kernels/test_attention.py", "tests/kernels/test_empty.py"],
+    "memflow_kernels/reference/shown.py": [
+        "tests/kernels/test_attention.py",
+        "tests/kernels/test_empty.py",
+        "tests/kernels/test_attention_gradient.py",
+    ],
+    "csrc/means.cu": HOST_MEMORY,
+    "csrc/gather.cu": [*HOST_MEMORY, "tests/kernels/test_cuda_host_attention.py"],
+    "csrc/selection.cu": ["tests/kernels/test_cuda_host_attention.py", *HOST_MEMORY],
+    "csrc/replacement.cu": HOST_MEMORY,
+    "csrc/relevance.cu": ["tests/kernels/test_cuda_host_relevance.py"],
+    "csrc/combine.cu": ["tests/kernels/test_cuda_host_attention.py"],
 }
 EQUIVALENT: dict[tuple[str, str], str] = {}  # (file, what the mutant says) -> why no test can see it
 SECONDS = 300  # of one run of the tests; a mutant that never ends is seen
@@ -63,8 +87,13 @@ class Mutant(NamedTuple):
 
 def mutants(file: str) -> Iterator[Mutant]:
     """Every mutant of a file."""
+    if not file.endswith(".py"):
+        yield from _mutants_of_c(file)
+        return
     tree = ast.parse((ROOT / file).read_text())
     for number, node in enumerate(ast.walk(tree)):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         for edit in _edits(node):
             changed = copy.deepcopy(tree)
             target = next(other for index, other in enumerate(ast.walk(changed)) if index == number)
@@ -74,6 +103,32 @@ def mutants(file: str) -> Iterator[Mutant]:
             if before != after:
                 line = getattr(node, "lineno", 0)
                 yield Mutant(file, line, f"{_short(before)} -> {_short(after)}", ast.unparse(changed))
+
+
+_C = re.compile(  # an operator between spaces, a whole number, or the smaller and the larger of two
+    r" (?P<op>==|!=|<=|>=|<|>|&&|\|\||\+|-|\*|/|%) |(?<![\w.])(?P<number>\d+)(?![\w.])|\b(?P<name>min|max)\("
+)
+_C_OPS = {"==": "!=", "!=": "==", "<": "<=", "<=": "<", ">": ">=", ">=": ">", "&&": "||", "||": "&&", "+": "-"}
+_C_OPS |= {"-": "+", "*": "/", "/": "*", "%": "*"}
+
+
+def _mutants_of_c(file: str) -> Iterator[Mutant]:
+    """By text: what does not compile is seen, as by anyone who would write it."""
+    lines = (ROOT / file).read_text().splitlines()
+    for index, line in enumerate(lines):
+        code = line.split("//")[0]
+        if code.lstrip().startswith(("#", "*", "/*", "static_assert", "TORCH_CHECK")):
+            continue
+        for match in _C.finditer(code):
+            if match["op"]:
+                new = f" {_C_OPS[match['op']]} "
+            elif match["number"]:
+                new = str(int(match["number"]) + 1)
+            else:
+                new = {"min": "max(", "max": "min("}[match["name"]]
+            changed = line[: match.start()] + new + line[match.end() :]
+            source = "\n".join([*lines[:index], changed, *lines[index + 1 :]]) + "\n"
+            yield Mutant(file, index + 1, f"{_short(line.strip())} -> {_short(changed.strip())}", source)
 
 
 def _short(code: str) -> str:
@@ -111,17 +166,51 @@ def seen(mutant: Mutant, folder: Path) -> bool:
     path = folder / mutant.file
     good = path.read_text()
     path.write_text(mutant.source)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        found = subprocess.run(
-            [*command, *TESTS[mutant.file]], cwd=folder, env=environment, capture_output=True, timeout=SECONDS
-        )
-        return found.returncode != 0
-    except subprocess.TimeoutExpired:
-        return True
+        return _fails(TESTS[mutant.file], folder)
     finally:
         path.write_text(good)
+
+
+def _import_libraries() -> None:
+    """What the tests use of them, so that every copy of this process has it."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}  # read on import; threads do not survive a fork
+    sys.dont_write_bytecode = True
+    for module, names in (
+        ("diffusers", ("AutoencoderKLWan", "WanTransformer3DModel", "UniPCMultistepScheduler")),
+        ("transformers", ("UMT5EncoderModel", "AutoTokenizer", "T5TokenizerFast")),
+        ("peft", ()),
+        ("hypothesis", ()),
+        ("torch._dynamo", ()),
+    ):
+        library = importlib.import_module(module)
+        for name in names:
+            getattr(library, name)
+
+
+def _fails(tests: list[str], folder: Path) -> bool:
+    """Run in a copy of this process: the libraries' imports take longer than most of the tests."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        options = ["-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow", "--rootdir", str(folder)]
+        import pytest
+
+        os._exit(int(pytest.main([*options, *tests])))
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status != 0
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
 
 
 def main() -> int:
@@ -135,6 +224,7 @@ def main() -> int:
     if options.count:
         print("\n".join(f"{len(group):5}  {file}" for file, group in found.items()))
         return 0
+    _import_libraries()
     survivors = {file: [] for file in chosen}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"

@@ -13,10 +13,10 @@ from torch import Tensor
 from memflow.errors import MemFlowError
 from memflow.memory.frames import Pass, Prompt
 from memflow.memory.places import Rotation
-from memflow.models.base import weights_digest
 from memflow.models.wan.attention import CleanPassDone, StreamContext, install, uninstall
 from memflow.models.wan.changes import adapters, layout, refuse_hooks, text_version
 from memflow.models.wan.graphs import GraphedPasses
+from memflow.models.weights import weights_digest
 
 
 class WanModel:

@@ -39,6 +39,7 @@ class MemorySelfAttention:
         self.layer = layer
         self.pool: Pool | None = None
         self.unplaced: Unplaced | None = None
+        self.block_mean: Tensor | None = None
         self.ends = False  # this is the last layer of a clean pass
         self.called = False  # in the call in progress
 
@@ -49,18 +50,19 @@ class MemorySelfAttention:
         """
         self.pool = step.pools[self.layer]
         self.unplaced = step.unplaced[self.layer] if step.unplaced else None
+        self.block_mean = step.block_means[self.layer] if step.block_means else None
         self.ends, self.called = clean and self.layer == len(step.pools) - 1, False
 
     def release(self) -> None:
         """Hold nothing of a stream's any more: these are views, and any of them keeps the whole pool in memory."""
-        self.pool = self.unplaced = None
+        self.pool = self.unplaced = self.block_mean = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Pass = None):
         query, query_mean = self.write(attn, hidden_states, rotary_emb)
         self.called = True
         if not torch.compiler.is_compiling() and self.ends:
             raise CleanPassDone
-        hidden_states = attend(query, query_mean, self.pool, rotary_emb)
+        hidden_states = attend(query, query_mean, self.pool, rotary_emb, self.block_mean)
         return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2)))
 
     def write(self, attn, hidden_states: Tensor, step: Pass) -> tuple[Tensor, Tensor | None]:
@@ -75,6 +77,7 @@ class MemorySelfAttention:
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
         if self.unplaced is not None:
             self.unplaced.write(_at_place_zero(attn, key, step), step.slots)
+        one_choice = step.chooses and step.query_block is None
         written = qk_norm_rope_write(
             query,
             key,
@@ -86,9 +89,9 @@ class MemorySelfAttention:
             start_frame=step.start_frame,
             pool=self.pool,
             slots=step.slots,
-            query_mean=step.chooses,
+            query_mean=one_choice,
         )
-        return written if step.chooses else (written, None)
+        return written if one_choice else (written, None)
 
 
 def _at_place_zero(attn, key: Tensor, step: Pass) -> Tensor:
@@ -162,7 +165,7 @@ class StreamContext(nn.Module):
         try:
             for processor in self.processors:
                 processor.bind(step, clean)
-            self.step = step._replace(pools=(), prompt=None, unplaced=())
+            self.step = step._replace(pools=(), prompt=None, unplaced=(), block_means=())
             yield
         finally:
             self.step = None

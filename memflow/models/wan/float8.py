@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, install_command
 
 # What every pass computes. The text's keys and values are computed once per prompt, embeddings and head once per pass:
 # they stay as they are.
@@ -65,5 +65,5 @@ def _refusal(transformer: WanTransformer3DModel) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(transformer.device) < (8, 9):
         return f"{torch.cuda.get_device_name(transformer.device)} has no float8 arithmetic (compute capability 8.9)"
     if find_spec("torchao") is None:
-        return "torchao is not installed: pip install 'memflow-kernels[float8]'"
+        return f"torchao is not installed: {install_command('float8')}"
     return None

@@ -96,7 +96,7 @@ def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int =
     grid = latents[2] // patch[1], latents[3] // patch[2]
     shape = {"batch": batch, "grid": grid, "dtype": dtype}
     memory = make_memory(model.memory, **_heads(transformer), **shape, device=torch.device("meta"))
-    pool = sum(tensor.nbytes for tensor in memory.pool.state_dict().values())
+    pool = memory.pool.nbytes
     with FakeTensorMode(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Layers do not add up in activations: two of them tell.

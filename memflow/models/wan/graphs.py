@@ -175,7 +175,7 @@ def _size(latents: Tensor, step: Pass) -> Hashable:
 
     The tensors of all layers are views of one, so that the first layer's say where they lie.
     """
-    others = (step.prompt, step.pools, step.unplaced)
+    others = (step.prompt, step.pools, step.unplaced, step.block_means)
     numbers = tuple(v for v in step if not isinstance(v, Tensor) and all(v is not other for other in others))
     kinds = tuple(_kind(x) for x in (latents, *_changing(step), *step.prompt))
     beside = step.unplaced[0].key.data_ptr() if step.unplaced and step.unplaced[0] is not None else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import html
-import os
+import re
 import string
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,8 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memflow.files import write_whole
 from memflow.modes import own_modes
 
-_SMALL = 32 * 2**20  # bytes of a file that is read wholly for its model's identity
-_SAMPLES, _SAMPLE = 16, 2**16
+_BEGIN = "\u2581"  # of a word, in sentencepiece's tokens
 _SHOWN = 60  # characters of what is cut off
 
 
@@ -93,6 +92,39 @@ def losses(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], max_lengt
     return found
 
 
+def token_words(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> list[str | None]:
+    """The word that each token of a prompt is part of; None for tokens without letters or digits, such as its end.
+
+    Args:
+        tokenizer: The encoder's.
+        prompt: A text; it is cleaned first.
+        max_length: Tokens that it is cut to.
+    """
+    text = clean_prompt(prompt)
+    tokens = tokenizer(text, max_length=max_length, truncation=True, return_offsets_mapping=tokenizer.is_fast)
+    if tokenizer.is_fast:
+        words = _words_at(text)
+        found = [words.get(next((i for i in range(*span) if i in words), -1)) for span in tokens.offset_mapping]
+    else:  # sentencepiece alone, which marks the beginning of a word
+        special, number, numbers, spelt = tokenizer.all_special_tokens, 0, [], {}
+        for piece in tokenizer.convert_ids_to_tokens(tokens.input_ids):
+            number += piece.startswith(_BEGIN) or piece in special
+            numbers.append(number)
+            spelt[number] = spelt.get(number, "") + ("" if piece in special else piece.removeprefix(_BEGIN))
+        found = [spelt[number].strip(string.punctuation) for number in numbers]
+    return [word if word and any(map(str.isalnum, word)) else None for word in found]
+
+
+def _words_at(text: str) -> dict[int, str]:
+    """The word at each character of a text that is in one, without punctuation around it."""
+    found = {}
+    for match in re.finditer(r"\S+", text):
+        word = match.group().strip(string.punctuation)
+        begin = match.start() + match.group().find(word)
+        found |= dict.fromkeys(range(begin, begin + len(word)), word)
+    return found
+
+
 def unread(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> tuple[str | None, list[str]]:
     """What of one prompt does not reach the model.
 
@@ -130,6 +162,7 @@ class PromptCache:
         dtype: Of the embeddings.
         folder: Where they are kept, one file each; None = in memory only.
         text_dim: Channels that an embedding must have; None = any.
+        encoder: Which encoder it is, for the states of streams (`encoder_digest`); None = nobody knows.
     """
 
     def __init__(
@@ -141,12 +174,14 @@ class PromptCache:
         dtype: torch.dtype,
         folder: Path | None = None,
         text_dim: int | None = None,
+        encoder: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.text_length = text_length
         self.dtype = dtype
         self.folder = folder
         self.text_dim = text_dim
+        self.encoder = encoder
         self._load_encoder = load_encoder
         self._encoder: PreTrainedModel | None = None
         self._known: dict[str, Tensor] = {}
@@ -231,29 +266,3 @@ class PromptCache:
 def _is_file(path: Path) -> bool:
     """Whether it is a regular file itself, no link to one."""
     return path.is_file() and not path.is_symlink()
-
-
-def cache_folder(model: Path) -> Path:
-    """Where the embeddings of a pipeline's prompts are kept: one folder for all equal encoders, under XDG_CACHE_HOME.
-
-    Equal are encoders and tokenizers of the same files: contents of small ones; size, time and samples of large ones.
-    An XDG_CACHE_HOME that is not absolute is ignored, as the standard says.
-
-    Args:
-        model: The folder of the pipeline.
-    """
-    digest = hashlib.sha256()
-    for part in ("text_encoder", "tokenizer"):
-        for path in sorted(path for path in (model / part).rglob("*") if path.is_file()):
-            size, changed = path.stat().st_size, path.stat().st_mtime_ns
-            digest.update(f"{path.relative_to(model)} {size}\n".encode())
-            with path.open("rb") as file:
-                if size <= _SMALL:
-                    digest.update(file.read())
-                    continue
-                digest.update(str(changed).encode())  # samples may miss what was written
-                for sample in range(_SAMPLES):
-                    file.seek(sample * (size - _SAMPLE) // (_SAMPLES - 1))
-                    digest.update(file.read(_SAMPLE))
-    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (home if home.is_absolute() else Path.home() / ".cache") / "memflow" / "prompts" / digest.hexdigest()[:32]

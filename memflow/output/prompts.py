@@ -1,0 +1,88 @@
+"""The prompts in the picture of a report: above their chunks where each has room, else numbered and listed below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from matplotlib.patches import Rectangle
+
+from memflow.output.lettering import families, fit, longest_word
+
+Scene = tuple[int, int, str]  # first chunk, end, prompt
+Colour = Callable[[int], tuple]  # of the prompt of that number
+
+_WIDTH = 11.1  # of the film, inches
+_LETTERS_PER_INCH = 14.5
+_INK = "#2b2d3a"
+_STYLE = {"fontsize": 8, "va": "top", "color": _INK, "linespacing": 1.25, "parse_math": False}
+_LINE, _GAP = 0.155, 0.06  # inches
+
+
+def size_in_inches(axes) -> tuple[float, float]:
+    """(width, height)."""
+    box, size = axes.get_position(), axes.figure.get_size_inches()
+    return box.width * size[0], box.height * size[1]
+
+
+def fits(scenes: list[Scene], chunks: int) -> bool:
+    """Whether every prompt can stand above its chunks without a broken word; `chunks` make the whole width."""
+    wide = ((stop - start) * _WIDTH / chunks for start, stop, _ in scenes)
+    return len(scenes) < 2 or all(
+        longest_word(scene[2]) <= _columns(inches) for scene, inches in zip(scenes, wide, strict=True)
+    )
+
+
+def draw_strip(axes, scenes: list[Scene], colour: Colour, numbered: bool) -> None:
+    """Every prompt, or its number, above its chunks."""
+    inches_per_chunk = size_in_inches(axes)[0] / (scenes[-1][1] - scenes[0][0])
+    for number, (start, stop, prompt) in enumerate(scenes):
+        axes.axvspan(start, stop, 0, 1, facecolor=colour(number), alpha=0.16, linewidth=0)
+        axes.axvspan(start, stop, 0.76 if numbered else 0.93, 1, facecolor=colour(number), linewidth=0)
+        if numbered:
+            centre = {"ha": "center", "va": "center", "fontsize": 8 if len(scenes) < 50 else 6.5}
+            axes.text((start + stop) / 2, 0.37, str(number + 1), color=_INK, clip_on=True, **centre)
+            continue
+        text = fit(prompt, columns=_columns((stop - start) * inches_per_chunk), lines=5)
+        axes.text(start + 0.07 / inches_per_chunk, 0.87, text, clip_on=True, family=families(text), **_STYLE)
+    axes.set_ylim(0, 1)
+    axes.axis("off")
+
+
+class PromptList:
+    """The numbered prompts in columns.
+
+    Attributes:
+        height: that it needs, inches.
+    """
+
+    def __init__(self, scenes: list[Scene]):
+        many = len(scenes) > 24
+        self._count = 3 if many else 2
+        columns = int(_WIDTH / self._count * _LETTERS_PER_INCH) - 6
+        texts = [fit(prompt, columns, lines=2 if many else 4) for _, _, prompt in scenes]
+        rows = -(-len(texts) // self._count)
+        self._columns = [list(enumerate(texts))[first : first + rows] for first in range(0, len(texts), rows)]
+        self.height = max(sum(_height(text) for _, text in column) for column in self._columns)
+
+    def draw(self, axes, colour: Colour) -> None:
+        """Fill `axes`, which is as high as it needs."""
+        width, height = size_in_inches(axes)
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.axis("off")
+        for place, column in enumerate(self._columns):
+            left, top = place * width / self._count, 0.0
+            for number, text in column:
+                mark = Rectangle((left, top), 0.07, _height(text) - 0.03, facecolor=colour(number), linewidth=0)
+                axes.add_patch(mark)
+                axes.text(left + 0.34, top + 0.01, str(number + 1), ha="right", **_STYLE)
+                axes.text(left + 0.42, top + 0.01, text, family=families(text), **_STYLE)
+                top += _height(text)
+
+
+def _height(text: str) -> float:
+    return _GAP + _LINE * (text.count("\n") + 1)
+
+
+def _columns(inches: float) -> int:
+    """Letters that stand side by side."""
+    return int(inches * _LETTERS_PER_INCH) - 2

@@ -1,0 +1,32 @@
+"""memory_attention_top_k of a backend that has the choice and the attention as operators of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def composed(frame_means: Callable, select_frames: Callable, memory_attention: Callable) -> Callable:
+    """The operator, from three others of the backend."""
+
+    def memory_attention_top_k(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        frame_mean: Tensor | None,
+        query_mean: Tensor | None,
+        tokens_per_frame: int,
+        candidate_frames: int,
+        top_k: int,
+        scale: float,
+        query_block: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if frame_mean is None:
+            frame_mean = frame_means(key[:, : candidate_frames * tokens_per_frame], tokens_per_frame)
+        choosing = query if query_mean is None else query_mean.unsqueeze(1)
+        frame_table = select_frames(choosing, frame_mean, top_k, None, query_block)
+        sizes = (tokens_per_frame, candidate_frames, scale, query_block)
+        return *memory_attention(query, key, value, frame_table, *sizes), frame_table
+
+    return memory_attention_top_k
