@@ -149,11 +149,15 @@ def _make(
 ) -> None:
     """Run `stream` into its video until its end, --chunks or Ctrl-C."""
     video, fps, loop_before = film.video, stream.pipeline.fps, stream.timings["loop"]
-    report = new_report(film.job.name, stream) if film.job.report else None
+    report = None
+    if film.job.report:
+        from memflow.output.report import MemoryReport
+
+        report = MemoryReport.of(stream, film.job.name)
     with ExitStack() as stack:
         stack.enter_context(video)
         if report is not None:
-            stack.push(lambda kind, *_: draw(report, film.job.report, kind is not None))
+            stack.push(lambda kind, *_: _draw(report, film.job.report, kind is not None))
         bar = stack.enter_context(_progress(console))
         task = bar.add_task(shown(title), total=len(stream), completed=stream.position, rate="")
         interrupt.notify = lambda: bar.console.print("stopping after this chunk; once more stops at once")
@@ -186,33 +190,7 @@ def _make(
             film.save(stream, extra)
 
 
-def new_report(name: str, stream):
-    """A report of what `stream` remembers, to be filled."""
-    from memflow.output.report import MemoryReport
-
-    config = stream.config
-    held = "" if config.held_frames is None else f", {config.held_frames} held"
-    recall = "" if config.recall == "relevance" else f", shown by {config.recall}"
-    recall += "" if config.scene_frame == "any" else f", {config.scene_frame} of a scene"
-    facts = [
-        f"memory: {'published' if config.published_mode else config.policy}{held}{recall}",
-        f"sink {config.sink_frames}, window {config.window_frames}, bank {config.bank_frames} latent frames",
-        f"every head attends to {_attended(config)} of sink and bank",
-        f"seed {stream.seeds[0]}",
-    ]
-    title = name.replace("-", " ").replace("_", " ")
-    return MemoryReport(title, fps=stream.pipeline.fps, subtitle="   ·   ".join(facts))
-
-
-def _attended(config) -> str:
-    blocks = "" if config.activation_block is None else f" in blocks of {config.activation_block} tokens"
-    if config.activated is None:
-        return "all" if config.top_k is None else f"{config.top_k}{blocks and ' frames'}{blocks}"
-    amount = f"{config.activated:.0%}" if isinstance(config.activated, float) else f"{config.activated} tokens"
-    return amount + blocks
-
-
-def draw(report, path: Path, failed: bool) -> None:
+def _draw(report, path: Path, failed: bool) -> None:
     """Also when the run ends early, if there is anything to draw; what ended it is more important then."""
     try:
         if len(report):

@@ -57,4 +57,4 @@ def serve(request: Serving) -> int:
     """Tell stories live: a page to steer them, and an address for programs (docs/serving.md)."""
     if request.ray is None and request.replicas is not None:
         raise MemFlowError("--replicas: only with --ray")
-    return _late("memflow.serve.command:serve" if request.ray is None else "memflow.serve.cluster:serve")(request)
+    return _late("memflow.serve.command:serve")(request)

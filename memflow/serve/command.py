@@ -5,16 +5,20 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import sys
+import time
 import warnings
 from contextlib import ExitStack, suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import uvicorn
 from starlette.applications import Starlette
 
-from memflow.cli import loading
+from memflow.cli import Interrupt, loading
+from memflow.cli.options import with_whole_paths
 from memflow.cli.serving import Serving
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.serve.app import make_app
@@ -22,7 +26,7 @@ from memflow.serve.settings import Settings
 
 _MESSAGE = 256 * 1024  # bytes; `Settings.message_characters` count characters
 _BUFFER = 256 * 1024  # bytes that the system holds for a reader: more would hide that it is slow
-GRACE = 120  # seconds for saving when the server is stopped
+_GRACE = 120  # seconds for saving when the server is stopped
 
 
 def serve(request: Serving) -> int:
@@ -39,15 +43,49 @@ def serve(request: Serving) -> int:
     """
     settings = settings_of(request)
     listening = listen(request.host, request.port)
+    if request.ray is not None:
+        return _serve_cluster(request, settings, listening)
     with listening, ExitStack() as stack:
-        loaded = load(request, settings, stack)
-        host, port = listening.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        asked = "/?token=..." if settings.token else "/"
-        print(f"memflow serve: {settings.model} on http://{shown}:{port}{asked}  (Ctrl-C ends and saves)", flush=True)
+        loaded = _load(request, settings, stack)
+        _announce(settings.model, settings, *listening.getsockname()[:2])
         with suppress(KeyboardInterrupt):  # uvicorn passes on what it was stopped with
             server(make_app(lambda: loaded, settings), settings).run(sockets=[listening])
     return 0
+
+
+def _serve_cluster(request: Serving, settings: Settings, free: socket.socket) -> int:
+    """`serve` from a Ray cluster, at an address that is free here."""
+    from memflow.serve.cluster import deployed
+    from memflow.tellers.actors import cluster
+
+    host, port = free.getsockname()[:2]
+    free.close()
+    replicas, said = request.replicas or 1, sys.stdout
+    address = {"host": host, "port": port, "connections": _connections(settings), "grace": _GRACE}
+    with cluster(request.ray) as resources, Interrupt() as interrupt:
+        kind = "num_gpus" if resources.get("GPU") and request.device != "cpu" else "num_cpus"
+        make = partial(_app, with_whole_paths(request), settings)
+        with deployed(make, replicas, takes={kind: 1}, **address):
+            interrupt.notify = lambda: None
+            _announce(f"{replicas} x {settings.model}", settings, host, port, said)
+            while not interrupt.requested:
+                time.sleep(0.2)
+    return 0
+
+
+def _app(request: Serving, settings: Settings) -> Starlette:
+    return make_app(lambda: _load(request, settings, ExitStack()), settings)
+
+
+def _announce(what: str, settings: Settings, host: str, port: int, said: TextIO | None = None) -> None:
+    shown = f"[{host}]" if ":" in host else host
+    asked = "/?token=..." if settings.token else "/"
+    print(f"memflow serve: {what} on http://{shown}:{port}{asked}  (Ctrl-C ends and saves)", file=said, flush=True)
+
+
+def _connections(settings: Settings) -> int:
+    """At once: of viewers, and of those who ask for films, the page and numbers."""
+    return 4 * settings.sessions + 64
 
 
 def server(app: Starlette, settings: Settings) -> uvicorn.Server:
@@ -63,8 +101,8 @@ def server(app: Starlette, settings: Settings) -> uvicorn.Server:
         access_log=False,  # addresses may hold a token
         ws_max_size=_MESSAGE,
         ws_per_message_deflate=False,
-        limit_concurrency=4 * settings.sessions + 64,
-        timeout_graceful_shutdown=GRACE,
+        limit_concurrency=_connections(settings),
+        timeout_graceful_shutdown=_GRACE,
         server_header=False,
     )
     return uvicorn.Server(config)
@@ -82,7 +120,7 @@ def app_of_environment() -> Starlette:
             given[field.name] = kinds.get(field.name, str)(value)
     request = Serving(**given)
     settings = settings_of(request)
-    return make_app(lambda: load(request, settings, ExitStack()), settings)
+    return _app(request, settings)
 
 
 def settings_of(request: Serving) -> Settings:
@@ -142,14 +180,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def load(request: Serving, settings: Settings, stack: ExitStack) -> tuple[Any, dict[str, str]]:
-    """The pipeline, and what states say of it.
-
-    Args:
-        request: the options.
-        settings: name the model.
-        stack: its backend is in force until this ends.
-    """
+def _load(request: Serving, settings: Settings, stack: ExitStack) -> tuple[Any, dict[str, str]]:
+    """The pipeline, and what states say of it. Its backend is in force until `stack` ends."""
     warnings.simplefilter("ignore", MemFlowWarning)  # who writes a prompt is told, not who runs the server
     stack.enter_context(loading.backend(request.backend, loading.choose_device(request.device)))
     pipe, _, about = loading.load(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from functools import partial
 
 import psutil
 import pytest
@@ -16,7 +17,7 @@ from memflow import MemFlowPipeline
 from memflow.cli import main
 from memflow.cli.serving import Serving
 from memflow.output.video import VideoWriter
-from memflow.serve.command import listen
+from memflow.serve.command import _app, listen
 from memflow.serve.settings import Settings
 from tests.serve.conftest import PATIENCE, PROMPTS, Viewer
 
@@ -122,7 +123,8 @@ def test_stories_of_a_killed_replica_go_on_at_the_other(tmp_path, films):
     address = f"ws://127.0.0.1:{port}/v1/realtime/video"
     with warnings.catch_warnings(), cluster("local"):
         warnings.simplefilter("ignore")  # of Ray's own code
-        with deployed(Serving(replicas=2, device="cpu"), settings, "127.0.0.1", port, {"num_cpus": 0.1}):
+        make = partial(_app, Serving(device="cpu"), settings)
+        with deployed(make, 2, host="127.0.0.1", port=port, connections=16, grace=60, takes={"num_cpus": 0.1}):
             stories = [Story(address, seed) for seed in range(4)]
             for story in stories:
                 story.start()
