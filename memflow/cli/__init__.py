@@ -44,7 +44,7 @@ def _with_values(arguments: list[str]) -> list[str]:
     followers = [*arguments[1:], "-"]
     return [
         "--ray=" if argument == "--ray" and after.startswith("-") else argument
-        for argument, after in zip(arguments, followers, strict=True)
+        for argument, after in zip(arguments, followers, strict=False)
     ]
 
 

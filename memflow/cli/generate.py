@@ -16,7 +16,6 @@ from rich.text import Text
 from memflow.cli import Interrupt, shown
 from memflow.cli.live import Lines
 from memflow.cli.options import Request
-from memflow.cli.reports import draw, new_report
 from memflow.cli.story import Job, jobs, settings
 from memflow.errors import MemFlowError
 from memflow.output.video import VideoWriter
@@ -152,12 +151,16 @@ def _make(
 ) -> None:
     """Run `stream` into its video until its end, --chunks or Ctrl-C."""
     video, fps, loop_before = film.video, stream.pipeline.fps, stream.timings["loop"]
-    report = new_report(film.job.name, stream) if film.job.report else None
     lines = Lines() if request.live else None
+    report = None
+    if film.job.report:
+        from memflow.output.report import MemoryReport
+
+        report = MemoryReport.of(stream, film.job.name)
     with ExitStack() as stack:
         stack.enter_context(video)
         if report is not None:
-            stack.push(lambda kind, *_: draw(report, film.job.report, kind is not None))
+            stack.push(lambda kind, *_: _draw(report, film.job.report, kind is not None))
         bar = stack.enter_context(_progress(console))
         task = bar.add_task(shown(title), total=len(stream), completed=stream.position, rate="")
         interrupt.notify = lambda: bar.console.print("stopping after this chunk; once more stops at once")
@@ -193,6 +196,16 @@ def _make(
         film.loop = stream.timings["loop"] - loop_before
         if film.state and film.saved != stream.position:
             film.save(stream, extra)
+
+
+def _draw(report, path: Path, failed: bool) -> None:
+    """Also when the run ends early, if there is anything to draw; what ended it is more important then."""
+    try:
+        if len(report):
+            report.save(path)
+    except MemFlowError:
+        if not failed:
+            raise
 
 
 def _progress(console: Console) -> Progress:

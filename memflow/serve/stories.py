@@ -196,12 +196,16 @@ class Stories:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        self.stopping = True
-        await asyncio.gather(*(telling.leave() for telling in list(self.tellings.values())))
+        await self.stop()
         for task in self._tasks:
             task.cancel()
         for pool in self._threads:
             pool.shutdown()
+
+    async def stop(self) -> None:
+        """Begin no further story; those that are told are saved, and end."""
+        self.stopping = True
+        await asyncio.gather(*(telling.leave() for telling in list(self.tellings.values())))
 
     async def model(self, function: Callable, *arguments: Any) -> Any:
         """Call in the one thread that uses the model."""
