@@ -1,0 +1,84 @@
+"""A story that several processes make together is that of one process."""
+
+from __future__ import annotations
+
+import pytest
+import together
+import torch
+
+from memflow.memory import MemoryConfig
+from memflow.memory.policies import POLICIES
+
+MEMORIES = {
+    **{name: {"policy": name, "held_frames": 5} for name in ("prompt", "fifo", "diverse", "original", "random")},
+    "archive": {"policy": "archive"},
+    "oracle": {"policy": "oracle"},
+    "none": {"policy": "none"},
+}
+WAYS = {
+    f"{positions}-{top_k or 'dense'}": {"positions": positions, "top_k": top_k}
+    for positions in ("absolute", "relative")
+    for top_k in (None, 2)
+}
+ALL = {f"{policy}-{way}": memory | WAYS[way] for policy, memory in MEMORIES.items() for way in WAYS}
+ALL |= {
+    "softmax": {"aggregate": "softmax", "held_frames": 5, "top_k": 2},
+    "bank-alone": {"policy": "diverse"},
+    "one-vote": {"layers": "mean", "held_frames": 5},
+    "published": {"published_mode": "interactive", "record_interval": 3, "top_k": 3},
+}
+# Each policy in one way, and each way twice.
+SOME = [f"{policy}-{list(WAYS)[number % 4]}" for number, policy in enumerate(MEMORIES)]
+SOME += ["softmax", "bank-alone", "one-vote", "published"]
+
+
+def told(memories: dict[str, dict], shared: bool) -> dict:
+    """Of each memory: latents of 30 chunks under five prompts, what was held, and the numbers in the pool."""
+    pipe, found = together.pipeline(), {}
+    if shared:
+        pipe.enable_parallelism()
+    for name, memory in memories.items():
+        stream = pipe.stream(together.STORY, **together.SMALL, memory=MemoryConfig(**memory), seed=3)
+        chunks = list(stream)
+        pool = stream.memory.pool
+        found[name] = {
+            "latents": torch.cat([chunk.latents for chunk in chunks], 2),
+            "frames": [chunk.frames.shape[1] for chunk in chunks],
+            "held": stream.memory.held.clone(),
+            "shown": stream.memory.shown.clone(),
+            "relevance": torch.from_numpy(stream.snapshot().relevance),
+            "pool": {part: buffer.numel() for part, buffer in pool.buffers().items()},
+        }
+    return found
+
+
+def check(size: int, memories: dict[str, dict]) -> None:
+    alone, shared = told(memories, False), together.run(size, told, memories, True)
+    for name, expected in alone.items():
+        assert expected["latents"].shape[2] == 90 and expected["latents"].isfinite().all()
+        for rank, found in enumerate(results[name] for results in shared):
+            error = (found["latents"] - expected["latents"]).norm() / expected["latents"].norm()
+            assert error < 1e-6, (name, rank, error)
+            for part in ("held", "shown"):
+                assert torch.equal(found[part], expected[part]), (name, rank, part)
+            torch.testing.assert_close(found["relevance"], expected["relevance"], equal_nan=True, rtol=1e-4, atol=1e-5)
+            assert found["pool"] == {part: count // size for part, count in expected["pool"].items()}
+            assert found["frames"] == (expected["frames"] if rank == 0 else [0] * 30)
+
+
+def test_every_policy_is_here():
+    assert set(MEMORIES) == set(POLICIES)
+
+
+def test_two_processes():
+    check(2, {name: ALL[name] for name in SOME})
+
+
+def test_four_processes():
+    check(4, {name: ALL[name] for name in ("prompt-relative-2", "archive-absolute-dense", "softmax")})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_everything(size):
+    check(size, ALL)
