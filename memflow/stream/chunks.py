@@ -18,7 +18,7 @@ from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
 from memflow.memory.frames import FrameMemory, MemorySnapshot, Pass, Prompt, make_memory
 from memflow.modes import own_modes
-from memflow.parallel.ranks import ALONE
+from memflow.parallel.alone import ALONE
 from memflow.stream.given import check_latents, check_size, check_text, one_timestep
 
 if TYPE_CHECKING:
