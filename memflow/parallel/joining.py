@@ -19,7 +19,7 @@ from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.parallel.alone import launched
 from memflow.parallel.ranks import Ranks
 
-_BEAT, _SILENT = 2.0, 15.0  # seconds between signs of life, and without one until a process counts as lost
+_BEAT, _SILENT = 1.0, 15.0  # seconds between signs of life, and without one until a process counts as lost
 _LOST = "one of the {} processes has ended without a word: killed, or out of memory?"
 
 
@@ -31,9 +31,7 @@ def own_device(name: str | None) -> str | None:
         raise MemFlowError(f"--device {name}: each of several processes takes a GPU of its own: say cuda or cpu")
     number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if number >= there:
-        raise MemFlowError(
-            f"there are {there} GPUs for the processes on this machine: at most {there} can share a story"
-        )
+        raise MemFlowError(f"there are {there} GPUs for the processes on this machine: at most {there} can be started")
     return f"cuda:{number}"
 
 
@@ -47,14 +45,19 @@ class Joined(Ranks):
     def __init__(self, store: dist.Store):
         super().__init__()
         self.store = dist.PrefixStore("memflow", store)
-        self.over = threading.Event()
+        self.over, self.lost = threading.Event(), False
         threading.Thread(target=self._watch, daemon=True).start()
 
     def why(self, error: Exception) -> str | None:
         """What ended the others, where `error` says that they are gone; None where it says something else."""
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             return None
-        return self._word("failure", 3.0) or _LOST.format(self.size)
+        self.lost = True
+        try:
+            word = self._word("failure", 3.0)
+        except dist.DistError:  # with the process that had the store
+            word = None
+        return word or _LOST.format(self.size)
 
     def leave(self, error: BaseException) -> BaseException:
         """What to raise in place of `error` in this process, so that one of them all says why they end."""
@@ -69,8 +72,12 @@ class Joined(Ranks):
             self.store.compare_set("failure", "", word)
             if self.first:
                 self.store.set("said", "yes")
-            elif said and self._word("said", 5.0) is None:  # the first is gone: of the others one speaks
-                speaks = self.store.add("speaker", 1) == 1
+                for rank in range(1, self.size):  # the store may end with this process: the others come first
+                    self._word(f"left-{rank}", 5.0)
+            else:
+                if self.lost and self._word("said", 5.0) is None:  # the first is gone: of the others one speaks
+                    speaks = self.store.add("speaker", 1) == 1
+                self.store.set(f"left-{self.rank}", "yes")
         except dist.DistError:  # the store was in the process that is gone
             speaks = self.rank == 1
         if said and not speaks:
@@ -103,8 +110,8 @@ class Joined(Ranks):
                     break
         except dist.DistError:
             pass
-        if not self.over.wait(8.0):
-            said = self.leave(MemFlowError(self._word("failure", 0.0) or _LOST.format(self.size)))
+        if not self.over.wait(8.0 if self.first else 1.0):
+            said = self.leave(dist.DistError())
             if isinstance(said, MemFlowError):
                 print(f"memflow: {said}", file=sys.stderr, flush=True)
             os._exit(2)
@@ -127,6 +134,7 @@ def meet(device: str | None) -> Iterator[Ranks]:
     )
     ranks = Joined(store)
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")  # of functions that torch renames
         if not ranks.first:
             warnings.simplefilter("ignore", MemFlowWarning)
         try:

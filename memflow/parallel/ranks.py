@@ -73,7 +73,7 @@ class Ranks(Alone):
         """[size, ...]: all processes' x."""
         parts = x.new_empty((self.size, *x.shape))
         if x.numel():
-            dist.all_gather_into_tensor(parts.flatten(0, 1) if x.ndim else parts, x.contiguous())
+            dist.all_gather(list(parts.unbind()), x.contiguous())
         return parts
 
 

@@ -7,11 +7,13 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from together import FACTORY
 
 from memflow.cli import main
 from memflow.errors import MemFlowError
+from memflow.output.video import VideoWriter
 from memflow.stream.chunks import ChunkDriver
 
 
@@ -48,12 +50,13 @@ class Launch:
         assert not late, f"still there after {seconds} s: {self.said('err')}"
         return [process.exitcode for process in self.processes]
 
-    def until(self, path: Path) -> None:
-        """Wait until a file is there."""
-        end = time.monotonic() + 120
-        while not path.exists():
+    def until(self, path: Path, times: int = 1) -> None:
+        """Wait until a file has been put there so many times."""
+        end, seen = time.monotonic() + 120, set()
+        while len(seen) < times:
             assert time.monotonic() < end and all(p.is_alive() for p in self.processes), self.said("err")
-            time.sleep(0.02)
+            seen |= {path.stat().st_ino} if path.exists() else set()
+            time.sleep(0.005)
 
     def said(self, stream: str) -> list[str]:
         """What every process wrote, stream: out or err."""
@@ -61,8 +64,24 @@ class Launch:
         return [path.read_text() if path.exists() else "" for path in paths]
 
 
+def written(film: Path) -> np.ndarray:
+    """All frames [T, 32, 32, 3] that were given to the film, before they were compressed: that makes one grey level of
+    difference many."""
+    return np.fromfile(film.with_suffix(".frames"), np.uint8).reshape(-1, 32, 32, 3)
+
+
+def _recorded(write):
+    def recorded(video, frames):
+        with video.path.with_suffix(".frames").open("ab") as file:
+            file.write(frames.tobytes())
+        return write(video, frames)
+
+    return recorded
+
+
 def _main(arguments: list[str], place: dict[str, str], folder: Path, spoilt: bool) -> None:
     os.environ |= place
+    VideoWriter.write = _recorded(VideoWriter.write)
     torch.set_num_threads(1)
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(folder / f"{name}-{place['RANK']}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)

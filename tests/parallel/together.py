@@ -22,14 +22,14 @@ FACTORY = multiprocessing.get_context("forkserver")
 FACTORY.set_forkserver_preload(["benchmarks.untrained", "memflow.stream.pipeline", "torch.distributed.device_mesh"])
 
 
-def pipeline(heads: int = 4, head_dim: int = 12, dtype: torch.dtype = torch.float32) -> MemFlowPipeline:
+def pipeline(heads: int = 4) -> MemFlowPipeline:
     """The untrained pipeline with a smaller transformer, the same every time."""
     pipe = noise_pipeline()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        sizes = {"num_attention_heads": heads, "attention_head_dim": head_dim, "num_layers": 2, "ffn_dim": 64}
+        sizes = {"num_attention_heads": heads, "attention_head_dim": 12, "num_layers": 2, "ffn_dim": 64}
         channels = {name: pipe.transformer.config[name] for name in ("in_channels", "out_channels", "text_dim")}
-        pipe.transformer = WanTransformer3DModel(**sizes, **channels).eval().to(dtype)
+        pipe.transformer = WanTransformer3DModel(**sizes, **channels).eval()
         for block in pipe.transformer.blocks:  # keys that differ, so that heads choose and prompts call
             for norm in (block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q, block.attn2.norm_k):
                 torch.nn.init.normal_(norm.weight, 2.0, 0.5)
