@@ -121,7 +121,7 @@ class FrameMemory:
 
     Raises:
         ValueError: relative positions for keys that do not turn.
-        MemFlowError: an activation_block that does not divide a frame, or processes that do not divide heads and tokens.
+        MemFlowError: an activation_block that does not divide a frame; processes that do not divide heads and tokens.
     """
 
     extra_slots = 0

@@ -66,7 +66,7 @@ class FramePool:
     @property
     def nbytes(self) -> int:
         """What all of it takes."""
-        return sum(tensor.nbytes for tensor in self.state_dict().values()) + self.block_mean.nbytes
+        return sum(tensor.nbytes for tensor in self.buffers().values()) + self.block_mean.nbytes
 
     @property
     def first_extra_slot(self) -> int:

@@ -7,8 +7,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import together
 from films import decode
@@ -139,3 +141,28 @@ def test_torchrun(tmp_path):
     assert "storybook on 2 x cpu" in error
     shared, alone = decode(tmp_path / "shared.mp4"), decode(tmp_path / "alone.mp4")
     assert len(shared) == len(alone) and alike(shared, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", ["a process", "torchrun"])
+def test_torchrun_ends_all(tmp_path, signalled):
+    """torchrun stops the others with SIGTERM when one has been killed: what is said and kept is the same."""
+    film, state = tmp_path / "film.mp4", tmp_path / "state"
+    story = ["generate", "-p", "bo, a red ball, jumps.", "--seconds-per-prompt", "600", "--device", "cpu"]
+    launcher = torchrun(2, *story, "-o", film, "--save-state", state, "--save-every", "1")
+    deadline = time.monotonic() + 120
+    while not state.exists():
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    if signalled == "torchrun":
+        launcher.terminate()
+    else:
+        children = psutil.Process(launcher.pid).children()
+        next(child for child in children if child.environ().get("RANK") == "1").kill()
+    _, error = launcher.communicate(timeout=60)
+    said = [line for line in error.splitlines() if line.startswith("memflow:")]
+    expected = ["one of the 2 processes has ended without a word"] if signalled == "a process" else []
+    assert len(said) == len(expected) and all(text in line for text, line in zip(expected, said, strict=True)), error
+    made = decode(film)
+    assert main(["generate", "--resume", str(state), "-o", str(film), "--device", "cpu", "--chunks", "1"]) == 0
+    assert len(decode(film)) <= len(made) + 3

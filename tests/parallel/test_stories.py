@@ -15,10 +15,11 @@ MEMORIES = {
     "oracle": {"policy": "oracle"},
     "none": {"policy": "none"},
 }
+ACTIVATED = {"dense": {}, "top-2": {"top_k": 2}, "blocks": {"activation_block": 4, "activated": 0.4, "query_block": 8}}
 WAYS = {
-    f"{positions}-{top_k or 'dense'}": {"positions": positions, "top_k": top_k}
+    f"{positions}-{name}": {"positions": positions, **activated}
     for positions in ("absolute", "relative")
-    for top_k in (None, 2)
+    for name, activated in ACTIVATED.items()
 }
 ALL = {f"{policy}-{way}": memory | WAYS[way] for policy, memory in MEMORIES.items() for way in WAYS}
 ALL |= {
@@ -27,9 +28,10 @@ ALL |= {
     "one-vote": {"layers": "mean", "held_frames": 5},
     "published": {"published_mode": "interactive", "record_interval": 3, "top_k": 3},
 }
-# Each policy in one way, and each way twice.
-SOME = [f"{policy}-{list(WAYS)[number % 4]}" for number, policy in enumerate(MEMORIES)]
-SOME += ["softmax", "bank-alone", "one-vote", "published"]
+ALL |= {f"coverage-{way}": {"recall": "coverage", "policy": "archive"} | WAYS[way] for way in WAYS}
+# Each policy in one way, and each way at least once.
+SOME = [f"{policy}-{list(WAYS)[number % len(WAYS)]}" for number, policy in enumerate(MEMORIES)]
+SOME += ["softmax", "bank-alone", "one-vote", "published", "coverage-relative-blocks"]
 
 
 def told(memories: dict[str, dict], shared: bool) -> dict:
@@ -75,7 +77,7 @@ def test_two_processes():
 
 
 def test_four_processes():
-    check(4, {name: ALL[name] for name in ("prompt-relative-2", "archive-absolute-dense", "softmax")})
+    check(4, {name: ALL[name] for name in ("prompt-relative-blocks", "archive-absolute-top-2", "softmax")})
 
 
 @pytest.mark.slow
