@@ -112,7 +112,7 @@ class Stream(Iterator[Chunk]):
             try:
                 if switched:
                     with self._timed("text"):
-                        embeds, mask = self.ranks.from_first(lambda: self._encode(texts))
+                        embeds, mask = self._encode(texts) if self.ranks.size == 1 else self._encoded_by_first(texts)
                     with self._timed("loop"):
                         self.driver.prompt(embeds, mask)
                 with self._timed("loop"):
@@ -181,6 +181,10 @@ class Stream(Iterator[Chunk]):
         if not self.ranks.first:
             self.plan = Plan.from_dict(plan)
         return entry
+
+    def _encoded_by_first(self, texts: Sequence[str]) -> list[Tensor]:
+        """As `_encode`, on the CPU: devices have other numbers in other processes."""
+        return self.ranks.from_first(lambda: [part.cpu() for part in self._encode(texts)])
 
     def _no_frames(self) -> Tensor:
         return torch.empty((len(self.seeds), 0, self.height, self.width, 3), dtype=torch.uint8)

@@ -89,7 +89,7 @@ def test_a_killed_process_ends_all_with_one_message(story, whole, tmp_path, vict
     assert 36 <= len(decode(film)) <= len(made) + 12
 
 
-@pytest.mark.parametrize("target", [0, 1])
+@pytest.mark.parametrize("target", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sigterm_to_one_ends_all_after_the_chunk(story, whole, tmp_path, target):
     film, state = tmp_path / "film.mp4", tmp_path / "state"
     launch = Launch(2, [*story, "--seconds-per-prompt", "600", "-o", film, "--save-state", state], tmp_path)

@@ -25,6 +25,7 @@ FACTORY.set_forkserver_preload(["benchmarks.untrained", "memflow.stream.pipeline
 def pipeline(heads: int = 4) -> MemFlowPipeline:
     """The untrained pipeline with a smaller transformer, the same every time."""
     pipe = noise_pipeline()
+    pipe.register_to_config(denoising_steps=[1000, 500])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         sizes = {"num_attention_heads": heads, "attention_head_dim": 12, "num_layers": 2, "ffn_dim": 64}
