@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
-from benchmarks.untrained import noise_pipeline
+from memflow_bench.untrained import noise_pipeline
 from memflow import MemFlowPipeline
 
 STORY = ("a red boat", "an owl in the fog", "the red boat again", "two foxes", "an owl")
 SMALL = {"seconds_per_prompt": 6 * 0.75, "height": 32, "width": 32}
 # A process that has imported all of it makes the others, by forking: they start at once.
 FACTORY = multiprocessing.get_context("forkserver")
-FACTORY.set_forkserver_preload(["benchmarks.untrained", "memflow.stream.pipeline", "torch.distributed.device_mesh"])
+FACTORY.set_forkserver_preload(["memflow_bench.untrained", "memflow.stream.pipeline", "torch.distributed.device_mesh"])
 
 
 def pipeline(heads: int = 4) -> MemFlowPipeline:
