@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
-from memflow_bench.untrained import noise_pipeline
 from memflow import MemFlowPipeline
+from memflow_bench.untrained import noise_pipeline
 
 STORY = ("a red boat", "an owl in the fog", "the red boat again", "two foxes", "an owl")
 SMALL = {"seconds_per_prompt": 6 * 0.75, "height": 32, "width": 32}
