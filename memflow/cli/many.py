@@ -22,6 +22,7 @@ from memflow.cli.story import Story, check_settings, read_stories, settings
 from memflow.errors import MemFlowError
 from memflow.output import check_writable
 from memflow.output.video import check_output
+from memflow.parallel import launched
 from memflow.tellers.pool import Carrier, Event, Processes, Worker, tell
 from memflow.tellers.records import FOLDER, Task, is_done
 
@@ -59,6 +60,8 @@ def _check(request: Request) -> None:
     """MemFlowError for what can be seen to be wrong in the options."""
     if request.story is None or request.output is None:
         raise MemFlowError("--jobs and --ray need a file of stories, and -o FOLDER for their films")
+    if launched():
+        raise MemFlowError("--jobs and --ray start processes of their own: not under torchrun, whose make one story")
     given = [request.written(name) for name in _ALONE if getattr(request, name)]
     if given:
         raise MemFlowError(f"{', '.join(given)}: for one story, not with --jobs and --ray")
