@@ -16,7 +16,9 @@ class Case:
 
     grid: token rows and columns of a frame. chunk: frames denoised together. sink, bank, window: frames attended to,
     the chunk part of the window. top_k: candidates (bank + sink) that each head attends to. layers, ffn: of the whole
-    model. sweep: what grows along the cases that share it, and otherwise is like its base.
+    model. sweep: what grows along the cases that share it, and otherwise is like its base. activation_block: tokens of
+    the blocks that heads choose, of which top_k counts then; 0: whole frames. A case with one is for the workload
+    "layer" and our providers.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Case:
     text_tokens: int
     layers: int
     ffn: int
+    activation_block: int = 0
     about: str = ""
     sweep: str = ""
     like: str = ""
@@ -59,9 +62,16 @@ class Case:
         """Frames that dense attention sees."""
         return self.candidates + self.window
 
-    def attended(self, activated: bool) -> int:
-        """Frames that each head sees."""
-        return self.window + min(self.top_k, self.candidates) if activated else self.frames
+    @property
+    def block(self) -> int:
+        """Tokens that a head chooses together."""
+        return self.activation_block or self.tokens
+
+    def attended_keys(self, activated: bool) -> int:
+        """Keys that each head sees."""
+        if not activated:
+            return self.frames * self.tokens
+        return self.window * self.tokens + min(self.top_k * self.block, self.candidates * self.tokens)
 
 
 SWEEPS = {
@@ -72,7 +82,8 @@ SWEEPS = {
     "streams": "batch",
 }  # what grows
 TEXTS = ("name", "about", "sweep", "like")
-SIZES = tuple(field.name for field in fields(Case) if field.name not in TEXTS)
+OPTIONAL = ("activation_block",)
+SIZES = tuple(field.name for field in fields(Case) if field.name not in (*TEXTS, *OPTIONAL))
 
 
 @functools.cache
@@ -113,11 +124,11 @@ def read_cases(file: Path, known: dict[str, Case]) -> dict[str, Case]:
 
 def _checked(file: Path, name: str, entry: dict) -> Case:
     where = f"{file}, case {name!r}"
-    unknown = sorted(set(entry) - set(SIZES) - set(TEXTS[1:]))
+    unknown = sorted(set(entry) - set(SIZES) - set(OPTIONAL) - set(TEXTS[1:]))
     missing = [size for size in SIZES if size not in entry]
     if unknown or missing:
         wrong = f"no field {', '.join(unknown)}" if unknown else f'needs {", ".join(missing)}, or "like": another case'
-        raise ValueError(f"{where}: {wrong}; fields: {', '.join((*SIZES, *TEXTS[1:]))}")
+        raise ValueError(f"{where}: {wrong}; fields: {', '.join((*SIZES, *OPTIONAL, *TEXTS[1:]))}")
     for size in SIZES:
         value = list(entry[size]) if isinstance(entry[size], tuple) else entry[size]
         numbers = value if size == "grid" else [value]
@@ -130,6 +141,10 @@ def _checked(file: Path, name: str, entry: dict) -> Case:
         raise ValueError(
             f"{where}: sweep is {entry['sweep']!r}; needed: one of {', '.join(SWEEPS)}, and what it is like"
         )
+    block = entry.get("activation_block", 0)
+    tokens = entry["grid"][0] * entry["grid"][1]
+    if type(block) is not int or block < 0 or (block and tokens % block):
+        raise ValueError(f"{where}: activation_block is {block!r}; needed: a divisor of the {tokens} tokens of a frame")
     if entry["window"] < entry["chunk"]:
         raise ValueError(f"{where}: window is {entry['window']}; needed: at least the chunk, {entry['chunk']}")
     return Case(name=name, **{**entry, "grid": tuple(entry["grid"])})

@@ -11,13 +11,13 @@ from .cases import Case
 
 def attention_flops(case: Case, activated: bool) -> int:
     """Two products, logits and outputs, over the keys that each head attends to."""
-    keys = case.attended(activated) * case.tokens
+    keys = case.attended_keys(activated)
     return 4 * case.batch * case.heads * case.queries * keys * case.head_dim
 
 
 def attention_bytes(case: Case, activated: bool, size: int) -> int:
     """Queries in, outputs out, and the K and V that each head attends to; `size`: bytes of an element."""
-    keys = case.attended(activated) * case.tokens
+    keys = case.attended_keys(activated)
     return size * case.batch * case.dim * (2 * case.queries + 2 * keys)
 
 

@@ -55,11 +55,11 @@ def definition(case: Case) -> dict:
 
 
 def export(folder: Path, cases: Iterable[Case]) -> list[Path]:
-    """Write one file per case; cases that differ in batch alone share one."""
+    """Write one file per case; cases that differ in batch alone share one, those with blocks are of whole layers."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for case in cases:
-        if case.sweep == "streams":
+        if case.sweep == "streams" or case.activation_block:
             continue
         content = definition(case)
         paths.append(folder / f"{content['name']}.json")

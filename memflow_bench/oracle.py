@@ -66,8 +66,9 @@ def layer_rows(state: LayerState, updated: bool = False) -> Tensor:
     new_value = state.value.double().unflatten(2, (case.heads, -1))
     key, value = held_for_chunk(state, updated)
     key, value = torch.cat([key, new_key], dim=1), torch.cat([value, new_value], dim=1)
-    seen = choose(query, key, case.tokens, case.candidates, state.top_k)
-    return attend_rows(query[:, sample_rows(case.queries)], key, value, seen, case.tokens)
+    candidates = case.candidates * case.tokens // case.block
+    seen = choose(query, key, case.block, candidates, state.top_k)
+    return attend_rows(query[:, sample_rows(case.queries)], key, value, seen, case.block)
 
 
 def held_for_chunk(state: LayerState, updated: bool) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ def our_memory(state: LayerState, layers: int = 1) -> tuple[FrameMemory, Pass]:
         sink_frames=case.sink,
         window_frames=case.window,
         bank_frames=case.bank,
-        top_k=state.top_k,
+        **_activation(state),
     )
     sizes = {"layers": layers, "batch": case.batch, "heads": case.heads, "head_dim": case.head_dim, "grid": case.grid}
     memory = make_memory(config, **sizes, dtype=key.dtype, device=key.device)
@@ -112,11 +112,20 @@ def our_memory(state: LayerState, layers: int = 1) -> tuple[FrameMemory, Pass]:
     for buffer, held in ((pool.key, state.held_key), (pool.value, state.held_value)):
         buffer.unflatten(2, (-1, case.tokens))[:, :, slots] = held
     pool.frame_mean.copy_(frame_means(pool.key.flatten(0, 1), case.tokens).view_as(pool.frame_mean))
+    pool.average_blocks()
     memory.bank_used = case.bank
     memory.shown[:] = torch.arange(case.sink, case.sink + case.bank, device=key.device)
     text = state.text_key.expand(layers, *state.text_key.shape)
     prompt = Prompt(text, text, torch.ones(text.shape[1:3], dtype=torch.bool, device=key.device))
     return memory, memory.pass_over(state.start_frame, case.chunk, prompt)
+
+
+def _activation(state: LayerState) -> dict[str, int | None]:
+    """As MemoryConfig says it."""
+    block = state.case.activation_block
+    if state.top_k is None or not block:
+        return {"top_k": state.top_k}
+    return {"activated": state.top_k * block, "activation_block": block}
 
 
 def published_layer(state: LayerState) -> PublishedLayer:

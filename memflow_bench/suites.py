@@ -80,7 +80,9 @@ def kernels(gpu: bool, backends: tuple[str, ...]) -> list[Experiment]:
 def streams(gpu: bool, backends: tuple[str, ...]) -> list[Experiment | StreamExperiment]:
     if not gpu:
         small = case("quarter")
-        whole = [Experiment("layer", case("wan-1.3b-480p"), dtype, budget=150) for dtype in ("float32", "bfloat16")]
+        dtypes, ours = ("float32", "bfloat16"), tuple(f"ours ({backend})" for backend in backends)
+        whole = [Experiment("layer", case("wan-1.3b-480p"), dtype, budget=150) for dtype in dtypes]
+        whole += [Experiment("layer", case("wan-1.3b-480p-rows"), "float32", budget=90, only=ours)]
         told = [StreamExperiment(case("toy"), budget=60), StreamExperiment(small, without_memory=True, budget=60)]
         return [*whole, Experiment("chunk", small, "float32", budget=30), *told]
     base = case("wan-1.3b-480p")

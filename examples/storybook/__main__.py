@@ -79,7 +79,7 @@ def evaluate(
 
     Results are written as they come; started again with the same FILE it goes on.
     """
-    from examples.storybook import recall, report, retrieval, told
+    from examples.storybook import recall, recall_report, report, retrieval, told
     from examples.storybook.evaluate import run
     from examples.storybook.results import Results
     from examples.storybook.rules import RULES
@@ -114,6 +114,8 @@ def evaluate(
         results = Results(out, f"{command} --first-seed {first_seed} -o {out.name}", say=typer.echo)
         measured = retrieval.run if name == "retrieval" else told.RUNS[name]
         measured(pipeline, results, stories=stories, seeds=chosen_seeds, labels=memory or known)
+    out.with_suffix(".md").write_text(recall_report.table(results.lines))
+    recall_report.plot(results.lines, out.with_suffix(".png"))
 
 
 @app.command()

@@ -169,7 +169,7 @@ class Telling:
             begin = time.perf_counter()
             chunk = next(stream)  # of a scene the first chunk counts
             self.seconds += time.perf_counter() - begin
-            if scene in first.meetings or scene in first.returns:
+            if self.chunks > 1 or scene in first.meetings or scene in first.returns:
                 self.seen[scene], self.landmarks[scene] = measure_latents(pipeline.vae, chunk.latents)
             if scene in first.returns:
                 self._note_hits(stream.snapshot(), scene)

@@ -103,15 +103,15 @@ def training_script(random: np.random.Generator, chunks: int) -> Script:
 
 @dataclass(frozen=True)
 class Trial:
-    """The script of a story of scenes of equal length, and what is asked of it.
+    """The script of a story of one chunk per scene, and what is asked of it.
 
     A first scene that the sink holds; four meetings, of a character in a place each; `between` scenes of others; four
-    returns, of every one of these characters to another one's place. chunks: of a scene.
+    returns, of every one of these characters to another one's place.
     """
 
     script: Script
     between: int
-    chunks: int = 1
+    chunks = 1
 
     @property
     def meetings(self) -> range:
@@ -133,24 +133,70 @@ class Trial:
         """Numbers of the past frames, first ones of a chunk, that show the scene's character or place."""
         wanted = self.script.scenes[scene]
         past = self.script.scenes[:scene]
-        scenes = [i for i, s in enumerate(past) if s.name == wanted.name or s.place == wanted.place]
-        return [(i * self.chunks + chunk) * CHUNK for i in scenes for chunk in range(self.chunks)]
+        return [i * CHUNK for i, s in enumerate(past) if s.name == wanted.name or s.place == wanted.place]
 
 
-def recall_trial(random: np.random.Generator, between: int, chunks: int = 1) -> Trial:
-    """A random trial of scenes of `chunks` chunks; there are at least 2 chunks between, or in the last meeting where
-    nothing is between, so that nothing that returns is in the window."""
-    if max(1, between) * chunks < 2:
+def recall_trial(random: np.random.Generator, between: int) -> Trial:
+    """A random trial; `between` is at least 2, so that nothing that returns is in the window."""
+    if between < 2:
         raise ValueError(f"between must be at least 2, or the window may still show what returns, got {between}")
     looks, landmarks = random_cast(random)
     names, places = random.permutation(len(NAMES)).tolist(), random.permutation(len(PLACES)).tolist()
 
     def scene(name: int, place: int) -> Scene:
-        return Scene(name, place, int(random.integers(len(ACTIONS))), chunks)
+        return Scene(name, place, int(random.integers(len(ACTIONS))), 1)
 
     others, elsewhere = (names[0], names[-1]), (places[0], places[-1])
     scenes = [scene(names[0], places[0])]
     scenes += [scene(names[i], places[i]) for i in range(1, 1 + _MET)]
     scenes += [scene(int(random.choice(others)), int(random.choice(elsewhere))) for _ in range(between)]
     scenes += [scene(names[i], places[i % _MET + 1]) for i in range(1, 1 + _MET)]
-    return Trial(Script(scenes, looks, landmarks), between, chunks)
+    return Trial(Script(scenes, looks, landmarks), between)
+
+
+@dataclass(frozen=True)
+class Wandering:
+    """The script of a story in which anybody may be anywhere, often more than once, and what is asked of it.
+
+    Its last `returned` scenes are returns: of a character to a place where it never was, with neither in the sink nor
+    in the window. chunks: of a scene.
+    """
+
+    script: Script
+    returned: int
+    chunks: int
+
+    @property
+    def returns(self) -> range:
+        return range(len(self.script.scenes) - self.returned, len(self.script.scenes))
+
+    @property
+    def meetings(self) -> list[int]:
+        """The scenes where a character is introduced."""
+        names = [scene.name for scene in self.script.scenes]
+        return [i for i, name in enumerate(names) if name not in names[:i]]
+
+    def met_at(self, scene: int) -> tuple[int, int]:
+        """The scenes where the character and where the place of `scene` came first."""
+        wanted = self.script.scenes[scene]
+        names = [i for i, told in enumerate(self.script.scenes) if told.name == wanted.name]
+        places = [i for i, told in enumerate(self.script.scenes) if told.place == wanted.place]
+        return names[0], places[0]
+
+
+def wandering(random: np.random.Generator, scenes: int, returned: int, chunks: int) -> Wandering:
+    """A random story; chunks is at least 2, so that the window shows no more than the scene before."""
+    if chunks < 2:
+        raise ValueError(f"chunks must be at least 2, or the window shows more than one scene, got {chunks}")
+    looks, landmarks = random_cast(random)
+    every = [(name, place) for name in range(len(NAMES)) for place in range(len(PLACES))]
+    told: list[tuple[int, int]] = []
+    while len(told) < scenes:
+        if len(told) < scenes - returned:
+            fitting = [pair for pair in every if not told or pair != told[-1]]
+        else:
+            met = [{pair[i] for pair in told} - {told[0][i], told[-1][i]} for i in (0, 1)]
+            fitting = [pair for pair in every if pair[0] in met[0] and pair[1] in met[1] and pair not in told]
+        told = [*told, fitting[int(random.integers(len(fitting)))]] if fitting else []  # no return fits: once more
+    made = [Scene(name, place, int(random.integers(len(ACTIONS))), chunks) for name, place in told]
+    return Wandering(Script(made, looks, landmarks), returned, chunks)

@@ -13,7 +13,7 @@ from examples.storybook.drawing import PLACES
 from examples.storybook.recall import Setting, Telling, Undecoded, measure_latents, most
 from examples.storybook.results import Results
 from examples.storybook.rules import BETTER, RULES, TODAY
-from examples.storybook.stories import CHUNK, LENGTHS, Scene, Script, random_cast, recall_trial
+from examples.storybook.stories import CHUNK, LENGTHS, Scene, Script, random_cast, recall_trial, wandering
 from examples.storybook.world import ACTIONS, NAMES
 
 COMPARED = ("colour", "shape", "landmark", "scene", "action")
@@ -34,12 +34,12 @@ def tell_returns(
     """Stories of nine scenes of `chunks` chunks; of each seed `stories`, in one batch."""
     for seed in seeds:
         for label in rules:
-            about = {"part": "generated", "stories": f"scenes of {chunks}", "count": stories, "seed": seed}
+            about = {"part": "generated", "stories": f"9 scenes of {chunks}", "count": stories, "seed": seed}
             about |= {"held": held, "rule": label}
             if about in results:
                 continue
             random = np.random.default_rng([seed, chunks, 9])
-            trials = [recall_trial(random, 0, chunks) for _ in range(stories)]
+            trials = [wandering(random, 9, 4, chunks) for _ in range(stories)]
             changes = {"policy": "archive"} if held == "archive" else {"held_frames": int(held)}
             rule = RULES[label]
             setting = Setting(label, {**changes, "recall": rule.recall, "scene_frame": rule.scene_frame})

@@ -19,6 +19,7 @@ from memflow.cli.options import Request
 from memflow.cli.story import Job, jobs, settings
 from memflow.errors import MemFlowError
 from memflow.output.video import VideoWriter
+from memflow.parallel import Alone, joined
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Film:
     wall: seconds."""
 
     job: Job
-    video: VideoWriter
+    video: VideoWriter | Unseen
     before: int
     stop: int | None
     length: int
@@ -58,23 +59,47 @@ class Film:
         self.saved = stream.position
 
 
+class Unseen:
+    """The video in a process that makes a story with others and is not the one that writes it."""
+
+    frames = checksum = 0
+
+    def __init__(self, fps: float):
+        self.fps = fps
+
+    def __enter__(self) -> Unseen:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def write(self, frames: object) -> None:
+        pass
+
+
 def generate(request: Request) -> int:
     """Make the videos of `request`; returns the exit code, 0 or (after Ctrl-C) 130. MemFlowError says what is wrong."""
-    todo = jobs(request)
-    console = Console(stderr=True, highlight=False, markup=False)
-    films: list[Film] = []
-    try:
-        with Interrupt() as interrupt:
-            _run(request, todo, films, console, interrupt)
-    except KeyboardInterrupt as stopped:
-        _say(console, "; ".join(["stopped at once", *filter(None, stopped.args)]))
-        return 130
-    finally:
-        _show(films)
+    with joined(request.device) as ranks:
+        todo = ranks.from_first(lambda: jobs(request))
+        console = Console(stderr=True, highlight=False, markup=False, quiet=not ranks.first)
+        films: list[Film] = []
+        try:
+            with Interrupt(shared=ranks.size > 1) as interrupt:
+                _run(request, todo, films, console, interrupt, ranks)
+        except KeyboardInterrupt as stopped:
+            _say(console, "; ".join(["stopped at once", *filter(None, stopped.args)]))
+            if ranks.size > 1:  # the others wait for this one
+                raise SystemExit(130) from None
+            return 130
+        finally:
+            if ranks.first:
+                _show(films)
     return 130 if films[-1].interrupted else 0
 
 
-def _run(request: Request, todo: list[Job], films: list[Film], console: Console, interrupt: Interrupt) -> None:
+def _run(
+    request: Request, todo: list[Job], films: list[Film], console: Console, interrupt: Interrupt, ranks: Alone
+) -> None:
     """Load the model and make one film after the other, up to Ctrl-C; those that are done are added to `films`."""
     with console.status("loading"):
         import torch
@@ -83,7 +108,10 @@ def _run(request: Request, todo: list[Job], films: list[Film], console: Console,
 
         pipe, device, about = loading.load(request, todo[0].state)
         with loading.backend(request.backend, device):
-            _prepare(pipe, [prompt for job in todo if job.story for prompt in job.story.prompts])
+            if ranks.size > 1:
+                pipe.enable_parallelism()
+            if ranks.first:
+                _prepare(pipe, [prompt for job in todo if job.story for prompt in job.story.prompts])
     model, dtype = request.model or todo[0].state.get("model", "storybook"), about["dtype"]
     with loading.backend(request.backend, device):
         for number, job in enumerate(todo, start=1):
@@ -92,17 +120,23 @@ def _run(request: Request, todo: list[Job], films: list[Film], console: Console,
             film = None
             try:
                 stream = _stream(pipe, job, request)
-                _say(console, f"{title}: {model} on {device}, {dtype}", style="dim")
+                where = f"{ranks.size} x {device.type}" if ranks.size > 1 else device
+                _say(console, f"{title}: {model} on {where}, {dtype}", style="dim")
                 film = _film(stream, job, request, console)
                 _make(film, stream, request, extra, title, console, interrupt)
                 del stream  # its memory makes room for that of the next one
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(film.kept() if film else "") from None
-            except (MemFlowError, MemoryError, torch.OutOfMemoryError) as error:
-                less = f"{'--held, ' if request.held else ''}--height and --width can be less"
-                short = "" if isinstance(error, MemFlowError) else f"{device} is out of memory, {less}: "
+            except Exception as error:
+                if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                    less = f"{'--held, ' if request.held else ''}--height and --width can be less"
+                    said = f"{device} is out of memory, {less}: {error}"
+                else:
+                    said = str(error) if isinstance(error, MemFlowError) else ranks.why(error)
+                if said is None:
+                    raise
                 kept = f" ({film.kept()})" if film and film.kept() else ""
-                raise MemFlowError(f"{short}{error}{kept}") from error
+                raise MemFlowError(f"{said}{kept}") from error
             films.append(film)
             if film.interrupted:
                 return
@@ -119,7 +153,8 @@ def _stream(pipe, job: Job, request: Request):
 
     if job.story is None:
         stream = pipe.resume(request.resume)
-        _prepare(pipe, [text for texts, _ in stream.plan.queue for text in texts])
+        if pipe.ranks.first:
+            _prepare(pipe, [text for texts, _ in stream.plan.queue for text in texts])
         return stream
     return pipe.stream(
         job.story.prompts,
@@ -134,7 +169,9 @@ def _stream(pipe, job: Job, request: Request):
 
 def _film(stream, job: Job, request: Request, console: Console) -> Film:
     """The film that `stream` makes: a new one, or one that goes on."""
-    if job.story is not None or not job.output.exists():
+    if not stream.ranks.first:
+        video = Unseen(stream.pipeline.fps)
+    elif job.story is not None or not job.output.exists():
         video = VideoWriter(job.output, stream.pipeline.fps)
         if job.story is None:
             rest = f"it will hold the rest alone, from chunk {stream.position + 1} on"
@@ -151,12 +188,17 @@ def _make(
 ) -> None:
     """Run `stream` into its video until its end, --chunks or Ctrl-C."""
     video, fps, loop_before = film.video, stream.pipeline.fps, stream.timings["loop"]
-    report = new_report(film.job.name, stream) if film.job.report else None
-    lines = Lines() if request.live else None
+    ranks = stream.ranks
+    lines = Lines() if request.live and ranks.first else None
+    report = None
+    if film.job.report and ranks.first:
+        from memflow.output.report import MemoryReport
+
+        report = MemoryReport.of(stream, film.job.name)
     with ExitStack() as stack:
         stack.enter_context(video)
         if report is not None:
-            stack.push(lambda kind, *_: draw(report, film.job.report, kind is not None))
+            stack.push(lambda kind, *_: _draw(report, film.job.report, kind is not None))
         bar = stack.enter_context(_progress(console))
         task = bar.add_task(shown(title), total=len(stream), completed=stream.position, rate="")
         interrupt.notify = lambda: bar.console.print("stopping after this chunk; once more stops at once")
@@ -166,7 +208,7 @@ def _make(
         writer, writing = stack.enter_context(ThreadPoolExecutor(1)), Future()
         stack.callback(lambda: wait([writing]))
         writing.set_result(None)
-        while stream.position != film.stop and not interrupt.requested:
+        while stream.position != film.stop and not ranks.any(interrupt.requested):
             if lines is not None:
                 lines.hand_over(stream, lambda said: bar.console.print(shown(said)), lambda: interrupt.requested)
             chunk = next(stream, None)
@@ -178,8 +220,9 @@ def _make(
                 line.truncate(bar.console.width, overflow="ellipsis")
                 bar.console.print(line, style="dim")
             writing = writer.submit(video.write, chunk.frames[0].numpy())
+            snapshot = stream.snapshot() if film.job.report else None
             if report is not None:
-                report.add(chunk, stream.snapshot())
+                report.add(chunk, snapshot)
             film.size = tuple(chunk.frames.shape[2:4])
             if request.save_every and stream.position % request.save_every == 0:
                 writing.result()
@@ -194,33 +237,7 @@ def _make(
             film.save(stream, extra)
 
 
-def new_report(name: str, stream):
-    """A report of what `stream` remembers, to be filled."""
-    from memflow.output.report import MemoryReport
-
-    config = stream.config
-    held = "" if config.held_frames is None else f", {config.held_frames} held"
-    recall = "" if config.recall == "relevance" else f", shown by {config.recall}"
-    recall += "" if config.scene_frame == "any" else f", {config.scene_frame} of a scene"
-    facts = [
-        f"memory: {'published' if config.published_mode else config.policy}{held}{recall}",
-        f"sink {config.sink_frames}, window {config.window_frames}, bank {config.bank_frames} latent frames",
-        f"every head attends to {_attended(config)} of sink and bank",
-        f"seed {stream.seeds[0]}",
-    ]
-    title = name.replace("-", " ").replace("_", " ")
-    return MemoryReport(title, fps=stream.pipeline.fps, subtitle="   ·   ".join(facts))
-
-
-def _attended(config) -> str:
-    blocks = "" if config.activation_block is None else f" in blocks of {config.activation_block} tokens"
-    if config.activated is None:
-        return "all" if config.top_k is None else f"{config.top_k}{blocks and ' frames'}{blocks}"
-    amount = f"{config.activated:.0%}" if isinstance(config.activated, float) else f"{config.activated} tokens"
-    return amount + blocks
-
-
-def draw(report, path: Path, failed: bool) -> None:
+def _draw(report, path: Path, failed: bool) -> None:
     """Also when the run ends early, if there is anything to draw; what ended it is more important then."""
     try:
         if len(report):

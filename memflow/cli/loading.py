@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,10 +18,10 @@ from memflow.cli.options import lasting
 from memflow.decoders import use_decoder
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
-from memflow.memory.policies import POLICIES
 from memflow.models.wan.encoder_files import encoder_digest, prompt_folder
 from memflow.models.wan.published import find_preset
 from memflow.models.wan.text import PromptCache
+from memflow.parallel.joining import own_device
 from memflow_kernels.backends import available_backends, refused, use_backend
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def load(request, known: dict[str, str] | None = None) -> Loaded:
         known: what a saved state says of the model that made it.
     """
     known = known or {}
-    device = choose_device(request.device)
+    device = choose_device(own_device(request.device))
     dtype = choose_dtype(known.get("dtype", request.dtype), device)
     model = request.model or known.get("model", "storybook")
     preset = request.preset or known.get("preset")
@@ -165,10 +164,6 @@ def choose_memory(
     """
     changes = {"held_frames": held, "top_k": top_k, **others}
     changes = {name: value for name, value in changes.items() if value is not None}
-    if "top_k" in changes and "activated" not in changes:  # two words for the same
-        changes["activated"] = None
-    elif "activated" in changes and "top_k" not in changes:
-        changes["top_k"] = None
     bank = trained.bank_frames or MemoryConfig.bank_frames
     try:
         if policy == "published":
@@ -177,7 +172,7 @@ def choose_memory(
                     f"--memory published: the published code has absolute positions, this model {trained.positions}"
                 )
             if trained.published_mode:
-                return replace(trained, **changes)
+                return trained.changed(**changes)
             return MemoryConfig.published(
                 local_frames=trained.sink_frames + trained.window_frames,
                 sink_frames=trained.sink_frames,
@@ -187,10 +182,8 @@ def choose_memory(
             )
         if policy is not None:
             ours = {"held_frames": None, "published_mode": None, "global_sink": True, "bank_frames": bank}
-            if not (held or POLICIES[policy].keeps_all) or not POLICIES[policy].by_relevance():
-                ours |= {"recall": MemoryConfig.recall, "scene_frame": MemoryConfig.scene_frame}
             changes = ours | changes | {"policy": policy}
-        return replace(trained, **changes)
+        return trained.changed(**changes)
     except ValueError as error:
         given = {"memory": policy, "held": held, "top_k": top_k, **others}
         named = [name for name, value in given.items() if value is not None]

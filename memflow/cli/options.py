@@ -1,7 +1,7 @@
 """What the command `memflow` understands; every option stands here once. What is slow to import comes later."""
 
 import inspect
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
@@ -248,6 +248,13 @@ class Request:
 def lasting(model: str) -> str:
     """The name of a model, so that it is found again from another folder."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def with_whole_paths(request):
+    """A request of `generate` or `serve` for processes in other folders."""
+    model = request.model and lasting(request.model)
+    decoder = request.decoder and request.decoder.absolute()
+    return replace(request, model=model, decoder=decoder)
 
 
 def _reads(options: type):

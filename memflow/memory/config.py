@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 
 from memflow.errors import MemFlowError
@@ -180,6 +180,29 @@ class MemoryConfig:
     def keeps_all(self) -> bool:
         """Whether the policy forgets nothing, so that all past frames are held, in host memory."""
         return POLICIES[self.policy].keeps_all
+
+    def changed(self, **changes) -> MemoryConfig:
+        """These settings with others in place of some.
+
+        recall and scene_frame, unless they are given, are "relevance" and "any" where the change leaves them without
+        effect: nothing is held beyond the bank, or the policy shows what it says. Of top_k and activated, which say the
+        same, the one that is given counts.
+
+        Args:
+            changes: fields of `MemoryConfig`.
+
+        Raises:
+            ValueError: a value that cannot be.
+        """
+        policy, held = changes.get("policy", self.policy), changes.get("held_frames", self.held_frames)
+        kind = POLICIES.get(policy)
+        fallen = {}
+        if kind is not None and ((held is None and not kind.keeps_all) or not kind.by_relevance()):
+            fallen = {"recall": type(self).recall, "scene_frame": type(self).scene_frame}
+        for name, other in (("top_k", "activated"), ("activated", "top_k")):
+            if changes.get(name) is not None and other not in changes:
+                fallen[other] = None
+        return replace(self, **fallen | changes)
 
     @classmethod
     def published(

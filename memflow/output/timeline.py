@@ -1,9 +1,9 @@
 """The picture of a `MemoryReport`.
 
-From top to bottom: the film; its prompts; the memory; where the bank's frames come from. In the memory both axes are
-time: along a row runs the life of one remembered chunk, in a column stands all that one new chunk could look back to,
-and faintly what was held besides and not recalled. Prompts too many to stand above their chunks are numbered there and
-listed below.
+From top to bottom: the film; its prompts; the memory; where the bank's frames come from; what each prompt called for
+(called.py). In the memory both axes are time: along a row runs the life of one remembered chunk, in a column stands all
+that one new chunk could look back to, and faintly what was held besides and not recalled. Prompts too many to stand
+above their chunks are numbered there and listed below.
 
 Every colour has one meaning: cold ones are prompts, warm ones relevance, greys the sink and the window.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from memflow.output.called import HEIGHT, draw_called
 from memflow.output.lettering import families
 from memflow.output.prompts import PromptList, Scene, draw_strip, fits, size_in_inches
 
@@ -45,7 +47,8 @@ class Held(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What is drawn of a chunk. thumbnail: JPEG. sink, window: first chunk and end."""
+    """What is drawn of a chunk. thumbnail: JPEG. sink, window: first chunk and end. called: chunks that the bank shows,
+    and the words that called for them."""
 
     index: int
     prompt: str
@@ -53,6 +56,7 @@ class Entry(NamedTuple):
     bank: list[Held]
     sink: tuple[int, int]
     window: tuple[int, int]
+    called: Sequence[tuple[int, str]] = ()
 
 
 class Timeline:
@@ -69,11 +73,13 @@ class Timeline:
     def draw(self) -> Figure:
         """The whole picture."""
         strip, list_height = (0.3, self._list.height) if self._list else (1.0, 0.0)  # inches, as all here
-        height = 10.0 + strip + list_height
+        called = {entry.index: entry.called for entry in self._entries if entry.called}
+        called_height = HEIGHT if called else 0.0
+        height, below = 10.0 + strip + called_height + list_height, called_height + list_height
         figure = Figure(figsize=(13, height), facecolor="white")
         rows = figure.add_gridspec(
             4, 2, height_ratios=(0.85, strip, 6.6, 0.8), width_ratios=(0.9, 12), left=0.045, right=0.975,
-            top=1 - 0.935 / height, bottom=(0.6 + list_height) / height, hspace=0.06, wspace=0.012,
+            top=1 - 0.935 / height, bottom=(0.6 + below) / height, hspace=0.06, wspace=0.012,
         )  # fmt: skip
         film = figure.add_subplot(rows[0, 1])
         prompts, memory, origin = (figure.add_subplot(rows[i, 1], sharex=film) for i in (1, 2, 3))
@@ -88,8 +94,13 @@ class Timeline:
         self._draw_faces(faces)
         self._draw_origin(origin)
         self._legend(memory)
+        left, right = film.get_position().x0, film.get_position().x1
+        if called:
+            strip = (left, (0.06 + list_height) / height, right - left, (called_height - 0.06) / height)
+            thumbnails = {entry.index: entry.thumbnail for entry in self._entries}
+            axes = figure.add_axes(strip, sharex=film)
+            draw_called(axes, self._scenes, called, thumbnails, self._prompt_colour)
         if self._list:
-            left, right = film.get_position().x0, film.get_position().x1
             below = figure.add_axes((left, 0.06 / height, right - left, list_height / height))
             self._list.draw(below, self._prompt_colour)
         return figure

@@ -10,13 +10,10 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memflow.errors import MemFlowError
-from memflow.memory.config import MemoryConfig
-from memflow.memory.policies import POLICIES
 from memflow.serve.film import Film, Part, files_of, read_journal, remove, scenes_of
 from memflow.serve.metrics import Metrics
 from memflow.serve.protocol import Refused, Start
@@ -199,12 +196,16 @@ class Stories:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        self.stopping = True
-        await asyncio.gather(*(telling.leave() for telling in list(self.tellings.values())))
+        await self.stop()
         for task in self._tasks:
             task.cancel()
         for pool in self._threads:
             pool.shutdown()
+
+    async def stop(self) -> None:
+        """Begin no further story; those that are told are saved, and end."""
+        self.stopping = True
+        await asyncio.gather(*(telling.leave() for telling in list(self.tellings.values())))
 
     async def model(self, function: Callable, *arguments: Any) -> Any:
         """Call in the one thread that uses the model."""
@@ -281,7 +282,7 @@ class Stories:
         id, per_chunk = f"video_stream-{uuid.uuid4().hex}", pipe.frames_per_chunk
         stop = max(1, math.ceil(min(frames, limit) / per_chunk))
         try:
-            memory = asked_memory(start.memory, pipe.memory_config)
+            memory = pipe.memory_config.changed(**start.memory)
         except ValueError as error:
             raise MemFlowError(f"memory: {error}") from None
         about = {"fps": fps, "width": width, "height": height, "frames_per_chunk": memory.frames_per_chunk}
@@ -304,9 +305,6 @@ class Stories:
 
     async def _resume(self, start: Start) -> Telling:
         id = start.resume
-        if (other := self.tellings.get(id)) is not None:  # a page that was loaded again
-            other.taken = True
-            await other.leave()
         film, path = await self._locked(id), self.teller.path(id)
         if film is None or not path.exists():
             if film is not None:
@@ -332,8 +330,11 @@ class Stories:
         return Telling(self, film, start, await self.model(resume))
 
     async def _locked(self, id: str) -> Film | None:
-        """The files of a story; waits for another server to save what its viewer has just left."""
+        """The files of a story; whoever tells it gives it up, and another server has time to save what was left."""
         for wait in (*(_LOCKED / 10,) * 10, None):
+            if (other := self.tellings.get(id)) is not None:  # a page that was loaded again, perhaps twice
+                other.taken = True
+                await other.leave()
             try:
                 return await self.films(Film, self.settings.folder, id)
             except FileNotFoundError:
@@ -385,23 +386,3 @@ class Stories:
                 if young or not remove(self.settings.folder, id):
                     total += sum(stat.st_size for stat in stats)
         return total
-
-
-def asked_memory(asked: dict[str, Any], trained: MemoryConfig) -> MemoryConfig:
-    """The memory that a model was trained for, with what a viewer asks for; how frames are recalled gives way where the
-    other settings leave no choice.
-
-    Args:
-        asked: settings by name.
-        trained: the model's own.
-
-    Raises:
-        ValueError: settings that do not go together.
-    """
-    policy, held = POLICIES[asked.get("policy", trained.policy)], asked.get("held_frames", trained.held_frames)
-    ours: dict[str, Any] = {}
-    if not policy.by_relevance() or (held is None and not policy.keeps_all):
-        ours |= {"recall": MemoryConfig.recall, "scene_frame": MemoryConfig.scene_frame}
-    if asked.get("top_k") is not None:
-        ours["activated"] = None
-    return replace(trained, **ours | asked)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from memflow.memory.frames import MemorySnapshot
+if TYPE_CHECKING:
+    from memflow.memory.frames import MemorySnapshot
 
 MOST = 3  # words of a frame
 _FRACTION = 0.5  # of what the strongest word says: below this a word did not call for the frame

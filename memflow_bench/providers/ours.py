@@ -94,7 +94,8 @@ class Ours(Provider):
 
     def layer(self, state: LayerState):
         _, step = our_memory(state)
-        return lambda: attend(*_write(state, step), step.pools[0], step)
+        means = step.block_means[0] if step.block_means else None
+        return lambda: attend(*_write(state, step), step.pools[0], step, means)
 
     def chunk(self, state: ChunkState):
         from memflow.models.wan.attention import MemorySelfAttention  # needs diffusers

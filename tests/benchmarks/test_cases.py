@@ -20,7 +20,9 @@ def test_the_base_case_is_the_published_one():
     base = case("wan-1.3b-480p")
     assert (base.queries, base.heads, base.head_dim, base.tokens) == (4680, 12, 128, 1560)
     assert (base.sink, base.bank, base.window, base.top_k, base.candidates) == (3, 3, 9, 3, 6)
-    assert (base.attended(False), base.attended(True)) == (15, 12)
+    assert (base.attended_keys(False), base.attended_keys(True)) == (15 * 1560, 12 * 1560)
+    rows = case("wan-1.3b-480p-rows")  # 1/9 of six frames, by rows
+    assert (rows.block, rows.attended_keys(False), rows.attended_keys(True)) == (52, 15 * 1560, 9 * 1560 + 1040)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in load_cases().items() if entry.sweep])

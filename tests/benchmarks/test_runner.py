@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from memflow_bench.cases import case
 from memflow_bench.experiments import Experiment
 from memflow_bench.providers import PROVIDERS
 from memflow_bench.providers.base import Provider
+from memflow_bench.providers.ours import Ours
 from memflow_bench.runner import run_experiment
+from memflow_bench.states import our_memory
 from memflow_bench.table import markdown
 from memflow_kernels import memory_attention
 
@@ -103,3 +106,14 @@ def test_flex_masks_what_was_not_chosen(tiny, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     rows = run(tiny, PROVIDERS["FlexAttention"], modes=(False, True))
     assert [(row.status, row.reason) for row in rows] == [("ok", "")] * 4
+
+
+@pytest.mark.parametrize("top_k", [5, 6])
+def test_a_layer_that_activates_rows_is_right_and_others_are_not(top_k, monkeypatch):
+    """The reference chooses blocks by itself: another number of them is wrong."""
+    rows = case("toy-rows")
+    memory = our_memory
+    other = lambda state: memory(state._replace(top_k=state.top_k and top_k))  # noqa: E731
+    monkeypatch.setattr("memflow_bench.providers.ours.our_memory", other)
+    found = run_experiment(Experiment("layer", rows, "float32", budget=0.1), [Ours("torch")], CPU, say=lambda _: None)
+    assert [(row.activated, row.status) for row in found] == [(False, "ok"), (True, "ok" if top_k == 5 else "wrong")]

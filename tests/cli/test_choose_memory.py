@@ -35,6 +35,46 @@ def test_published_keeps_what_the_model_recorded():
     assert other == MemoryConfig.published(local_frames=11, sink_frames=2, bank_frames=4, top_k=5)
 
 
+COVERED = replace(TRAINED, recall="coverage", scene_frame="first")
+
+
+def test_recall_stays_where_it_has_a_meaning():
+    for policy in ("archive", "original", "diverse", "fifo"):
+        held = None if policy == "archive" else 9
+        kept = choose_memory(policy, held, None, COVERED)
+        assert (kept.recall, kept.scene_frame) == ("coverage", "first")
+    for policy, held in (("prompt", None), ("random", 9), ("none", None)):
+        dropped = choose_memory(policy, held, None, COVERED)
+        assert (dropped.recall, dropped.scene_frame) == ("relevance", "any")
+    asked = choose_memory(None, None, None, TRAINED, recall="coverage", scene_frame="latest")
+    assert asked == replace(TRAINED, recall="coverage", scene_frame="latest")
+
+
+def test_activated_and_top_k_take_each_others_place():
+    rows = choose_memory(None, None, None, replace(TRAINED, top_k=3), activated=0.25, activation_block=4)
+    assert (rows.top_k, rows.activated, rows.activation_block) == (None, 0.25, 4)
+    frames = choose_memory(None, None, 2, rows)
+    assert (frames.top_k, frames.activated, frames.activation_block) == (2, None, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"recall": "best"}, "--recall best: recall must be one of relevance, coverage"),
+        ({"query_block": 4}, "--query-block 4: query_block=4 needs top_k or activated"),
+        ({"activated": 2.5}, "--activated 2.5: activated must be above 0 and at most 1.0"),
+    ],
+)
+def test_the_option_that_is_wrong_is_named(given, complaint):
+    with pytest.raises(MemFlowError, match=complaint):
+        choose_memory(None, None, None, TRAINED, **given)
+
+
+def test_recall_of_what_shows_all_that_it_holds_is_refused():
+    with pytest.raises(MemFlowError, match="--recall coverage: recall must be 'relevance' where held_frames is None"):
+        choose_memory("prompt", None, None, TRAINED, recall="coverage")
+
+
 @pytest.mark.parametrize(
     ("policy", "held", "trained", "complaint"),
     [

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowError
 from memflow.memory import MemoryConfig, Prompt, make_memory
 from memflow.memory.attention import attend_with_memory
 from memflow.memory.places import place_keys
+from memflow_bench.untrained import noise_pipeline
 
 HEADS, DIM, GRID, CHUNK, LAYERS = 2, 24, (3, 5), 3, 2
 TOKENS, ROW = 15, 5

@@ -12,7 +12,7 @@ from memory_driver import DIM, HEADS, MemoryDriver, prompt_of
 from memflow import MemFlowError
 from memflow.memory import MemoryConfig, Prompt
 from memflow.memory.policies import PromptPolicy
-from memflow.memory.recall import passed_over
+from memflow.memory.scenes import passed_over
 
 CHUNK_SECONDS = 0.75
 BETTER = {"recall": "coverage", "scene_frame": "first"}
@@ -202,7 +202,7 @@ def test_a_snapshot_tells_what_each_token_says():
         ({"scene_frame": "last"}, "scene_frame must be one of any, first, latest"),
         ({"recall": "coverage"}, "recall must be 'relevance' where held_frames is None, got 'coverage'"),
         ({"scene_frame": "first", "policy": "none"}, "scene_frame must be 'any' where held_frames is None"),
-        ({"policy": "random", "held_frames": 9, "scene_frame": "first"}, "'any' with policy='random'"),
+        ({"policy": "random", "held_frames": 9, "scene_frame": "first"}, "scene_frame must be 'any' with policy='rand"),
         ({"policy": "oracle", "recall": "coverage"}, "recall must be 'relevance' with policy='oracle'"),
         ({"held_frames": 9, "recall": "coverage", "aggregate": "softmax"}, "aggregate must be 'mean' with recall="),
         ({"published_mode": "single", "recall": "coverage"}, "recall must be 'relevance' where held_frames is None"),
@@ -213,6 +213,22 @@ def test_a_recall_without_effect_is_refused(fields, complaint):
         MemoryConfig(**fields)
     with pytest.raises(MemFlowError, match=f"memory settings: {complaint}"):
         MemoryConfig.from_dict(fields)
+
+
+def test_changed_settings_stay_ones_that_have_an_effect():
+    covered = MemoryConfig(policy="original", held_frames=9, **BETTER)
+    assert covered.changed(policy="archive", held_frames=None) == replace(covered, policy="archive", held_frames=None)
+    for change in ({"held_frames": None}, {"policy": "random"}, {"policy": "none", "held_frames": None}):
+        fallen = covered.changed(**change)
+        assert (fallen.recall, fallen.scene_frame) == ("relevance", "any")
+    with pytest.raises(ValueError, match="recall must be 'relevance' where held_frames is None"):
+        covered.changed(held_frames=None, recall="coverage")
+    with pytest.raises(ValueError, match="policy must be one of"):
+        covered.changed(policy="best")
+    shared = covered.changed(activated=0.5)
+    assert (
+        shared.changed(top_k=2) == covered.changed(top_k=2) and shared.changed(top_k=2).changed(activated=0.5) == shared
+    )
 
 
 def test_the_default_shows_by_relevance_alone():

@@ -3,7 +3,7 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import ByT5Tokenizer, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from memflow.models.wan.text import PromptCache, clean_prompt, encode_prompts, losses
+from memflow.models.wan.text import PromptCache, clean_prompt, encode_prompts, losses, token_words
 
 PIECES = ["<pad>", "</s>", "<unk>", "▁a", "▁fox", "▁runs"]
 TOKENIZERS = {
@@ -107,3 +107,13 @@ def test_what_a_model_does_not_see_of_a_prompt_is_said():
     assert losses(ByT5Tokenizer(), ["a fox"], 5) == ["the prompt has 6 tokens, 5 are used: 'x' is cut off"]
     (long,) = losses(words, ["a fox runs " * 30], 4)
     assert long.endswith("a fox...' is cut off") and len(long) < 130
+
+
+def test_every_token_has_its_word(tokenizer):
+    """However many tokens a word is made of; the end of the text and lone punctuation are no words."""
+    text = " A  fox\truns \u2013 \u201ca fox\u201d, runs."
+    words = token_words(tokenizer, text, 64)
+    assert len(words) == len(tokenizer(clean_prompt(text)).input_ids) and words[-1] is None
+    told = [word for index, word in enumerate(words) if word and word != words[index - 1]]
+    assert [word.lower() for word in told] == ["a", "fox", "runs", "a", "fox", "runs"]
+    assert token_words(tokenizer, "a fox runs", 2) == [*token_words(tokenizer, "a fox runs", 64)[:1], None]

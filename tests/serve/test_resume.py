@@ -92,6 +92,22 @@ def test_a_page_that_is_loaded_again_takes_its_story_over(shared, whole):
     assert shared.film(id) == whole
 
 
+def test_several_at_once_ask_for_a_story(shared, whole):
+    """One after the other takes it over; the last goes on to the end."""
+    with shared.started(num_frames=FRAMES, seed=5, streaming_buffer_seconds=0.5) as viewer:
+        id = viewer.messages[0]["request_id"]
+        viewer.until("video.chunk_metadata")
+        with ExitStack() as stack:
+            others = [stack.enter_context(shared.viewer()) for _ in range(4)]
+            for other in others:
+                other.send("session.start", memflow={"resume": id})
+            last = [other.rest()[-1] for other in others]
+    ends = sorted(message.get("code", message["type"]) for message in last)
+    assert ends == ["session.done", *["taken_over"] * 3], last
+    shared.idle()
+    assert shared.film(id) == whole
+
+
 def test_what_is_not_there_cannot_go_on(shared):
     with shared.viewer() as viewer:
         viewer.send("session.start", memflow={"resume": "video_stream-" + "0" * 32})

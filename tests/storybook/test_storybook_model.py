@@ -1,18 +1,17 @@
 """The trained model that ships: it loads from the package alone, is small, and remembers."""
 
 import socket
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from examples.storybook import recall, train_stories
 from examples.storybook.model import settings
 from examples.storybook.recall import Setting, settings_named
-from examples.storybook.stories import CHUNK, Scene, Script, random_cast
-from examples.storybook.world import ACTIONS, NAMES, PLACES
+from examples.storybook.results import Results, share
+from examples.storybook.rules import BETTER, TODAY
+from examples.storybook.told import tell_endless
 from memflow import MemFlowPipeline
 from memflow.cli.story import read_stories
 
@@ -66,48 +65,25 @@ def test_it_remembers_and_not_by_chance(shipped):
     assert with_memory["hit character"] > 0.8 and without["hit character"] == 0.0
 
 
-def tell_long(pipeline, policy: str, scenes: int) -> list[tuple[bool, bool]]:
-    """Whether place and colour are right at the end of each scene of 5 chunks; everybody is introduced in the first."""
-    random = np.random.default_rng(7)
-    looks, landmarks = random_cast(random)
-    cast = [Scene(name, name, 0, 1) for name in range(len(NAMES))]
-    draw = [random.integers(size, size=1000 - len(cast)) for size in (len(NAMES), len(PLACES), len(ACTIONS))]
-    script = Script(cast + [Scene(*map(int, scene), 1) for scene in zip(*draw, strict=True)], looks, landmarks)
-    memory = replace(pipeline.memory_config, policy=policy)
-    prompts, seconds = script.prompts()[:scenes], 5 * CHUNK / pipeline.fps
-    stream = pipeline.stream(prompts, seconds_per_prompt=seconds, seed=1, memory=memory)
-    stream.decoder = recall._Latents()
-    right: list[tuple[bool, bool]] = []
-    for chunk in stream:
-        assert torch.isfinite(chunk.latents).all()
-        if (chunk.index + 1) % 5 == 0:  # the last chunk of a scene
-            scene = script.scenes[chunk.index // 5]
-            shown, _ = recall._measure(pipeline.vae, chunk.latents)
-            place, hue = recall._most(shown.place[0]), recall._most(shown.hue[0])
-            right.append((place == scene.place, hue == script.looks[scene.name].hue))
-    assert stream.position == 5 * scenes
-    return right
-
-
-def shares(right: list[tuple[bool, bool]], policy: str, begin: int, end: int) -> tuple[float, float]:
-    place, colour = (sum(values) / (end - begin) for values in zip(*right[begin:end], strict=True))
-    print(f"{policy}, scenes {begin} to {end}: place {place:.2f}, colour {colour:.2f}")
-    return place, colour
+def tell_long(pipeline, tmp_path, scenes: int, **changes) -> list[dict[str, float]]:
+    """Shares of right places and colours in each hundred of scenes; everybody is introduced in the first ones."""
+    rule = changes.pop("rule", BETTER)
+    pipeline.register_to_config(memory=pipeline.config.memory | changes)
+    results = Results(tmp_path / "endless.jsonl", "test")
+    tell_endless(pipeline, results, rule=rule, scenes=scenes)
+    return [{name: share([line], name).value for name in ("place", "colour")} for line in results.lines]
 
 
 @pytest.mark.slow
-def test_a_story_of_5000_chunks_stays_as_good_as_it_began(shipped):
+def test_a_story_of_5000_chunks_stays_as_good_as_it_began(shipped, tmp_path):
     """Half an hour of film. What is told a thousand times does not drift as long as the first telling is held."""
-    right = tell_long(shipped, "original", 1000)
-    for begin in (0, 100, 900):
-        place, colour = shares(right, "original", begin, begin + 100)
-        assert place >= 0.95 and colour >= 0.95
+    told = tell_long(shipped, tmp_path, 1000)
+    assert len(told) == 10
+    assert all(shares["place"] >= 0.95 and shares["colour"] >= 0.95 for shares in told)
 
 
 @pytest.mark.slow
-def test_copies_of_copies_drift(shipped):
-    """Why `original`: `diverse` holds the latest of each kind."""
-    right = tell_long(shipped, "diverse", 200)
-    for begin in (0, 100):
-        place, colour = shares(right, "diverse", begin, begin + 100)
-        assert place >= 0.95 and colour <= 0.9
+def test_copies_of_copies_drift(tmp_path):
+    """Why `original`: `diverse` holds the latest of each kind, and today's rule shows the most relevant of them."""
+    told = tell_long(MemFlowPipeline.from_preset(), tmp_path, 200, policy="diverse", rule=TODAY)
+    assert all(shares["place"] >= 0.95 and shares["colour"] <= 0.9 for shares in told)

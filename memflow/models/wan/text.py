@@ -8,6 +8,7 @@ import re
 import string
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 
 import ftfy
@@ -105,13 +106,15 @@ def token_words(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int
     if tokenizer.is_fast:
         words = _words_at(text)
         found = [words.get(next((i for i in range(*span) if i in words), -1)) for span in tokens.offset_mapping]
-    else:  # sentencepiece alone, which marks the beginning of a word
-        special, number, numbers, spelt = tokenizer.all_special_tokens, 0, [], {}
-        for piece in tokenizer.convert_ids_to_tokens(tokens.input_ids):
-            number += piece.startswith(_BEGIN) or piece in special
-            numbers.append(number)
-            spelt[number] = spelt.get(number, "") + ("" if piece in special else piece.removeprefix(_BEGIN))
-        found = [spelt[number].strip(string.punctuation) for number in numbers]
+    else:  # pieces of words, or bytes
+        pieces, special = tokenizer.convert_ids_to_tokens(tokens.input_ids), tokenizer.all_special_tokens
+        begins = [piece in special or piece[:1] in (" ", _BEGIN) for piece in pieces]
+        number = list(accumulate(begins))
+        spelt = [
+            [p for p, n in zip(pieces, number, strict=True) if n == k and p not in special]
+            for k in range(len(pieces) + 1)
+        ]
+        found = [tokenizer.convert_tokens_to_string(spelt[n]).strip(" " + string.punctuation) for n in number]
     return [word if word and any(map(str.isalnum, word)) else None for word in found]
 
 

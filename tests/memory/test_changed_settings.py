@@ -4,7 +4,6 @@ import pytest
 
 from memflow.memory.config import MemoryConfig
 from memflow.memory.policies import POLICIES
-from memflow.serve.stories import asked_memory
 
 TRAINED = MemoryConfig(bank_frames=6, held_frames=24, policy="original", recall="coverage", scene_frame="first")
 OFFERED = [name for name, policy in POLICIES.items() if not policy.by_hand]
@@ -18,16 +17,16 @@ def test_every_policy(policy, held, top_k):
     asked = {"policy": policy, "held_frames": None if keeps_none else held, "top_k": top_k}
     if policy != "none":
         asked["bank_frames"] = 4
-    memory = asked_memory(asked, TRAINED)
+    memory = TRAINED.changed(**asked)
     assert {name: getattr(memory, name) for name in asked} == asked
     by_choice = policy == "archive" or (asked["held_frames"] and policy != "random")
     assert memory.recall == ("coverage" if by_choice else "relevance")
 
 
 def test_nothing_asked():
-    assert asked_memory({}, TRAINED) == TRAINED
+    assert TRAINED.changed() == TRAINED
 
 
 def test_what_does_not_go_together():
     with pytest.raises(ValueError, match="held_frames"):
-        asked_memory({"policy": "none", "held_frames": 3}, TRAINED)
+        TRAINED.changed(policy="none", held_frames=3)
