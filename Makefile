@@ -56,5 +56,5 @@ $(VENV)/installed-model: $(VENV)/torch pyproject.toml
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed-model
-	$(PIP) install $(TESTED) -e '.[model,serve,test,docs]'
+	$(PIP) install $(TESTED) -e '.[model,serve,ray,test,docs]'
 	touch $@

@@ -27,7 +27,7 @@ FRAMES, CANDIDATES, TOP_K, TOKENS, HEADS, DIM, ROUNDS = 15, 6, 3, 390, 3, 128, 1
 
 
 def ways(dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
-    """Calls that give the same [1, Lq, H, D], but for the last, whose keys lie there already."""
+    """Calls that give the same [1, Lq, H, D], but for the last two, which are floors."""
     query, key, value = (
         states(1, n * TOKENS, HEADS, DIM, dtype=dtype, seed=s) for s, n in enumerate((3, FRAMES, FRAMES))
     )
@@ -72,6 +72,32 @@ def ways(dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
             outs.append(out[0])
         return torch.cat(outs, 2)
 
+    def blocks():
+        """For every head its query and each frame that it sees, keys and values, where they lie."""
+        for head, row in enumerate(table[0].tolist()):
+            spans = [slice(f * TOKENS, (f + 1) * TOKENS) for f in [*row, *range(CANDIDATES, FRAMES)]]
+            yield query[0, :, head], [(key[0, span, head], value[0, span, head]) for span in spans]
+
+    def frame_by_frame():
+        outs = []
+        for own, frames in blocks():
+            top, mass, out = torch.full((len(own), 1), -torch.inf), 0.0, 0.0
+            for keys, values in frames:
+                logits = (own @ keys.T).float().mul_(DIM**-0.5)
+                new_top = torch.maximum(top, logits.amax(1, keepdim=True))
+                share, shrink = logits.sub_(new_top).exp_(), (top - new_top).exp_()
+                mass = mass * shrink + share.sum(1, keepdim=True)
+                out, top = out * shrink + (share.to(dtype) @ values).float(), new_top
+            outs.append((out / mass).to(dtype))
+        return torch.stack(outs, 1).unsqueeze(0)
+
+    def products():
+        logits, out = (query.new_zeros(query.shape[1], size) for size in (TOKENS, DIM))
+        for own, frames in blocks():
+            for keys, values in frames:
+                out.addmm_(torch.mm(own, keys.T, out=logits), values, beta=0.5)
+        return out
+
     options = {"tokens_per_frame": TOKENS, "candidate_frames": CANDIDATES, "frame_table": table}
     there = [x[:, (CANDIDATES - TOP_K) * TOKENS :] for x in (key, value)]
     return {
@@ -80,13 +106,15 @@ def ways(dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
         "chosen frames gathered, the rest in place, merged": merged,
         "every head alone, its runs of frames in place": head_by_head,
         "everything copied once, one call": lambda: torchs(pieces(key), pieces(value)),
+        "frame by frame where it lies, softmax in plain torch": frame_by_frame,
         "torch's attention on as many keys that lie there already": lambda: torchs(*there),
+        "the two matrix products alone, without a softmax": products,
     }
 
 
 def measure(dtype: torch.dtype) -> dict[str, list[float]]:
     calls = ways(dtype)
-    *same, _ = [call() for call in calls.values()]
+    *same, _, _ = [call() for call in calls.values()]
     for name, result in zip(calls, same, strict=False):
         torch.testing.assert_close(result, same[0], rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-5, msg=name)
     samples: dict[str, list[float]] = {name: [] for name in calls}

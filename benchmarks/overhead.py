@@ -30,6 +30,7 @@ ROUNDS, CALLS = 25, 40
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "grad": nullcontext}
 # name: (frames, tokens per frame, queries, heads, head size, candidates, top_k)
 SIZES = {"tiny": (3, 4, 8, 2, 16, 2, 1), "story": (15, 24, 72, 4, 32, 6, 3)}
+CHOICES = ("select_frames", "cover_frames")
 WRITES = ("qk_norm_rope_write", "replace_frame")  # in place: without gradients only
 
 
@@ -43,6 +44,8 @@ def calls(size: str, grad: bool) -> dict[str, Callable[[], object]]:
     )
     means = mk.frame_means(key.detach(), tokens)
     candidate_means, mean_query = means[:, :candidates], query.detach().float().mean(1)
+    scores = mk.prompt_relevance(query.detach(), frame_mean=means, aggregate="token")
+    weights = torch.full((1, queries), 1 / queries)
     table = mk.select_frames(query.detach(), candidate_means, top_k)
     weight = torch.ones(heads * dim, requires_grad=grad)
     pool = mk.Pool.zeros(1, frames, tokens, heads, dim)
@@ -74,6 +77,8 @@ def calls(size: str, grad: bool) -> dict[str, Callable[[], object]]:
         "prompt_relevance, softmax": lambda: mk.prompt_relevance(
             query, key, tokens_per_frame=tokens, aggregate="softmax"
         ),
+        "prompt_relevance, token": lambda: mk.prompt_relevance(query, frame_mean=means, aggregate="token"),
+        "cover_frames": lambda: mk.cover_frames(scores, weights, candidates, scores.mean(1)),
         "qk_norm_rope": lambda: mk.qk_norm_rope(first, first, **rotated)[0],
         "qk_norm_rope_write": lambda: mk.qk_norm_rope_write(first, first, first, **rotated, pool=pool, slots=slots),
         "replace_frame": lambda: mk.replace_frame(pool, slot, source),
@@ -89,7 +94,7 @@ def calls(size: str, grad: bool) -> dict[str, Callable[[], object]]:
         leaves = [x for x in (query, key, value, weight) if x.requires_grad]
         torch.autograd.grad(out, leaves, upstream[name], allow_unused=True)
 
-    differentiable = {n: f for n, f in found.items() if n not in (*WRITES, "select_frames")}
+    differentiable = {n: f for n, f in found.items() if n not in (*WRITES, *CHOICES)}
     return {name: lambda name=name, run=run: both(name, run) for name, run in differentiable.items()}
 
 

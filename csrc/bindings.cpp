@@ -166,10 +166,11 @@ struct PoolStates {
   MemflowStates key, value, mean;
 };
 
-std::tuple<Tensor, Tensor> qk_norm_rope_write(Tensor query, Tensor key, Tensor value, Tensor weight_q, Tensor weight_k,
-                                              double eps, int64_t rows, int64_t cols, int64_t start_frame,
-                                              MaybeTensor start, Tensor pool_key, Tensor pool_value,
-                                              Tensor pool_frame_mean, Tensor slots, bool query_mean) {
+std::tuple<Tensor, Tensor> qk_norm_rope_write(Tensor query, Tensor key, Tensor value, MaybeTensor weight_q,
+                                              MaybeTensor weight_k, double eps, int64_t rows, int64_t cols,
+                                              int64_t start_frame, MaybeTensor start, Tensor pool_key,
+                                              Tensor pool_value, Tensor pool_frame_mean, Tensor slots,
+                                              bool query_mean) {
   const Shape shape = shape_of("query", query);
   const int dtype = dtype_of("query", query);
   if (rows < 1 || cols < 1) fail("rows and cols must be at least 1, got ", rows, " and ", cols);
@@ -180,9 +181,11 @@ std::tuple<Tensor, Tensor> qk_norm_rope_write(Tensor query, Tensor key, Tensor v
   const PoolStates pool(pool_key, pool_value, pool_frame_mean, query.scalar_type());
   check_shape("pool_key", pool_key, {shape.batch, pool.slots * rows * cols, shape.heads, shape.head_dim});
   const Sizes width = {shape.heads * shape.head_dim};
-  const int dtype_q = dtype_of("weight_q", weight_q), dtype_k = dtype_of("weight_k", weight_k);
-  const MaybeTensor scale_q = flat("weight_q", weight_q, width, weight_q.scalar_type());
-  const MaybeTensor scale_k = flat("weight_k", weight_k, width, weight_k.scalar_type());
+  if (weight_q.has_value() != weight_k.has_value()) fail("weight_q and weight_k go together, one is missing");
+  const int dtype_q = weight_q ? dtype_of("weight_q", *weight_q) : dtype;
+  const int dtype_k = weight_k ? dtype_of("weight_k", *weight_k) : dtype;
+  const MaybeTensor scale_q = weight_q ? flat("weight_q", weight_q, width, weight_q->scalar_type()) : weight_q;
+  const MaybeTensor scale_k = weight_k ? flat("weight_k", weight_k, width, weight_k->scalar_type()) : weight_k;
   const MaybeTensor places = flat("slots", slots, {frames}, ScalarType::Int);
   if (start && start->scalar_type() != ScalarType::Int) check_dtype("start", *start, ScalarType::Long);
   if (start && start->numel() != 1) fail("start must hold one number, got the shape ", listed(start->sizes()));
@@ -271,7 +274,7 @@ STABLE_TORCH_LIBRARY(memflow_cuda, m) {
       "memory_attention(Tensor query, Tensor key, Tensor value, Tensor? frame_table, int tokens_per_frame,"
       " int candidate_frames, float scale, int? query_block) -> (Tensor, Tensor)");
   m.def(
-      "qk_norm_rope_write(Tensor query, Tensor key, Tensor value, Tensor weight_q, Tensor weight_k, float eps,"
+      "qk_norm_rope_write(Tensor query, Tensor key, Tensor value, Tensor? weight_q, Tensor? weight_k, float eps,"
       " int rows, int cols, int start_frame, Tensor? start, Tensor(a!) pool_key, Tensor(b!) pool_value,"
       " Tensor(c!) pool_frame_mean, Tensor slots, bool query_mean) -> (Tensor, Tensor)");
   m.def(

@@ -86,8 +86,8 @@ int memflow_memory_attention(MemflowStates query, MemflowStates key, MemflowStat
                              void* workspace, void* stream);
 
 // RMS norm over all heads, 3-axis rotation, and the write into the pool. query, key, value [B, L, H, D] with
-// L = frames * rows * cols; weight_q, weight_k [H*D], contiguous, of any of the dtypes; new_query [B, L, H, D],
-// contiguous. The first frame has number start_frame + *start; start is null or one integer of start_bytes (4 or 8) on
+// L = frames * rows * cols; weight_q, weight_k [H*D], contiguous, of any of the dtypes, or both null: query and key are
+// normed already, and eps counts for nothing; new_query [B, L, H, D], contiguous. The first frame has number start_frame + *start; start is null or one integer of start_bytes (4 or 8) on
 // the device. slots [frames] int32: where key, value and mean key of every frame go in the pool of pool_slots slots;
 // a frame whose slot is outside is not stored. query_mean [B, H, D] float32, contiguous: the mean new query, or null.
 // D even; H*D at most 8192.

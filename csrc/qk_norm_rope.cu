@@ -12,7 +12,7 @@ constexpr int GROUP = 12;  // runs whose sums are added up by one block, then gr
 
 struct Arguments {
   MemflowStates query, key, value, pool_key, pool_value, pool_frame_mean;
-  const void *weight_q, *weight_k, *start;
+  const void *weight_q, *weight_k, *start;  // weights null: query and key are normed already
   int weight_q_dtype, weight_k_dtype, start_bytes;
   const int32_t* slots;
   void* new_query;
@@ -62,6 +62,12 @@ using Weights = Vector<std::conditional_t<VEC * sizeof(T) == 16, T, float>, VEC>
 
 template <class T, int VEC>
 __device__ __forceinline__ Weights<T, VEC> read_weights(const void* address, int dtype, int channel) {
+  if (!address) {  // x * 1 is x, bit by bit
+    Weights<T, VEC> ones;
+#pragma unroll
+    for (int i = 0; i < VEC; i += 2) round_two(ones.x + i, 1.0f, 1.0f);
+    return ones;
+  }
   if constexpr (VEC * sizeof(T) == 16) {
     return load<T, VEC>(static_cast<const T*>(address) + channel);
   } else {
@@ -193,7 +199,7 @@ norm_rope_write_kernel(const __grid_constant__ Arguments a) {
     float total = 0;  // lane k: of kind k % KINDS
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) total += of_warps[i * KINDS + lane % KINDS];
-    float inverse = 1.0f / sqrtf(total / static_cast<float>(channels) + a.eps);
+    float inverse = a.weight_q ? 1.0f / sqrtf(total / static_cast<float>(channels) + a.eps) : 1.0f;
 #pragma unroll
     for (int t = 0; t < AT_ONCE; ++t) {
       float inverse_query = __shfl_sync(ALL_LANES, inverse, 2 * t);
@@ -303,7 +309,7 @@ extern "C" int memflow_qk_norm_rope_write(MemflowStates query, MemflowStates key
   using namespace memflow;
   int64_t tokens = rows * cols, channels = heads * head_dim;
   if (batch < 1 || frames < 1 || rows < 1 || cols < 1 || heads < 1 || head_dim < 2 || head_dim % 2 || pool_slots < 1 ||
-      !(eps >= 0) || (start && start_bytes != 4 && start_bytes != 8))
+      !(eps >= 0) || !weight_q != !weight_k || (start && start_bytes != 4 && start_bytes != 8))
     return MEMFLOW_INVALID;
   if (!known(dtype) || !known(weight_q_dtype) || !known(weight_k_dtype) || head_dim > 256 || channels > 8192 ||
       tokens > INT32_MAX || frames > 65535 || batch > 65535)
@@ -319,7 +325,7 @@ extern "C" int memflow_qk_norm_rope_write(MemflowStates query, MemflowStates key
   cudaError_t error = cudaMemsetAsync(counters, 0, sizes.counters * 4, static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) return error;
   MemflowStates written{new_query, 0, 0, 0};
-  // weights of another format go the way of rows that do not begin at multiples of 16 bytes
+  // weights of another format (none have the states' own) go the way of rows that do not begin at multiples of 16 bytes
   bool wide = weight_q_dtype == dtype && weight_k_dtype == dtype &&
               (reinterpret_cast<uintptr_t>(weight_q) | reinterpret_cast<uintptr_t>(weight_k)) % 16 == 0;
   for (const MemflowStates& part : {query, key, value, pool_key, pool_value, written})

@@ -16,7 +16,7 @@ URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
 NAV = {
     "Start": ["index.md", "install.md", "friends.md"],
     "Attention": ["from-attention.md", "integrations.md", "training.md", "comparison.md"],
-    "Stories": ["models.md", "memory.md", "serving.md", "distributed.md"],
+    "Stories": ["python.md", "models.md", "memory.md", "serving.md", "distributed.md"],
     "Kernels": ["kernels.md", "cuda.md", "benchmarks.md"],
     "Reference": ["api/memflow_kernels.md", "api/memflow.md", "design.md"],
 }

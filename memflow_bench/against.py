@@ -28,7 +28,7 @@ from .verdict import Comparison, compare_blocks
 LAUNCHES = 2
 LEAST, MOST = 10, 200  # blocks of a launch
 PRECISION = 0.01  # half width of an interval that is narrow enough
-SAMPLE = 0.04  # seconds, with changing inputs and emptying caches: short calls are timed several at a time
+SAMPLE = 0.03  # seconds, with changing inputs and emptying caches: short calls are timed several at a time
 CALLS = 16  # at most
 
 

@@ -82,10 +82,10 @@ def cells(row: Row, group: list[Row], ceilings: dict) -> dict[str, str]:
     limit = ceilings.get(row.dtype)
     if row.flops:
         found["TFLOP/s"] = f"{row.flops / best / 1e12:.3g}"
-        found["of ceiling"] = f"{row.flops / best / limit['flops']:.0%}" if limit else ""
+        found["of ceiling"] = _share(row.flops / best / limit["flops"]) if limit else ""
     if row.nbytes:
         found["GB/s"] = f"{row.nbytes / best / 1e9:.3g}"
-        found["of copy"] = f"{row.nbytes / best / limit['bytes']:.0%}" if limit else ""
+        found["of copy"] = _share(row.nbytes / best / limit["bytes"]) if limit else ""
     if row.frames:
         found["frames/s"] = f"{row.frames / best:.3g}"
     if row.peak_bytes is not None:
@@ -97,6 +97,11 @@ def cells(row: Row, group: list[Row], ceilings: dict) -> dict[str, str]:
         if against is not None and (column == "like for like" or row.activated):
             found[column] = times_faster(row, against)
     return found
+
+
+def _share(share: float) -> str:
+    """Of a ceiling; a share above it shows that what was measured was none, as on a busy machine."""
+    return f"{share:.0%}" if share <= 1 else "none"
 
 
 def times_faster(row: Row, against: Row) -> str:

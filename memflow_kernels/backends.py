@@ -57,13 +57,13 @@ def _triton_missing() -> str | None:
 def _cuda_missing() -> str | None:
     if torch.version.hip:
         return "the compiled kernels are for NVIDIA GPUs"
-    return _gpu_missing() or importlib.import_module("memflow_kernels.cuda.extension").missing()
+    return _gpu_missing() or importlib.import_module(f"{__package__}.cuda.extension").missing()
 
 
 BACKENDS: dict[str, Backend] = {
-    "torch": Backend("memflow_kernels.reference", lambda: None),
-    "triton": Backend("memflow_kernels.triton", _triton_missing),
-    "cuda": Backend("memflow_kernels.cuda", _cuda_missing),
+    "torch": Backend(f"{__package__}.reference", lambda: None),
+    "triton": Backend(f"{__package__}.triton", _triton_missing),
+    "cuda": Backend(f"{__package__}.cuda", _cuda_missing),
 }
 
 # Where the compiled kernels are the default: (op, GPU such as "sm_90"). An entry needs a committed measurement in

@@ -12,6 +12,9 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+# Of torch.ops. A copy of this package under another name (the kernels hub loads them so) has ops of its own beside it.
+NAMESPACE = "memflow" if __package__ == "memflow_kernels" else f"memflow_{__package__}".replace(".", "_")
+
 
 class Operator(NamedTuple):
     """file: in ops/ and in every backend, of this operator. schema: arguments and results as torch writes them."""
@@ -44,7 +47,8 @@ _CHOICE = (
 )
 _PARTS = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b"
 _SOFTMAX = "Tensor text_key, Tensor key, Tensor? text_mask, SymInt tokens_per_frame, float scale"
-_WEIGHTS = "Tensor weight_q, Tensor weight_k, float eps, SymInt rows, SymInt cols, SymInt start_frame, Tensor? start"
+_PLACE = "float eps, SymInt rows, SymInt cols, SymInt start_frame, Tensor? start"
+_WEIGHTS = f"Tensor weight_q, Tensor weight_k, {_PLACE}"
 # Defaults are left out of a call: a kernel that knows nothing else need not take them.
 _TURNS = "SymInt[]? axes=None, float theta=10000., bool per_head=False"
 _POOL = "Tensor(a!) pool_key, Tensor(b!) pool_value, Tensor(c!) pool_frame_mean"
@@ -86,7 +90,9 @@ OPERATORS = {
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_weight_q, Tensor grad_weight_k)",
     ),
     "qk_norm_rope_write": Operator(
-        "qk_norm_rope", f"({_STATES}, {_WEIGHTS}, {_POOL}, Tensor slots, bool query_mean, {_TURNS}) -> (Tensor, Tensor)"
+        "qk_norm_rope",
+        f"({_STATES}, Tensor? weight_q, Tensor? weight_k, {_PLACE}, {_POOL}, Tensor slots, bool query_mean, {_TURNS}) "
+        "-> (Tensor, Tensor)",
     ),
     "replace_frame": Operator("replacement", f"({_POOL}, Tensor slot, Tensor source_slot) -> ()"),
     "rotate_keys": Operator(

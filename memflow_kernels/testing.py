@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .backends import dispatch
+from .operators import NAMESPACE
 
 LAYOUTS = ("dense", "sliced", "heads_first", "fused", "padded")
 
@@ -156,10 +157,10 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "memflow":
+        if func.namespace == NAMESPACE:
             device = next(x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
             with self:
-                return dispatch(func._schema.name.removeprefix("memflow::"), device)(*args, **kwargs)
+                return dispatch(func._schema.name.removeprefix(f"{NAMESPACE}::"), device)(*args, **kwargs)
         result = func(*args, **kwargs)
         held = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         changes = func._schema.is_mutable

@@ -29,7 +29,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def toy():
     """The tiny untrained model. Streams share it: they keep everything of their own to themselves."""
-    from benchmarks.untrained import noise_pipeline
+    from memflow_bench.untrained import noise_pipeline
 
     pipeline = noise_pipeline()
     pipeline.set_progress_bar_config(disable=True)

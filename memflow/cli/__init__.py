@@ -44,7 +44,7 @@ def _with_values(arguments: list[str]) -> list[str]:
     followers = [*arguments[1:], "-"]
     return [
         "--ray=" if argument == "--ray" and after.startswith("-") else argument
-        for argument, after in zip(arguments, followers, strict=True)
+        for argument, after in zip(arguments, followers, strict=False)
     ]
 
 
@@ -121,9 +121,14 @@ class Patient:
 
 class Interrupt:
     """Within the `with` block Ctrl-C, SIGTERM and the end of the terminal are a KeyboardInterrupt; the first one only
-    sets `requested` where `notify` is a function, and calls it."""
+    sets `requested` where `notify` is a function, and calls it.
 
-    def __init__(self):
+    shared: of several processes of one launcher none stops by itself: `requested` is all that is set, but by a second
+    Ctrl-C. (torchrun sends SIGTERM when another one has ended, which then is about to say why.)
+    """
+
+    def __init__(self, shared: bool = False):
+        self.shared = shared
         self.requested = False
         self.notify: Callable[[], None] | None = None
 
@@ -139,7 +144,10 @@ class Interrupt:
             signal.signal(kind, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.notify is None or self.requested:
+        again, self.requested = self.requested, self.shared or self.requested
+        if self.shared and not (again and number == signal.SIGINT):
+            return
+        if self.notify is None or again:
             raise KeyboardInterrupt
         self.requested = True
         self.notify()

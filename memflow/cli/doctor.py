@@ -22,6 +22,7 @@ GIB = 2**30
 # Memory of cards as their makers name it, in GiB.
 GPUS = {"rtx-3060": 12, "rtx-4080": 16, "rtx-4090": 24, "rtx-5090": 32, "a100-40gb": 40, "a100": 80, "h100": 80}
 GPUS |= {"h200": 141, "b200": 180}
+SHARED = (1, 2, 3, 4, 6, 8)  # processes
 _RESERVE = 1.0  # GiB for the CUDA context and what libraries take
 
 
@@ -203,6 +204,17 @@ def examine(
     for name, size in rows:
         verdicts = (f"{'fits' if size / GIB + _RESERVE <= room else 'no':<{len(target)}}" for target, room in targets)
         print(f"  {name:<{width_of_names}} {_gib(size)}  " + "  ".join(verdicts).rstrip())
+    print()
+    print(f"  {'one story over N processes':<{width_of_names}}      GiB  of the first, and of each other one")
+    for count in SHARED:
+        name = f"N = {count}"
+        if count in found.processes:
+            first, other = found.shared(count)
+            verdict = f"{_gib(first)}  {_gib(other)}" if count > 1 else _gib(first)
+        else:
+            good = ", ".join(map(str, found.processes))
+            verdict = f"      no  N must divide heads and tokens: {good}"
+        print(f"  {name:<{width_of_names}} {verdict}")
     print()
     print(f"  fits: with {_RESERVE:g} GiB to spare, for the CUDA context and workspaces of libraries")
 

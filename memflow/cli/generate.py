@@ -14,22 +14,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from memflow.cli import Interrupt, shown
+from memflow.cli.live import Lines
 from memflow.cli.options import Request
-from memflow.cli.reports import draw, new_report
 from memflow.cli.story import Job, jobs, settings
 from memflow.errors import MemFlowError
 from memflow.output.video import VideoWriter
+from memflow.parallel import Alone, joined
 
 
 @dataclass
 class Film:
-    """A video in the making. before: frames that were in it. stop: chunks after which this run ends. saved: chunks in
-    the last state that was written. size: (height, width). loop, wall: seconds."""
+    """A video in the making. before: frames that were in it. stop: chunks after which this run ends, None: with the
+    story. length: chunks of the story. saved: chunks in the last state that was written. size: (height, width). loop,
+    wall: seconds."""
 
     job: Job
-    video: VideoWriter
+    video: VideoWriter | Unseen
     before: int
-    stop: int
+    stop: int | None
     length: int
     state: Path | None
     saved: int | None = None
@@ -40,7 +42,7 @@ class Film:
 
     @property
     def interrupted(self) -> bool:
-        return self.position < self.stop
+        return self.position < min(self.length, self.stop or self.length)
 
     def kept(self) -> str:
         """What is there if nothing more comes."""
@@ -57,23 +59,47 @@ class Film:
         self.saved = stream.position
 
 
+class Unseen:
+    """The video in a process that makes a story with others and is not the one that writes it."""
+
+    frames = checksum = 0
+
+    def __init__(self, fps: float):
+        self.fps = fps
+
+    def __enter__(self) -> Unseen:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def write(self, frames: object) -> None:
+        pass
+
+
 def generate(request: Request) -> int:
     """Make the videos of `request`; returns the exit code, 0 or (after Ctrl-C) 130. MemFlowError says what is wrong."""
-    todo = jobs(request)
-    console = Console(stderr=True, highlight=False, markup=False)
-    films: list[Film] = []
-    try:
-        with Interrupt() as interrupt:
-            _run(request, todo, films, console, interrupt)
-    except KeyboardInterrupt as stopped:
-        _say(console, "; ".join(["stopped at once", *filter(None, stopped.args)]))
-        return 130
-    finally:
-        _show(films)
+    with joined(request.device) as ranks:
+        todo = ranks.from_first(lambda: jobs(request))
+        console = Console(stderr=True, highlight=False, markup=False, quiet=not ranks.first)
+        films: list[Film] = []
+        try:
+            with Interrupt(shared=ranks.size > 1) as interrupt:
+                _run(request, todo, films, console, interrupt, ranks)
+        except KeyboardInterrupt as stopped:
+            _say(console, "; ".join(["stopped at once", *filter(None, stopped.args)]))
+            if ranks.size > 1:  # the others wait for this one
+                raise SystemExit(130) from None
+            return 130
+        finally:
+            if ranks.first:
+                _show(films)
     return 130 if films[-1].interrupted else 0
 
 
-def _run(request: Request, todo: list[Job], films: list[Film], console: Console, interrupt: Interrupt) -> None:
+def _run(
+    request: Request, todo: list[Job], films: list[Film], console: Console, interrupt: Interrupt, ranks: Alone
+) -> None:
     """Load the model and make one film after the other, up to Ctrl-C; those that are done are added to `films`."""
     with console.status("loading"):
         import torch
@@ -82,7 +108,10 @@ def _run(request: Request, todo: list[Job], films: list[Film], console: Console,
 
         pipe, device, about = loading.load(request, todo[0].state)
         with loading.backend(request.backend, device):
-            _prepare(pipe, [prompt for job in todo if job.story for prompt in job.story.prompts])
+            if ranks.size > 1:
+                pipe.enable_parallelism()
+            if ranks.first:
+                _prepare(pipe, [prompt for job in todo if job.story for prompt in job.story.prompts])
     model, dtype = request.model or todo[0].state.get("model", "storybook"), about["dtype"]
     with loading.backend(request.backend, device):
         for number, job in enumerate(todo, start=1):
@@ -91,17 +120,23 @@ def _run(request: Request, todo: list[Job], films: list[Film], console: Console,
             film = None
             try:
                 stream = _stream(pipe, job, request)
-                _say(console, f"{title}: {model} on {device}, {dtype}", style="dim")
+                where = f"{ranks.size} x {device.type}" if ranks.size > 1 else device
+                _say(console, f"{title}: {model} on {where}, {dtype}", style="dim")
                 film = _film(stream, job, request, console)
                 _make(film, stream, request, extra, title, console, interrupt)
                 del stream  # its memory makes room for that of the next one
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(film.kept() if film else "") from None
-            except (MemFlowError, MemoryError, torch.OutOfMemoryError) as error:
-                less = f"{'--held, ' if request.held else ''}--height and --width can be less"
-                short = "" if isinstance(error, MemFlowError) else f"{device} is out of memory, {less}: "
+            except Exception as error:
+                if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                    less = f"{'--held, ' if request.held else ''}--height and --width can be less"
+                    said = f"{device} is out of memory, {less}: {error}"
+                else:
+                    said = str(error) if isinstance(error, MemFlowError) else ranks.why(error)
+                if said is None:
+                    raise
                 kept = f" ({film.kept()})" if film and film.kept() else ""
-                raise MemFlowError(f"{short}{error}{kept}") from error
+                raise MemFlowError(f"{said}{kept}") from error
             films.append(film)
             if film.interrupted:
                 return
@@ -118,7 +153,8 @@ def _stream(pipe, job: Job, request: Request):
 
     if job.story is None:
         stream = pipe.resume(request.resume)
-        _prepare(pipe, [text for texts, _ in stream.plan.queue for text in texts])
+        if pipe.ranks.first:
+            _prepare(pipe, [text for texts, _ in stream.plan.queue for text in texts])
         return stream
     return pipe.stream(
         job.story.prompts,
@@ -133,7 +169,9 @@ def _stream(pipe, job: Job, request: Request):
 
 def _film(stream, job: Job, request: Request, console: Console) -> Film:
     """The film that `stream` makes: a new one, or one that goes on."""
-    if job.story is not None or not job.output.exists():
+    if not stream.ranks.first:
+        video = Unseen(stream.pipeline.fps)
+    elif job.story is not None or not job.output.exists():
         video = VideoWriter(job.output, stream.pipeline.fps)
         if job.story is None:
             rest = f"it will hold the rest alone, from chunk {stream.position + 1} on"
@@ -141,7 +179,7 @@ def _film(stream, job: Job, request: Request, console: Console) -> Film:
     else:
         frames, checksum = int(job.state["video_frames"]), int(job.state["video_checksum"])
         video = VideoWriter.resume(job.output, stream.pipeline.fps, frames, checksum)
-    stop = len(stream) if request.chunks is None else min(len(stream), stream.position + request.chunks)
+    stop = None if request.chunks is None else stream.position + request.chunks
     return Film(job, video, video.frames, stop, len(stream), request.save_state, position=stream.position)
 
 
@@ -150,11 +188,17 @@ def _make(
 ) -> None:
     """Run `stream` into its video until its end, --chunks or Ctrl-C."""
     video, fps, loop_before = film.video, stream.pipeline.fps, stream.timings["loop"]
-    report = new_report(film.job.name, stream) if film.job.report else None
+    ranks = stream.ranks
+    lines = Lines() if request.live and ranks.first else None
+    report = None
+    if film.job.report and ranks.first:
+        from memflow.output.report import MemoryReport
+
+        report = MemoryReport.of(stream, film.job.name)
     with ExitStack() as stack:
         stack.enter_context(video)
         if report is not None:
-            stack.push(lambda kind, *_: draw(report, film.job.report, kind is not None))
+            stack.push(lambda kind, *_: _draw(report, film.job.report, kind is not None))
         bar = stack.enter_context(_progress(console))
         task = bar.add_task(shown(title), total=len(stream), completed=stream.position, rate="")
         interrupt.notify = lambda: bar.console.print("stopping after this chunk; once more stops at once")
@@ -164,27 +208,43 @@ def _make(
         writer, writing = stack.enter_context(ThreadPoolExecutor(1)), Future()
         stack.callback(lambda: wait([writing]))
         writing.set_result(None)
-        while stream.position < film.stop and not interrupt.requested:
-            chunk = next(stream)
+        while stream.position != film.stop and not ranks.any(interrupt.requested):
+            if lines is not None:
+                lines.hand_over(stream, lambda said: bar.console.print(shown(said)), lambda: interrupt.requested)
+            chunk = next(stream, None)
+            if chunk is None:
+                break
             writing.result()
             if chunk.switched:
                 line = Text(f"{_clock(video.frames / fps)}  {shown(' '.join(chunk.prompts[0].split()))}")
                 line.truncate(bar.console.width, overflow="ellipsis")
                 bar.console.print(line, style="dim")
             writing = writer.submit(video.write, chunk.frames[0].numpy())
+            snapshot = stream.snapshot() if film.job.report else None
             if report is not None:
-                report.add(chunk, stream.snapshot())
+                report.add(chunk, snapshot)
             film.size = tuple(chunk.frames.shape[2:4])
             if request.save_every and stream.position % request.save_every == 0:
                 writing.result()
                 film.save(stream, extra)
             rate = (video.frames - film.before) / (time.perf_counter() - begin)
-            bar.update(task, completed=stream.position, rate=f"{rate:.1f} frames/s")
+            bar.update(task, total=len(stream), completed=stream.position, rate=f"{rate:.1f} frames/s")
         writing.result()
+        film.length = len(stream)
         film.position, film.wall = stream.position, time.perf_counter() - begin
         film.loop = stream.timings["loop"] - loop_before
         if film.state and film.saved != stream.position:
             film.save(stream, extra)
+
+
+def _draw(report, path: Path, failed: bool) -> None:
+    """Also when the run ends early, if there is anything to draw; what ended it is more important then."""
+    try:
+        if len(report):
+            report.save(path)
+    except MemFlowError:
+        if not failed:
+            raise
 
 
 def _progress(console: Console) -> Progress:

@@ -21,6 +21,7 @@ from memflow.memory.config import MemoryConfig
 from memflow.models.wan.encoder_files import encoder_digest, prompt_folder
 from memflow.models.wan.published import find_preset
 from memflow.models.wan.text import PromptCache
+from memflow.parallel.joining import own_device
 from memflow_kernels.backends import available_backends, refused, use_backend
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def load(request, known: dict[str, str] | None = None) -> Loaded:
         known: what a saved state says of the model that made it.
     """
     known = known or {}
-    device = choose_device(request.device)
+    device = choose_device(own_device(request.device))
     dtype = choose_dtype(known.get("dtype", request.dtype), device)
     model = request.model or known.get("model", "storybook")
     preset = request.preset or known.get("preset")

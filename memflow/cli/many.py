@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from memflow.cli import Interrupt, shown
-from memflow.cli.options import Request, lasting
+from memflow.cli.options import Request, lasting, with_whole_paths
 from memflow.cli.story import Story, check_settings, read_stories, settings
 from memflow.errors import MemFlowError
 from memflow.output import check_writable
 from memflow.output.video import check_output
+from memflow.parallel import launched
 from memflow.tellers.pool import Carrier, Event, Processes, Worker, tell
 from memflow.tellers.records import FOLDER, Task, is_done
 
-_ALONE = ("prompts", "chunks", "save_state", "resume")  # options for one story
+_ALONE = ("prompts", "chunks", "save_state", "resume", "live")  # options for one story
 
 
 def generate_many(request: Request) -> int:
@@ -58,7 +60,9 @@ def _check(request: Request) -> None:
     """MemFlowError for what can be seen to be wrong in the options."""
     if request.story is None or request.output is None:
         raise MemFlowError("--jobs and --ray need a file of stories, and -o FOLDER for their films")
-    given = [request.written(name) for name in _ALONE if getattr(request, name) not in (None, [])]
+    if launched():
+        raise MemFlowError("--jobs and --ray start processes of their own: not under torchrun, whose make one story")
+    given = [request.written(name) for name in _ALONE if getattr(request, name)]
     if given:
         raise MemFlowError(f"{', '.join(given)}: for one story, not with --jobs and --ray")
     if request.ray and os.path.exists(request.ray):
@@ -99,7 +103,7 @@ def _told(story: Story, request: Request) -> dict[str, Any]:
 
 def _run(request: Request, todo: list[Task], table: _Table) -> None:
     """Let workers make the films, up to Ctrl-C."""
-    request = replace(request, output=request.output.absolute())
+    request = replace(with_whole_paths(request), output=request.output.absolute())
     with _carrier(request, len(todo)) as (carrier, count), Interrupt() as interrupt, table:
         interrupt.notify = lambda: table.say("stopping after the chunks in hand; once more stops at once")
         with closing(tell(carrier, count, todo, lambda: interrupt.requested)) as events:
@@ -123,9 +127,7 @@ def _carrier(request: Request, most: int) -> Iterator[tuple[Carrier, int]]:
 
 def _worker(request: Request, local: int, index: int) -> Worker:
     """Called where the worker lives: whoever only counts the films needs no torch."""
-    from memflow.cli.worker import FilmWorker
-
-    return FilmWorker(request, local, index)
+    return import_module("memflow.cli.worker").FilmWorker(request, local, index)
 
 
 class _Table:

@@ -1,7 +1,7 @@
 """What the command `memflow` understands; every option stands here once. What is slow to import comes later."""
 
 import inspect
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
@@ -57,7 +57,7 @@ class Request:
         typer.Argument(
             metavar="STORY",
             help="A text file with one prompt per line, a .json or .yaml file with a list of prompts, or a .jsonl file "
-            'with one {"prompts": \\[...]} per line.',
+            'with one {"prompts": \\[...]} per line. "-": lines or JSON from stdin.',
         ),
         "Story",
     ] = None
@@ -164,6 +164,13 @@ class Request:
             help="Keep the embeddings of prompts on disk: the text encoder is loaded for new prompts only.",
         ),
     ] = True
+    live: Annotated[
+        bool,
+        _run(
+            "--live",
+            help="Read further prompts from stdin meanwhile: a line is the next scene, from the next chunk on.",
+        ),
+    ] = False
     report: Annotated[bool, _run("--report", help="Also draw what was remembered: OUT with .png.")] = False
     overwrite: Annotated[
         bool,
@@ -241,6 +248,13 @@ class Request:
 def lasting(model: str) -> str:
     """The name of a model, so that it is found again from another folder."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def with_whole_paths(request):
+    """A request of `generate` or `serve` for processes in other folders."""
+    model = request.model and lasting(request.model)
+    decoder = request.decoder and request.decoder.absolute()
+    return replace(request, model=model, decoder=decoder)
 
 
 def _reads(options: type):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from memflow.cli.options import _PRESETS, Request, _late, _of, _reads, app
+from memflow.errors import MemFlowError
 
 _model, _server = Request.__annotations__, _of("Serving")
 
@@ -30,6 +31,17 @@ class Serving:
         list[str] | None,
         _server(metavar="ORIGIN", help="Another address of this server, or of a page that may use it. Repeatable."),
     ] = None
+    ray: Annotated[
+        str | None,
+        _server(
+            metavar="\\[ADDRESS]",
+            help="Serve from a Ray cluster: at ADDRESS, else at RAY_ADDRESS, else the one that runs here, else one is "
+            "started. Its machines share --dir.",
+        ),
+    ] = None
+    replicas: Annotated[
+        int | None, _server(min=1, metavar="N", help="Models of the cluster, each with --sessions. \\[default: 1]")
+    ] = None
     model: _model["model"] = None
     preset: _model["preset"] = None
     decoder: _model["decoder"] = None
@@ -43,4 +55,6 @@ class Serving:
 @_reads(Serving)
 def serve(request: Serving) -> int:
     """Tell stories live: a page to steer them, and an address for programs (docs/serving.md)."""
+    if request.ray is None and request.replicas is not None:
+        raise MemFlowError("--replicas: only with --ray")
     return _late("memflow.serve.command:serve")(request)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ def read_stories(path: str | Path, bad: list[str] | None = None) -> list[Story]:
         path: a `.jsonl` file has one story per line, `{"prompts": ["...", ...]}`, with an optional `"name"`, `"seed"`
             and `"seconds_per_prompt"`; other keys are left alone. A `.json` or `.yaml` file is a list of prompts, such
             an object or a list of them. A `.txt` file, or one without a suffix, has one prompt per line and makes one
-            story. Blank lines do not count.
+            story. Blank lines do not count. `-` is stdin: lines or JSON.
         bad: where given, what is wrong with a story is added here, and the others are read.
 
     Returns:
@@ -72,12 +73,16 @@ def read_stories(path: str | Path, bad: list[str] | None = None) -> list[Story]:
     Raises:
         MemFlowError: the file is of another kind, cannot be read or holds no story; the message names file and line.
     """
-    path = Path(path)
-    check_regular(path)
+    path, text = Path(path), None
     kind = path.suffix.lower()
+    if str(path) == "-":
+        path, text = Path("stdin"), _read(path)
+        kind = ".json" if _is_json(text) else ".jsonl" if _is_json(text.lstrip().partition("\n")[0]) else ".txt"
     if kind not in (*_TEXT, *_LINES, *_JSON, *_YAML):
         raise MemFlowError(f"{path}: no story file: .txt has one prompt per line, .json and .yaml are lists of prompts")
-    text = _read(path)
+    if text is None:
+        check_regular(path)
+        text = _read(path)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise MemFlowError(f"{path}: the file is empty, at least one prompt is needed")
@@ -117,6 +122,8 @@ def jobs(request: Request) -> list[Job]:
     if request.output is None:
         raise MemFlowError("where to? -o OUT.mp4 is needed (a folder if the story file holds several stories)")
     check_settings(request)
+    if request.live and str(request.story) == "-":
+        raise MemFlowError("--live reads further scenes from stdin: the story must be a file, or come with -p")
     if request.save_every is not None and request.save_state is None:
         raise MemFlowError("--save-every says how often the state is written, --save-state FILE where: it is missing")
     found = _resumed(request) if request.resume else _told(request)
@@ -166,6 +173,8 @@ def _told(request: Request) -> list[Job]:
     stories = read_stories(request.story)
     if len(stories) == 1:
         return [_job(request, stories[0], request.output)]
+    if request.live:
+        raise MemFlowError(f"--live is for one story, {request.story} holds {len(stories)}")
     if request.output.suffix.lower() == ".mp4":
         raise MemFlowError(f"{request.story} holds {len(stories)} stories: -o must be a folder, not {request.output}")
     if request.save_state is not None:
@@ -237,7 +246,7 @@ def _is_state(path: Path) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
+        with sys.stdin.buffer if str(path) == "-" else open(path, "rb") as file:
             data = file.read(_FILE + 1)
     except OSError as error:
         raise MemFlowError(f"{path}: cannot read the story: {error.strerror}") from None

@@ -13,8 +13,8 @@ import torch
 
 from memflow.cli.loading import backend, choose_memory, load
 from memflow.cli.options import Request
-from memflow.cli.reports import draw, new_report
 from memflow.errors import MemFlowError
+from memflow.output.report import MemoryReport
 from memflow.output.video import VideoWriter
 from memflow.stream.saved import read_header
 from memflow.tellers.records import FOLDER, Task, begin, claimed, finish, is_done, sync
@@ -95,7 +95,7 @@ class FilmWorker:
     def _told(self, task: Task, video: VideoWriter, stopping: Callable[[], bool]) -> Iterator[dict]:
         stream = self._teller.stream(task.id)
         before, length, saved, cost, last = video.frames, len(stream), stream.position, 0.0, time.monotonic()
-        report = new_report(task.name, stream) if self._request.report else None
+        report = MemoryReport.of(stream, task.name) if self._request.report else None
 
         def step(done: bool = False) -> dict:
             made = video.frames - before
@@ -128,8 +128,8 @@ class FilmWorker:
             writing.result()
             if not done and stream.position > saved:
                 self._save(task, video)
-        if report is not None:
-            draw(report, task.film.with_suffix(".png"), failed=False)
+        if report is not None and len(report):
+            report.save(task.film.with_suffix(".png"))
         if done:
             video.close()
             finish(task, video)

@@ -65,9 +65,7 @@ def stream_decoder(vae: IndependentCodec | AutoencoderKLWan | TinyVideoDecoder) 
 def current_class(module: str | None, name: str | None) -> list[str | None]:
     """The class of a VAE as model_index.json has it, module and name, with the module that the class is in now."""
     if name == "PixelShuffleCodec" and str(module).startswith("memflow."):
-        raise MemFlowError(
-            f"{name}, of the preset 'noise', has left the package; benchmarks/untrained.py in the repository has both"
-        )
+        raise MemFlowError(f"{name}, of the preset 'noise', has left memflow; memflow_bench.untrained has both")
     return [_HOMES.get(name, module) if str(module).startswith("memflow.") else module, name]
 
 

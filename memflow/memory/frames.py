@@ -20,6 +20,8 @@ from memflow.memory.places import Places, Rotation, Unplaced, place_keys
 from memflow.memory.policies import POLICIES, Held
 from memflow.memory.scenes import passed_over
 from memflow.memory.slots import FramePool, RelativeFramePool, copy_exactly
+from memflow.parallel.alone import ALONE, Alone
+from memflow.parallel.ranks import require_division
 from memflow_kernels import Pool, prompt_relevance
 
 if TYPE_CHECKING:
@@ -114,10 +116,12 @@ class FrameMemory:
         device: where they lie.
         seeds: one per batch row, for the policies that draw; zeros where not given.
         rotation: how the model's keys turn with time; None: they do not.
+        ranks: the processes that make the story together, each with a part of the heads. What is held and shown is
+            the same in all of them: it is chosen by means of all heads.
 
     Raises:
         ValueError: relative positions for keys that do not turn.
-        MemFlowError: an activation_block that does not divide a frame.
+        MemFlowError: an activation_block that does not divide a frame; processes that do not divide heads and tokens.
     """
 
     extra_slots = 0
@@ -144,9 +148,13 @@ class FrameMemory:
         device: torch.device | str,
         seeds: Sequence[int] = (),
         rotation: Rotation | None = Rotation(),  # noqa: B008 (immutable)
+        ranks: Alone = ALONE,
     ):
         self.config = config
         self.grid = tuple(grid)
+        self.ranks = ranks
+        if ranks.size > 1:
+            require_division(ranks.size, heads, self.call_tokens())
         self.rotation = rotation
         relative = config.positions == "relative"
         if relative and rotation is None:
@@ -161,10 +169,11 @@ class FrameMemory:
             layers=layers,
             batch=batch,
             tokens_per_frame=grid[0] * grid[1],
-            heads=heads,
+            heads=heads // ranks.size,
             head_dim=head_dim,
             dtype=dtype,
             device=device,
+            ranks=ranks,
         )
         tokens, block = grid[0] * grid[1], config.activation_block
         if block is not None:
@@ -260,6 +269,13 @@ class FrameMemory:
         frames = max(0, min(config.window_frames - config.frames_per_chunk, start - config.sink_frames))
         return start - frames, frames
 
+    def call_tokens(self) -> set[int]:
+        """Tokens of every kind of call that a stream makes: over a chunk, and over what a prompt switch re-encodes."""
+        chunk, config = self.config.frames_per_chunk, self.config
+        starts = range(0, config.sink_frames + config.window_frames + 2 * chunk, chunk)
+        frames = {chunk, *(self.recache_span(start)[1] for start in starts)} - {0}
+        return {count * self.grid[0] * self.grid[1] for count in frames}
+
     # -- what is held ------------------------------------------------------------------------------------------------
 
     @property
@@ -338,9 +354,11 @@ class FrameMemory:
             frames = {"frame_mean": self.pool.means(first_slot, count).flatten(0, 1)}
         else:
             frames = {"key": self.pool.keys(first_slot, count), "tokens_per_frame": self.pool.tokens_per_frame}
+            text_key = self.ranks.mine(text_key)
         scores = prompt_relevance(
             text_key.flatten(0, 1), text_mask=text_mask, aggregate=self.config.aggregate, **frames
         )
+        scores = scores if self.config.aggregate == "mean" else self.ranks.mean(scores)
         return scores.unflatten(0, text_key.shape[:2])
 
     def _used_slots(self) -> tuple[int, int]:

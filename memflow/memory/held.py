@@ -138,9 +138,9 @@ class Reserve:
 class Archive:
     """All frames, in host memory; in every layer and batch row the same. used: how many are held.
 
-    On the device are their mean keys alone. Host memory grows by one frame of K and V of all layers and batch rows with
-    every frame added. With a GPU it is pinned: copies to it and from it are queued behind the work of the device, and
-    the host waits only to read which frames were chosen.
+    On the device are their mean keys alone, of all heads. Host memory grows by one frame of K and V of all layers and
+    batch rows with every frame added. With a GPU it is pinned: copies to it and from it are queued behind the work of
+    the device, and the host waits only to read which frames were chosen.
     """
 
     def __init__(self, pool: FramePool):
@@ -183,7 +183,8 @@ class Archive:
 
     def _write(self, slot: int, frame: int, row: tuple[int, ...]) -> None:
         key, value = self.frames[frame]
-        self.pool.write(slot, key[row], value[row], self.mean_buffer[:, :, frame][row], row)
+        mean = self.pool.ranks.mine(self.mean_buffer[:, :, frame])
+        self.pool.write(slot, key[row], value[row], mean[row], row)
 
     def _host_copy(self, states: Tensor) -> Tensor:
         host = torch.empty(states.shape, dtype=states.dtype, pin_memory=states.is_cuda)
@@ -194,8 +195,8 @@ class Archive:
             return {}
         if self.mean_buffer.is_cuda:
             torch.cuda.synchronize(self.mean_buffer.device)  # the last copies to the host may be under way
-        keys, values = zip(*self.frames, strict=True)
-        return {"archive.key": torch.stack(keys), "archive.value": torch.stack(values), "archive.mean": self.means()}
+        keys, values = (self.pool.ranks.collect(torch.stack(states)) for states in zip(*self.frames, strict=True))
+        return {"archive.key": keys, "archive.value": values, "archive.mean": self.means()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], used: int) -> None:
         mean, self.frames = self.mean_buffer, []
@@ -206,7 +207,7 @@ class Archive:
         key, value = self.pool.frame(0)
         frames = [torch.empty((used, *states.shape), dtype=states.dtype, device="cpu") for states in (key, value)]
         for states, name in zip(frames, ("archive.key", "archive.value"), strict=True):
-            copy_exactly(states, tensors, name)
+            copy_exactly(states, tensors, name, self.pool.ranks)
         for pair in zip(*frames, strict=True):
             self.frames.append(tuple(states.pin_memory() if mean.is_cuda else states.clone() for states in pair))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memflow.memory.places import Rotation, Unplaced
+from memflow.parallel.alone import ALONE, Alone
 from memflow_kernels import Pool, frame_means, replace_frame, rotate_keys_write
 
 
@@ -23,11 +24,13 @@ class FramePool:
     another, so that attention reads each head in one go: on two CPU cores it takes a tenth less time than through heads
     side by side.
     frame_mean: [layers, B, slots, heads, head_dim], float32 (float64 for a float64 pool), the mean key of each frame.
+    ranks: the processes that have some of the heads each; heads are those of this one.
     """
 
     def __init__(
-        self, *, bank, sink, window, extra, layers, batch, tokens_per_frame, heads, head_dim, dtype, device
+        self, *, bank, sink, window, extra, layers, batch, tokens_per_frame, heads, head_dim, dtype, device, ranks=ALONE
     ) -> None:
+        self.ranks = ranks
         self.bank_slots, self.sink_slots, self.window_slots = bank, sink, window
         self.tokens_per_frame = tokens_per_frame
         slots = bank + sink + window + extra
@@ -63,7 +66,7 @@ class FramePool:
     @property
     def nbytes(self) -> int:
         """What all of it takes."""
-        return sum(tensor.nbytes for tensor in self.state_dict().values()) + self.block_mean.nbytes
+        return sum(tensor.nbytes for tensor in self.buffers().values()) + self.block_mean.nbytes
 
     @property
     def first_extra_slot(self) -> int:
@@ -92,8 +95,8 @@ class FramePool:
         return self.key[:, :, self.tokens(first, count)].flatten(0, 1)
 
     def means(self, first: int, count: int) -> Tensor:
-        """[layers, B, count, H, D]: their mean keys."""
-        return self.frame_mean[:, :, first : first + count]
+        """[layers, B, count, H, D]: their mean keys, of all heads, for which what is held and shown is the same."""
+        return self.ranks.all_heads(self.frame_mean[:, :, first : first + count])
 
     def replace(self, slot: int | Tensor, source_slot: int | Tensor) -> None:
         """In every layer and row copy the frame in `source_slot` over `slot`, each an int or [layers, B] on the device;
@@ -120,8 +123,9 @@ class FramePool:
         return self.key[:, :, tokens], self.value[:, :, tokens]
 
     def write(self, slot: int, key: Tensor, value: Tensor, frame_mean: Tensor, row: tuple = ()) -> None:
-        """Put a frame that `frame` gave, and its row of `means`, into a slot; row: () = all layers and batch rows, or
-        (layer, batch row), with tensors of these alone. Copies from pinned memory do not wait for the device."""
+        """Put a frame that `frame` gave, and the row of `means` of its heads, into a slot; row: () = all layers and
+        batch rows, or (layer, batch row), with tensors of these alone. Copies from pinned memory do not wait for the
+        device."""
         tokens = self.tokens(slot, 1)
         self.key[row][..., tokens, :, :].copy_(key, non_blocking=True)
         self.value[row][..., tokens, :, :].copy_(value, non_blocking=True)
@@ -136,21 +140,31 @@ class FramePool:
         for buffer in (self.key, self.value):
             buffer[:, :, self.tokens(first, count)].zero_()
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def buffers(self) -> dict[str, Tensor]:
+        """All that the pool is made of, [..., heads, D] each, by the names in a state."""
         return {"pool.key": self.key, "pool.value": self.value, "pool.frame_mean": self.frame_mean}
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: self.ranks.collect(buffer) for name, buffer in self.buffers().items()}
+
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        for name, buffer in self.state_dict().items():
-            copy_exactly(buffer, tensors, name)
+        for name, buffer in self.buffers().items():
+            copy_exactly(buffer, tensors, name, self.ranks)
 
 
-def copy_exactly(buffer: Tensor, tensors: dict[str, Tensor], name: str) -> None:
-    """Move tensor `name` of `tensors` into `buffer`; ValueError where it is missing or of another shape or dtype."""
+def copy_exactly(buffer: Tensor, tensors: dict[str, Tensor], name: str, ranks: Alone = ALONE) -> None:
+    """Move tensor `name` of `tensors` into `buffer`; ValueError where it is missing or of another shape or dtype.
+
+    ranks: processes that have some of the heads of `buffer` [..., H, D] each, and here move their own.
+    """
     found = tensors.pop(name, None)
-    if found is None or found.shape != buffer.shape or found.dtype != buffer.dtype:
+    shape = list(buffer.shape)
+    if ranks.size > 1:
+        shape[-2] *= ranks.size
+    if found is None or list(found.shape) != shape or found.dtype != buffer.dtype:
         got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-        raise ValueError(f"{name} must be {buffer.dtype} {list(buffer.shape)}, got {got}")
-    buffer.copy_(found)
+        raise ValueError(f"{name} must be {buffer.dtype} {shape}, got {got}")
+    buffer.copy_(ranks.mine(found))
 
 
 class RelativeFramePool(FramePool):
@@ -180,7 +194,7 @@ class RelativeFramePool(FramePool):
         return torch.cat(at_zero, -1).flatten(0, 1)
 
     def means(self, first: int, count: int) -> Tensor:
-        return self.still_mean[:, :, first : first + count]
+        return self.ranks.all_heads(self.still_mean[:, :, first : first + count])
 
     def _replace(self, slot: Tensor, source: Tensor) -> None:
         super()._replace(slot, source)
@@ -205,5 +219,5 @@ class RelativeFramePool(FramePool):
         theta = self.rotation.theta
         rotate_keys_write(self.still_key.flatten(0, 1), self.still_mean.flatten(0, 1), places, pool=rows, theta=theta)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {**super().state_dict(), "pool.still_key": self.still_key, "pool.still_mean": self.still_mean}
+    def buffers(self) -> dict[str, Tensor]:
+        return {**super().buffers(), "pool.still_key": self.still_key, "pool.still_mean": self.still_mean}

@@ -45,6 +45,22 @@ class MemoryReport:
         self._entries: list[Entry] = []
         self._seconds_per_chunk = 0.0
 
+    @classmethod
+    def of(cls, stream, name: str) -> MemoryReport:
+        """A report for a stream (a `memflow.stream.stream.Stream`), with its settings below the name of the story."""
+        config = stream.config
+        held = "" if config.held_frames is None else f", {config.held_frames} held"
+        recall = "" if config.recall == "relevance" else f", shown by {config.recall}"
+        recall += "" if config.scene_frame == "any" else f", {config.scene_frame} of a scene"
+        facts = [
+            f"memory: {'published' if config.published_mode else config.policy}{held}{recall}",
+            f"sink {config.sink_frames}, window {config.window_frames}, bank {config.bank_frames} latent frames",
+            f"every head attends to {_attended(config)} of sink and bank",
+            f"seed {stream.seeds[0]}",
+        ]
+        title = name.replace("-", " ").replace("_", " ")
+        return cls(title, fps=stream.pipeline.fps, subtitle="   ·   ".join(facts))
+
     def add(self, chunk, snapshot) -> None:
         """Record `chunk` (a `memflow.stream.stream.Chunk`) and what the memory held for it (a `MemorySnapshot`)."""
         frames_per_chunk = chunk.latents.shape[2]
@@ -118,3 +134,11 @@ def _thumbnail(frame: np.ndarray) -> bytes:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
     return file.getvalue()
+
+
+def _attended(config) -> str:
+    blocks = "" if config.activation_block is None else f" in blocks of {config.activation_block} tokens"
+    if config.activated is None:
+        return "all" if config.top_k is None else f"{config.top_k}{blocks and ' frames'}{blocks}"
+    amount = f"{config.activated:.0%}" if isinstance(config.activated, float) else f"{config.activated} tokens"
+    return amount + blocks

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
+import sys
+import time
 import warnings
 from contextlib import ExitStack, suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import uvicorn
 from starlette.applications import Starlette
 
-from memflow.cli import loading
+from memflow.cli import Interrupt, loading
+from memflow.cli.options import with_whole_paths
 from memflow.cli.serving import Serving
-from memflow.decoders import use_decoder
 from memflow.errors import MemFlowError, MemFlowWarning
-from memflow.serve.app import make_app
+from memflow.serve.asgi import make_app
 from memflow.serve.settings import Settings
 
 _MESSAGE = 256 * 1024  # bytes; `Settings.message_characters` count characters
@@ -40,15 +44,54 @@ def serve(request: Serving) -> int:
     """
     settings = settings_of(request)
     listening = listen(request.host, request.port)
+    if request.ray is not None:
+        return _serve_cluster(request, settings, listening)
     with listening, ExitStack() as stack:
-        loaded = _load(request, settings, stack)
-        host, port = listening.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        asked = "/?token=..." if settings.token else "/"
-        print(f"memflow serve: {settings.model} on http://{shown}:{port}{asked}  (Ctrl-C ends and saves)", flush=True)
-        with suppress(KeyboardInterrupt):  # uvicorn passes on what it was stopped with
-            server(make_app(lambda: loaded, settings), settings).run(sockets=[listening])
+        loaded = _load(request, stack)
+        _announce(settings.model, settings, *listening.getsockname()[:2])
+        running = server(make_app(lambda: loaded, settings), settings)
+        # uvicorn passes on what it was stopped with, when all is saved; the end of a terminal it does not know.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGHUP, lambda *_: setattr(running, "should_exit", True))
+        with suppress(KeyboardInterrupt):
+            running.run(sockets=[listening])
     return 0
+
+
+def _serve_cluster(request: Serving, settings: Settings, free: socket.socket) -> int:
+    """`serve` from a Ray cluster, at an address that is free here."""
+    from memflow.serve.cluster import deployed
+    from memflow.tellers.actors import cluster
+
+    host, port = free.getsockname()[:2]
+    free.close()
+    replicas, said = request.replicas or 1, sys.stdout
+    address = {"host": host, "port": port, "connections": _connections(settings), "grace": _GRACE}
+    with cluster(request.ray) as resources, Interrupt() as interrupt:
+        kind = "num_gpus" if resources.get("GPU") and request.device != "cpu" else "num_cpus"
+        make = partial(_app, with_whole_paths(request), settings)
+        with deployed(make, replicas, takes={kind: 1}, **address):
+            interrupt.notify = lambda: None
+            _announce(f"{replicas} x {settings.model}", settings, host, port, said)
+            while not interrupt.requested:
+                time.sleep(0.2)
+    return 0
+
+
+def _app(request: Serving, settings: Settings) -> Starlette:
+    return make_app(lambda: _load(request, ExitStack()), settings)
+
+
+def _announce(what: str, settings: Settings, host: str, port: int, said: TextIO | None = None) -> None:
+    shown = f"[{host}]" if ":" in host else host
+    asked = "/?token=..." if settings.token else "/"
+    print(f"memflow serve: {what} on http://{shown}:{port}{asked}  (Ctrl-C ends and saves)", file=said, flush=True)
+
+
+def _connections(settings: Settings) -> int:
+    """At once: of viewers, and of those who ask for films, the page and numbers."""
+    return 4 * settings.sessions + 64
 
 
 def server(app: Starlette, settings: Settings) -> uvicorn.Server:
@@ -64,7 +107,7 @@ def server(app: Starlette, settings: Settings) -> uvicorn.Server:
         access_log=False,  # addresses may hold a token
         ws_max_size=_MESSAGE,
         ws_per_message_deflate=False,
-        limit_concurrency=4 * settings.sessions + 64,
+        limit_concurrency=_connections(settings),
         timeout_graceful_shutdown=_GRACE,
         server_header=False,
     )
@@ -77,13 +120,13 @@ def app_of_environment() -> Starlette:
     given: dict[str, Any] = {}
     for field in fields(Serving):
         value = os.environ.get(f"MEMFLOW_SERVE_{'DIR' if field.name == 'folder' else field.name.upper()}")
-        if value is not None and field.name not in ("host", "port"):
+        if value is not None and field.name not in ("host", "port", "ray", "replicas"):
             kinds = {"sessions": int, "folder": Path, "decoder": Path, "allow_origin": str.split}
             kinds["prompt_cache"] = lambda text: text not in ("0", "false", "no")
             given[field.name] = kinds.get(field.name, str)(value)
     request = Serving(**given)
     settings = settings_of(request)
-    return make_app(lambda: _load(request, settings, ExitStack()), settings)
+    return _app(request, settings)
 
 
 def settings_of(request: Serving) -> Settings:
@@ -138,23 +181,15 @@ def listen(host: str, port: int) -> socket.socket:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(Settings.send_seconds * 1e3))
         listening.bind(address)
+        listening.listen(128)  # from here on whoever comes waits for the model to be loaded, and is not turned away
     except OSError as error:
         raise MemFlowError(f"--host {host} --port {port}: {error.strerror}") from None
     return listening
 
 
-def _load(request: Serving, settings: Settings, stack: ExitStack) -> tuple[Any, dict[str, str]]:
+def _load(request: Serving, stack: ExitStack) -> tuple[Any, dict[str, str]]:
     """The pipeline, and what states say of it. Its backend is in force until `stack` ends."""
     warnings.simplefilter("ignore", MemFlowWarning)  # who writes a prompt is told, not who runs the server
-    device = loading.choose_device(request.device)
-    dtype = loading.choose_dtype(request.dtype, device)
-    stack.enter_context(loading.backend(request.backend, device))
-    pipe = loading.load_pipeline(
-        settings.model, device, dtype, preset=request.preset, prompt_cache=request.prompt_cache
-    )
-    loading.choose_threads(pipe.transformer, device)
-    extra = {"preset": request.preset} if request.preset else {}
-    if request.decoder is not None:
-        use_decoder(pipe, request.decoder)
-        extra["decoder"] = str(request.decoder.absolute())
-    return pipe, extra
+    loaded = loading.load(request)
+    stack.enter_context(loading.backend(request.backend, loaded.device))
+    return loaded.pipeline, loaded.about

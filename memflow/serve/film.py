@@ -84,7 +84,10 @@ class Film:
         """
         if len(self._entries) < chunks:
             raise MemFlowError(f"story {self.id}: its journal has {len(self._entries)} of {chunks} chunks")
-        self.video = VideoWriter.resume(self.path, self.about["fps"], frames, checksum)
+        if frames:
+            self.video = VideoWriter.resume(self.path, self.about["fps"], frames, checksum)
+        else:  # the viewer was gone before the first chunk
+            self.begin()
         self._journal.seek(0)
         self._journal.truncate(sum(len(line) for line, _ in zip(self._journal, range(chunks + 1), strict=False)))
         self._journal.seek(0, os.SEEK_END)

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memflow.errors import MemFlowError
@@ -176,10 +177,8 @@ class Stories:
         extra: texts that go into every state: what `memflow generate --resume` must know of the model.
     """
 
-    def __init__(self, pipeline: MemFlowPipeline, settings: Settings, extra: dict[str, str] | None = None):
-        self.pipeline, self.settings = pipeline, settings
-        self.extra = {"model": settings.model, "dtype": str(pipeline.transformer.dtype).removeprefix("torch.")}
-        self.extra |= extra or {}
+    def __init__(self, pipeline: MemFlowPipeline, settings: Settings, extra: dict[str, str]):
+        self.pipeline, self.settings, self.extra = pipeline, settings, extra
         settings.folder.mkdir(parents=True, exist_ok=True)
         self.teller = Teller(pipeline, settings.folder, snapshots=True)
         self.tellings: dict[str, Telling] = {}
@@ -197,12 +196,16 @@ class Stories:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        self.stopping = True
-        await asyncio.gather(*(telling.leave() for telling in list(self.tellings.values())))
+        await self.stop()
         for task in self._tasks:
             task.cancel()
         for pool in self._threads:
             pool.shutdown()
+
+    async def stop(self) -> None:
+        """Begin no further story; those that are told are saved, and end."""
+        self.stopping = True
+        await asyncio.gather(*(telling.leave() for telling in list(self.tellings.values())))
 
     async def model(self, function: Callable, *arguments: Any) -> Any:
         """Call in the one thread that uses the model."""
@@ -255,6 +258,14 @@ class Stories:
         known |= {"scenes": scenes_of(entries), "film": f"/v1/stories/{id}.mp4"}
         return known | {"kept_until": None if state == "telling" else self.kept_until()}, entries
 
+    def film(self, id: str) -> Path | None:
+        """The film of a story; None if it is not here."""
+        try:
+            path = self.teller.path(id).with_suffix(".mp4")
+        except MemFlowError:
+            return None
+        return path if path.exists() else None
+
     def kept_until(self) -> int:
         """Until when a story is kept that is saved now, in seconds since 1970."""
         return round(time.time() + self.settings.keep_seconds)
@@ -294,9 +305,6 @@ class Stories:
 
     async def _resume(self, start: Start) -> Telling:
         id = start.resume
-        if (other := self.tellings.get(id)) is not None:  # a page that was loaded again
-            other.taken = True
-            await other.leave()
         film, path = await self._locked(id), self.teller.path(id)
         if film is None or not path.exists():
             if film is not None:
@@ -322,8 +330,11 @@ class Stories:
         return Telling(self, film, start, await self.model(resume))
 
     async def _locked(self, id: str) -> Film | None:
-        """The files of a story; waits for another server to save what its viewer has just left."""
+        """The files of a story; whoever tells it gives it up, and another server has time to save what was left."""
         for wait in (*(_LOCKED / 10,) * 10, None):
+            if (other := self.tellings.get(id)) is not None:  # a page that was loaded again, perhaps twice
+                other.taken = True
+                await other.leave()
             try:
                 return await self.films(Film, self.settings.folder, id)
             except FileNotFoundError:

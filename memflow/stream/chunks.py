@@ -18,6 +18,7 @@ from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
 from memflow.memory.frames import FrameMemory, MemorySnapshot, Pass, Prompt, make_memory
 from memflow.modes import own_modes
+from memflow.parallel.alone import ALONE
 from memflow.stream.given import check_latents, check_size, check_text, one_timestep
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class ChunkDriver:
         sizes = {"layers": model.layers, "heads": model.heads, "head_dim": model.head_dim, "batch": batch}
         with own_modes():
             sizes |= {"grid": grid, "dtype": model.dtype, "device": model.device, "seeds": self.seeds}
-            self.memory = make_memory(self.config, **sizes, rotation=model.rotation)
+            ranks = getattr(model, "ranks", ALONE)  # models of one process need not say so
+            self.memory = make_memory(self.config, **sizes, rotation=model.rotation, ranks=ranks)
         self.size = size
 
     def prompt(self, embeds: Tensor, mask: Tensor | None = None) -> None:

@@ -21,10 +21,13 @@ from memflow.memory.config import MemoryConfig
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.float8 import to_float8
 from memflow.models.wan.graphs import require_gpu
+from memflow.models.wan.parallel import share
 from memflow.models.wan.published import PRESETS, find_preset
 from memflow.models.wan.text import PromptCache, encode_prompts, losses
 from memflow.models.weights import weights_digest
 from memflow.modes import own_modes
+from memflow.parallel.alone import ALONE, Alone
+from memflow.parallel.ranks import Ranks
 from memflow.stream.chunks import ChunkDriver
 from memflow.stream.plan import Plan, check_text
 from memflow.stream.sampler import DistilledSchedule
@@ -33,7 +36,7 @@ from memflow.stream.stream import Stream
 
 _GONE = {
     "toy": "the preset 'toy' is called 'storybook' now",
-    "noise": "the preset 'noise' has left the package: benchmarks/untrained.py in the repository makes it",
+    "noise": "the preset 'noise' has left memflow: memflow_bench.untrained.noise_pipeline() makes it",
 }
 _LONGEST = 1e7  # seconds of one prompt
 
@@ -74,6 +77,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """
 
     prompts: PromptCache | None = None
+    ranks: Alone = ALONE
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
     def __init__(
@@ -185,8 +189,36 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         if graphs:
             require_gpu(self.transformer)
+        if self.ranks.size > 1:
+            raise MemFlowError("compile: not with enable_parallelism; its exchanges have not been tried in graphs")
         self.cuda_graphs = graphs
         self.transformer.compile_repeated_blocks(**{"fullgraph": True, "dynamic": True} | options)
+
+    def enable_parallelism(self) -> None:
+        """Make every story with all processes of torch.distributed's default group together, for good: each computes
+        a part of the tokens outside self-attention and a part of the heads inside it, and has that part of the memory.
+
+        To be called in all of them on a pipeline with the same weights, where it will stay, after
+        `torch.distributed.init_process_group("cpu:gloo,cuda:nccl")` (or "gloo" without GPUs). What streams give is then
+        as of one process; the first has the frames. docs/distributed.md has a program.
+
+        Raises:
+            MemFlowError: torch.distributed has not been initialised, the pipeline is compiled, or the number of
+                processes does not divide the heads; a stream is refused where it does not divide its tokens.
+        """
+        if not torch.distributed.is_initialized():
+            raise MemFlowError(
+                "enable_parallelism: torch.distributed.init_process_group comes first (torchrun starts such programs)"
+            )
+        ranks = Ranks()
+        if ranks.size == 1 or self.ranks.size > 1:
+            return
+        if any(block._compiled_call_impl is not None for block in self.transformer.blocks):
+            raise MemFlowError(
+                "enable_parallelism: not on a compiled pipeline; its exchanges have not been tried in graphs"
+            )
+        share(self.transformer, ranks)
+        self.ranks = ranks
 
     def use_float8(self) -> list[str]:
         """Let the linear layers of the blocks compute in float8, weights and inputs; returns their names. See

@@ -36,8 +36,15 @@ _PARTS |= {"timings": dict, "model": dict, "extra": dict}
 
 
 def save_stream(stream, path, extra: dict[str, str]) -> None:
-    """Write `stream` to `path`; a file that is already there is replaced only when the new one is complete."""
+    """Write `stream` to `path`; a file that is already there is replaced only when the new one is complete.
+
+    Of several processes that make the story together all call this, and the first writes.
+    """
     tensors, counters = stream.driver.state_dict()
+    stream.ranks.from_first(lambda: _save(stream, path, extra, tensors, counters))
+
+
+def _save(stream, path, extra: dict[str, str], tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
     tensors |= {f"decoder.{name}": tensor for name, tensor in stream.decoder.state_dict().items()}
     tensors["noise"] = stream.noise.state()
     tensors = dict(sorted(tensors.items()))

@@ -16,6 +16,7 @@ from torch import Tensor
 from memflow.errors import MemFlowError
 from memflow.models.wan.text import token_words
 from memflow.modes import own_modes
+from memflow.stream.plan import Plan
 from memflow.stream.sampler import Noise, to_device
 from memflow.stream.words import called_by
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from memflow.memory.config import MemoryConfig
     from memflow.memory.frames import FrameMemory, MemorySnapshot
     from memflow.stream.chunks import ChunkDriver
-    from memflow.stream.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Chunk:
         prompts: one text per batch row.
         switched: a new prompt starts here.
         latents: clean, [B, C, F, h, w] float32 on the model's device, the caller's own.
-        frames: the video, [B, T, H, W, 3] uint8 on the CPU.
+        frames: the video, [B, T, H, W, 3] uint8 on the CPU. Of several processes that make the story together
+            (`MemFlowPipeline.enable_parallelism`) the first has it; in the others T is 0.
     """
 
     index: int
@@ -50,7 +51,9 @@ class Chunk:
 class Stream(Iterator[Chunk]):
     """Chunks of one story, or of a batch of stories that switch prompts together. Made by `MemFlowPipeline.stream`.
 
-    `send` and `save` may be called from another thread; `save` waits for the chunk that is being made.
+    `send` and `save` may be called from another thread; `save` waits for the chunk that is being made. Where several
+    processes make the story together all of them take the same chunks, and call `save` and `snapshot`, in the same
+    order; `send` is for the first.
 
     Args:
         pipeline: the `MemFlowPipeline`.
@@ -78,6 +81,7 @@ class Stream(Iterator[Chunk]):
         self.driver: ChunkDriver = pipeline.driver(config, self.seeds, height, width)
         self.latent_shape = (self.driver.model.channels, config.frames_per_chunk, *self.driver.size[1:])
         self.decoder = pipeline.decoder()
+        self.ranks = self.driver.model.ranks
         self._lock = threading.RLock()
 
     def __iter__(self) -> Stream:
@@ -100,7 +104,7 @@ class Stream(Iterator[Chunk]):
         with self._lock, own_modes():
             self._refuse_if_broken()
             self.driver.follow_model()  # before the plan goes on: it may refuse, and the stream go on later
-            entry = self.plan.next()
+            entry = self._next_entry()
             if entry is None:
                 raise StopIteration
             texts, switched = entry
@@ -108,7 +112,7 @@ class Stream(Iterator[Chunk]):
             try:
                 if switched:
                     with self._timed("text"):
-                        embeds, mask = self._encode(texts)
+                        embeds, mask = self._encode(texts) if self.ranks.size == 1 else self._encoded_by_first(texts)
                     with self._timed("loop"):
                         self.driver.prompt(embeds, mask)
                 with self._timed("loop"):
@@ -120,7 +124,7 @@ class Stream(Iterator[Chunk]):
             with self._timed("loop"):
                 latents = self._denoise()
             with self._timed("decode"):
-                frames = self.decoder.decode(latents)
+                frames = self.decoder.decode(latents) if self.ranks.first else self._no_frames()
             self.driver.keep(latents)
             return Chunk(self.position - 1, start, list(texts), switched, latents, frames)
 
@@ -135,6 +139,8 @@ class Stream(Iterator[Chunk]):
             MemFlowError: not a text, or a blank one.
         """
         texts = self.pipeline.check_prompt(prompt, len(self.seeds))
+        if not self.ranks.first:
+            raise MemFlowError(f"send: prompts are taken by the first process, not by number {self.ranks.rank}")
         self.plan.send(texts)
         self.pipeline.warn_of_losses(texts)
 
@@ -166,6 +172,22 @@ class Stream(Iterator[Chunk]):
             with self._timed("loop"):
                 self.driver.settle()
             save_stream(self, path, {**self.extra, **extra})
+
+    def _next_entry(self) -> tuple[tuple[str, ...], bool] | None:
+        """As `Plan.next`; what was sent to the first process rules in all."""
+        if self.ranks.size == 1:
+            return self.plan.next()
+        entry, plan = self.ranks.from_first(lambda: (self.plan.next(), self.plan.to_dict()))
+        if not self.ranks.first:
+            self.plan = Plan.from_dict(plan)
+        return entry
+
+    def _encoded_by_first(self, texts: Sequence[str]) -> list[Tensor]:
+        """As `_encode`, on the CPU: devices have other numbers in other processes."""
+        return self.ranks.from_first(lambda: [part.cpu() for part in self._encode(texts)])
+
+    def _no_frames(self) -> Tensor:
+        return torch.empty((len(self.seeds), 0, self.height, self.width, 3), dtype=torch.uint8)
 
     def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt."""

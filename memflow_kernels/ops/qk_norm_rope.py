@@ -43,6 +43,7 @@ def _check(
     axes: tuple[int, int, int] | None,
     theta: float,
     norm_scope: str,
+    normed: bool = False,
 ) -> None:
     _checks.states("query", query, "[B, L, H, D]")
     _checks.states("key", key, "[B, L, H, D]")
@@ -56,6 +57,21 @@ def _check(
     together, meaning = (head_dim, "[D]") if norm_scope == "head" else (heads * head_dim, "[H*D]")
     _checks.axes(axes, head_dim)
     _checks.positive("theta", theta)
+    if normed:
+        if norm_scope != "heads":
+            raise ValueError("norm_scope='head' says how to norm; without weight_q and weight_k nothing is normed")
+    else:
+        _check_norm(query, weight_q, weight_k, eps, together, meaning)
+    if not isinstance(grid, tuple | list) or len(grid) != 2:
+        raise TypeError(f"grid must be (rows, cols), got {grid!r}")
+    rows, cols = grid
+    _checks.integer("grid rows", rows, 1)
+    _checks.integer("grid cols", cols, 1)
+    if tokens % (rows * cols):
+        raise ValueError(f"query has {tokens} tokens, not a multiple of rows * cols = {rows} * {cols}")
+
+
+def _check_norm(query: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float, together: int, meaning: str) -> None:
     for name, weight in (("weight_q", weight_q), ("weight_k", weight_k)):
         _checks.of_dtype(name, weight, *SUPPORTED)
         _checks.shape(name, weight, (together,), meaning)
@@ -64,13 +80,6 @@ def _check(
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
-    if not isinstance(grid, tuple | list) or len(grid) != 2:
-        raise TypeError(f"grid must be (rows, cols), got {grid!r}")
-    rows, cols = grid
-    _checks.integer("grid rows", rows, 1)
-    _checks.integer("grid cols", cols, 1)
-    if tokens % (rows * cols):
-        raise ValueError(f"query has {tokens} tokens, not a multiple of rows * cols = {rows} * {cols}")
 
 
 @_checks.once_per_kind
@@ -183,9 +192,9 @@ def qk_norm_rope_write(
     key: Tensor,
     value: Tensor,
     *,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    eps: float,
+    weight_q: Tensor | None = None,
+    weight_k: Tensor | None = None,
+    eps: float | None = None,
     grid: tuple[int, int],
     start_frame: int | Tensor,
     pool: Pool,
@@ -197,15 +206,16 @@ def qk_norm_rope_write(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """qk_norm_rope, with key, value and the mean key of every frame written straight into its slot of the pool.
 
-    Slots that are not named keep their content.
+    Slots that are not named keep their content. Heads that are normed already, some of a layer's for example whose norm
+    is over all of them, come without weight_q, weight_k and eps: they are rotated and written, nothing else.
 
     Args:
         query: as for qk_norm_rope.
         key: as for qk_norm_rope.
         value: [B, L, H, D].
-        weight_q: as for qk_norm_rope.
-        weight_k: as for qk_norm_rope.
-        eps: as for qk_norm_rope.
+        weight_q: as for qk_norm_rope; None, with weight_k and eps: query and key are normed already.
+        weight_k: as weight_q.
+        eps: as for qk_norm_rope; None without weights.
         grid: as for qk_norm_rope.
         start_frame: as for qk_norm_rope.
         pool: a Pool of rows * cols tokens per slot, changed in place.
@@ -236,11 +246,22 @@ def qk_norm_rope_write(
         >>> torch.equal(pool.value[:, 18:], value[:, :6])  # slot 3 holds the first frame
         True
     """
-    _check(query, key, weight_q, weight_k, eps, grid, axes, theta, norm_scope)
+    normed = weight_q is None and weight_k is None and eps is None
+    if not normed and (weight_q is None or weight_k is None or eps is None):
+        given = {"weight_q": weight_q, "weight_k": weight_k, "eps": eps}
+        raise ValueError(
+            "weight_q, weight_k and eps go together: all of them, or none for heads that are normed already; "
+            f"got {', '.join(name for name, x in given.items() if x is not None)}"
+        )
+    _check(query, key, weight_q, weight_k, eps, grid, axes, theta, norm_scope, normed)
     _check_written(query, value, grid, pool, slots, query_mean)
     first, start = _start(start_frame, query)
-    _checks.no_gradients("qk_norm_rope_write", query, key, value, weight_q, weight_k, *pool)
-    place, turns = (float(eps), *grid, first, start), _turns(axes, theta, norm_scope, query.shape[3])
+    weights = (weight_q, weight_k) if eps is not None else ()
+    _checks.no_gradients("qk_norm_rope_write", query, key, value, *weights, *pool)
+    place, turns = (
+        (0.0 if eps is None else float(eps), *grid, first, start),
+        _turns(axes, theta, norm_scope, query.shape[3]),
+    )
     arguments = (query, key, value, weight_q, weight_k, *place, *pool, slots, query_mean, *turns)
     new_query, mean = _qk_norm_rope_write(*arguments)
     return (new_query, mean) if query_mean else new_query

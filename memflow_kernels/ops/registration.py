@@ -16,9 +16,9 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import increment_version
 
 from ..backends import dispatch
-from ..operators import OPERATORS
+from ..operators import NAMESPACE, OPERATORS
 
-_LIBRARY = torch.library.Library("memflow", "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 REGISTERED: dict[str, Registered] = {}
 
 
@@ -30,13 +30,13 @@ class Registered:
         takes them; by default those of the operator `<name>_backward`, or a refusal where there is none."""
         self.name, operator = name, OPERATORS[name]
         _LIBRARY.define(name + operator.schema, tags=torch.Tag.pt2_compliant_tag)
-        self.operator = getattr(torch.ops.memflow, name).default
+        self.operator = getattr(getattr(torch.ops, NAMESPACE), name).default
         written = [place for place, kind in enumerate(operator.arguments.values()) if "!" in kind]
         _LIBRARY.impl(name, _kernel(name, written), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"memflow::{name}", fake, lib=_LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         if not written:
             setup, formula = backward or (derived if f"{name}_backward" in OPERATORS else _refused)(name)
-            torch.library.register_autograd(f"memflow::{name}", formula, setup_context=setup, lib=_LIBRARY)
+            torch.library.register_autograd(f"{NAMESPACE}::{name}", formula, setup_context=setup, lib=_LIBRARY)
             self._function = _function(self.operator, setup, formula)
         REGISTERED[name] = self
 
@@ -48,13 +48,14 @@ class Registered:
             if isinstance(x, Tensor):
                 graded = graded or x.requires_grad
                 if unpack_dual(x).tangent is not None:
-                    raise NotImplementedError(
-                        f"{self.name} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad), but "
-                        "an argument has a tangent: use reverse mode (backward, torch.func.grad, torch.func.vjp)"
-                    )
+                    raise _no_tangents(self.name)
         if graded and torch.is_grad_enabled():
             return self._function.apply(*arguments)
         return self.operator(*arguments)
+
+    def recorded(self, *arguments):
+        """The call where a gradient may be wanted although no argument says so: of a backward inside torch.func."""
+        return self.operator(*arguments) if torch.compiler.is_compiling() else self._function.apply(*arguments)
 
 
 def _kernel(name: str, written: list[int]) -> Callable:
@@ -75,12 +76,22 @@ def _kernel(name: str, written: list[int]) -> Callable:
     return run
 
 
+def _no_tangents(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{name} has no forward-mode derivative (torch.func.jvp, torch.func.hessian, torch.autograd.forward_ad), but "
+        "an argument has a tangent: use reverse mode (backward, torch.func.grad, torch.func.vjp)"
+    )
+
+
 def _function(operator: Callable, setup: Callable, backward: Callable) -> type[torch.autograd.Function]:
     def forward(*arguments):
         return operator(*arguments)
 
+    def jvp(ctx, *tangents):  # of what is differentiated in reverse mode as well, as torch.func.hessian does
+        raise _no_tangents(operator.name().removeprefix("memflow::"))
+
     forward.__signature__ = inspect.signature(forward)  # torch asks for it in every call
-    parts = {"forward": forward, "setup_context": setup, "backward": backward}
+    parts = {"forward": forward, "setup_context": setup, "backward": backward, "jvp": jvp}
     members = {name: staticmethod(part) for name, part in parts.items()}
     return type(operator.name(), (torch.autograd.Function,), {**members, "generate_vmap_rule": True})
 

@@ -17,7 +17,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     (places,) = ctx.saved_tensors
-    return _rotate_keys(grad.contiguous(), -places, *ctx.sizes), None, None, None, None
+    return _rotate_keys.recorded(grad.contiguous(), -places, *ctx.sizes), None, None, None, None
 
 
 _rotate_keys = Registered("rotate_keys", lambda key, *rest: key.new_empty(key.shape), (_setup_context, _backward))

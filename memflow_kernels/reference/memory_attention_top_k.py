@@ -11,7 +11,7 @@ from ..choosing import composed
 from .attend import VECTOR, heads_first
 from .attention import memory_attention
 from .means import frame_means
-from .selection import FEW, best_of_few, mean_queries, scores, select_frames
+from .selection import FEW, best_of_few, mean_queries, select_frames
 from .shown import SMALL
 
 _in_steps = composed(frame_means, select_frames, memory_attention)
@@ -54,7 +54,8 @@ def _at_once(
     if frame_mean is None:
         frame_mean = frame_means(key[:, : candidates * tokens_per_frame], tokens_per_frame)
     mean_query = mean_queries(query, query.shape[1]) if query_mean is None else query_mean.unsqueeze(1)
-    best = best_of_few(scores(mean_query, frame_mean), top_k)
+    scores = (mean_query * frame_mean).sum(-1).transpose(1, 2)  # [B, H, F], the products and sums of select_frames
+    best = best_of_few((scores[0] if batch == 1 else scores.flatten(0, 1)).tolist(), top_k)
     if best is None or all(row == best[0] for row in best):  # what all heads chose need not be copied
         return None
     table = torch.tensor(best, dtype=torch.int32, device="cpu").view(batch, heads, top_k)

@@ -138,8 +138,8 @@ def qk_norm_rope_write(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
     eps: float,
     rows: int,
     cols: int,
@@ -156,13 +156,17 @@ def qk_norm_rope_write(
 ) -> tuple[Tensor, Tensor]:
     """Norm and rotate query and key; key, value and the mean key of every frame go to its slot of the pool.
 
-    Returns the new query and, with query_mean, the mean over its tokens [B, H, D] (otherwise an empty tensor).
+    Without weights query and key are normed already. Returns the new query and, with query_mean, the mean over its
+    tokens [B, H, D] (otherwise an empty tensor).
     """
     tokens = rows * cols
     table = _table(query, rows, cols, start_frame, start, axes, theta)
-    normed_query, normed_key = (
-        rms_norm_heads(x, weight, eps, per_head) for x, weight in ((query, weight_q), (key, weight_k))
-    )
+    if weight_q is None:
+        normed_query, normed_key = query.clone(), key  # the query is turned in place
+    else:
+        normed_query, normed_key = (
+            rms_norm_heads(x, weight, eps, per_head) for x, weight in ((query, weight_q), (key, weight_k))
+        )
     if query.device.type != "cpu":
         new_key = rotate(normed_key, table)
         _store_by_index(new_key.unflatten(1, (-1, tokens)), pool_key.unflatten(1, (-1, tokens)), slots)

@@ -28,8 +28,6 @@ def scores(mean_query: Tensor, frame_mean: Tensor) -> Tensor:
     Products and sums of their own instead of a matrix product, which adds up some columns in another order than others:
     equal frames must have equal scores.
     """
-    if mean_query.shape[1] == 1 and frame_mean.numel() <= PRODUCTS:
-        return (mean_query * frame_mean).sum(-1).transpose(1, 2).unsqueeze(2)
     queries, means = mean_query.transpose(1, 2).unsqueeze(3), frame_mean.transpose(1, 2).unsqueeze(2)
     at_a_time = max(PRODUCTS // queries.numel(), 1) if queries.numel() else 1
     if means.shape[3] <= at_a_time:
@@ -37,13 +35,12 @@ def scores(mean_query: Tensor, frame_mean: Tensor) -> Tensor:
     return torch.cat([(queries * some).sum(-1) for some in means.split(at_a_time, 3)], -1)
 
 
-def best_of_few(score: Tensor, top_k: int) -> list[list[int]] | None:
-    """The choice [B * H * blocks][k] from scores [B, H, blocks, F] in host memory; None where some may be NaN."""
-    rows = score.flatten(0, 2).tolist()
+def best_of_few(rows: list[list[float]], top_k: int) -> list[list[int]] | None:
+    """The choice [rows][k] from scores [rows][F]; None where some may be NaN."""
     total = sum(map(sum, rows))
     if total != total:  # NaN, or infinities of both signs
         return None
-    frames = range(score.shape[3])
+    frames = range(len(rows[0]))
     # sorted is stable: of equal scores, the lower index
     return [sorted(sorted(frames, key=row.__getitem__, reverse=True)[:top_k]) for row in rows]
 
@@ -62,7 +59,7 @@ def select_frames(
         valid = valid[:, None, None]  # [B, 1, 1, F]
         score = score.masked_fill(~valid, -torch.inf)
     elif score.device.type == "cpu" and score.numel() <= FEW:
-        best = best_of_few(score, top_k)
+        best = best_of_few(score.flatten(0, 2).tolist(), top_k)
         if best is not None:
             table = torch.tensor(best, dtype=torch.int32, device=score.device).view(*score.shape[:3], -1)
             return table.squeeze(2) if query_block is None else table

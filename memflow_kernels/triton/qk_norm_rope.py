@@ -103,7 +103,7 @@ def _launch(states, weights, eps, rows, cols, start_frame, start, new_key, pool=
     frames = tokens // (rows * cols)
     held = pool[1] if pool else new_key
     norm_rope_kernel[(cdiv(rows * cols, options["RUN"]), frames, batch)](
-        query, key, value, *(weight.contiguous() for weight in weights),
+        query, key, value, *(None if weight is None else weight.contiguous() for weight in weights),
         new_query, new_key, held, *sums, slots, start,
         *query.stride()[:3], *key.stride()[:3], *(key if value is None else value).stride()[:3],
         *new_key.stride()[:3], *held.stride()[:3],
@@ -133,8 +133,8 @@ def qk_norm_rope_write(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
     eps: float,
     rows: int,
     cols: int,
@@ -148,8 +148,8 @@ def qk_norm_rope_write(
 ) -> tuple[Tensor, Tensor]:
     """Norm and rotate query and key; key, value and the mean key of every frame go to its slot of the pool.
 
-    A frame whose slot is outside the pool is not stored. Returns the new query and, with query_mean, its mean [B, H, D]
-    (otherwise an empty tensor).
+    Without weights query and key are normed already. A frame whose slot is outside the pool is not stored. Returns the
+    new query and, with query_mean, its mean [B, H, D] (otherwise an empty tensor).
     """
     batch, _, heads, head_dim = query.shape
     states, pool, slots = (query, key, value), (pool_key, pool_value, pool_frame_mean), slots.contiguous()

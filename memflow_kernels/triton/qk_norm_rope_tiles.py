@@ -93,25 +93,32 @@ def store_sums(
 
 @triton.jit
 def norm_rotate(raw, weights, tokens_inside, channels, eps, cos, sin, PIECES: tl.constexpr):
-    """Tokens, in pieces, normed, weighted and turned; each step rounds to their dtype. 0 where not tokens_inside."""
-    first = raw[0].to(tl.float32)
-    squares = first * first
-    for piece in tl.static_range(1, PIECES):
-        wide = raw[piece].to(tl.float32)
-        squares = tl.fma(wide, wide, squares)
-    inverse = tl.where(tokens_inside, inverse_rms(squares, channels, eps), 0.0)
+    """Tokens, in pieces, normed, weighted and turned; each step rounds to their dtype. 0 where not tokens_inside.
+
+    weights: None for tokens that are normed already.
+    """
     turned = ()
-    for piece in tl.static_range(PIECES):
-        normed = (raw[piece].to(tl.float32) * inverse).to(raw[piece].dtype).to(tl.float32)
-        weighted = (normed * weights[piece].to(tl.float32)).to(raw[piece].dtype).to(tl.float32)
-        turned += (rotate(weighted, cos, sin).to(raw[piece].dtype),)
+    if weights is None:
+        for piece in tl.static_range(PIECES):
+            turned += (rotate(raw[piece].to(tl.float32), cos, sin).to(raw[piece].dtype),)
+    else:
+        first = raw[0].to(tl.float32)
+        squares = first * first
+        for piece in tl.static_range(1, PIECES):
+            wide = raw[piece].to(tl.float32)
+            squares = tl.fma(wide, wide, squares)
+        inverse = tl.where(tokens_inside, inverse_rms(squares, channels, eps), 0.0)
+        for piece in tl.static_range(PIECES):
+            normed = (raw[piece].to(tl.float32) * inverse).to(raw[piece].dtype).to(tl.float32)
+            weighted = (normed * weights[piece].to(tl.float32)).to(raw[piece].dtype).to(tl.float32)
+            turned += (rotate(weighted, cos, sin).to(raw[piece].dtype),)
     return turned
 
 
 @triton.jit(do_not_specialize=["start_frame", "tokens", "heads", "rows", "cols", "places"])
 def norm_rope_kernel(
     query, key, value,  # [B, L, H, D]; value None: nothing goes to a pool
-    weight_q, weight_k,  # [H*D]
+    weight_q, weight_k,  # [H*D]; None: query and key are normed already
     new_query,  # [B, L, H, D], contiguous
     new_key,  # [B, L, H, D], contiguous; with a pool: its key
     pool_value,
@@ -142,8 +149,10 @@ def norm_rope_kernel(
     dims = dim < head_dim
     # once for every token of a tile, so that a lane gets the weights of its own numbers
     channel = head * head_dim + dim + tl.zeros([BLOCK_TOKENS, 1, 1], tl.int32)
-    weights_q = load_pieces(weight_q + channel, head_dim, head, heads, dims, BLOCK_HEADS, PIECES)
-    weights_k = load_pieces(weight_k + channel, head_dim, head, heads, dims, BLOCK_HEADS, PIECES)
+    weights_q, weights_k = None, None
+    if weight_q is not None:
+        weights_q = load_pieces(weight_q + channel, head_dim, head, heads, dims, BLOCK_HEADS, PIECES)
+        weights_k = load_pieces(weight_k + channel, head_dim, head, heads, dims, BLOCK_HEADS, PIECES)
     axis, speed = axis_speeds(tl.arange(0, BLOCK_DIM // 2)[None, None, :], head_dim // 2)
     # all tokens here are of one frame
     frame_phase = tl.where(axis == 0, (first_number(start_frame, start) + frame) * speed, 0)

@@ -148,7 +148,9 @@ def test_no_roofline_where_a_point_lies_above_it(tmp_path):
     write(tmp_path / "over.json", Result(FACTS, CEILINGS, rows, load_cases()))
     assert main(["report", str(tmp_path / "over.json")]) == 0
     assert not (tmp_path / "over-roofline.png").exists()
-    assert "ours (torch) on quarter reached 110%" in (tmp_path / "over.md").read_text()
+    text = (tmp_path / "over.md").read_text()
+    assert "ours (torch) on quarter reached 110%" in text
+    assert "| 1.1 | none | 1 | 1% |" in text
 
 
 def test_a_provider_has_one_colour_and_none_shares_it():

@@ -3,7 +3,7 @@ import shutil
 import pytest
 from films import NOISE
 
-from benchmarks.untrained import noise_pipeline
+from memflow_bench.untrained import noise_pipeline
 
 
 @pytest.fixture(scope="session", autouse=True)

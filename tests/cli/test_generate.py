@@ -12,10 +12,10 @@ import torch
 from films import NOISE, decode
 from PIL import Image
 
-from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowPipeline
 from memflow.cli import main
 from memflow.stream.chunks import ChunkDriver
+from memflow_bench.untrained import noise_pipeline
 
 # Three prompts of four chunks: the window is full after three, so that the bank fills and then has to choose.
 STORY = ["A keeper with a red scarf climbs the stairs.", "A cat on the rail, alone.", "The keeper finds the cat."]
@@ -144,7 +144,7 @@ def test_every_policy_resumes_to_the_same_video_in_another_process(story, tmp_pa
         assert len(decode(parts)) == 7 * 12
         rest.append(["generate", "--resume", str(state), "-o", str(parts)])
     rest[0].append("--report")
-    code = "import benchmarks.untrained; from memflow.cli import main\n"
+    code = "import memflow_bench.untrained; from memflow.cli import main\n"
     code += f"assert [main(arguments) for arguments in {rest!r}] == [0] * {len(rest)}"
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}

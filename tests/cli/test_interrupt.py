@@ -30,7 +30,7 @@ SETTINGS = [
     "32",
 ]
 # diffusers loads only classes whose module has been imported.
-PROGRAM = "import benchmarks.untrained; from memflow.cli import run; run()"
+PROGRAM = "import memflow_bench.untrained; from memflow.cli import run; run()"
 LONG = [*SETTINGS, "--seconds-per-prompt", "1200"]
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from films import NOISE, decode
 
-from benchmarks.untrained import noise_pipeline
 from memflow.cli import main
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.output.report import MemoryReport
 from memflow.output.video import VideoWriter
 from memflow.stream.chunks import ChunkDriver
 from memflow.stream.stream import Stream
+from memflow_bench.untrained import noise_pipeline
 
 # Two prompts of four chunks.
 STORY = ["-p", "A fox in the snow.", "-p", "The fox sleeps.", "--seconds-per-prompt", "3"]

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from memflow.cli import main
+from memflow.cli import _with_values, main
 from memflow.cli.options import Request
 from memflow.cli.worker import FilmWorker
 from memflow.tellers.records import FOLDER, Task
@@ -115,6 +115,16 @@ def test_no_story_is_lost(tmp_path, capsys):
     assert "there   5 from before" in said.out and films(folder) == made
 
 
+def test_the_plain_command_makes_the_same_films_of_the_file(tmp_path):
+    stories = [{"prompts": PROMPTS, "seed": n, "seconds_per_prompt": 0.375 * (n + 1)} for n in range(2)]
+    path = write(tmp_path / "tales.jsonl", *stories)
+    assert main(["generate", str(path), "-o", str(tmp_path / "out"), *SMALL]) == 0
+    made = films(tmp_path / "out")
+    assert sorted(made) == ["tales-1.mp4", "tales-2.mp4"]
+    for n, film in enumerate(sorted(made)):
+        assert made[film] == alone(tmp_path, stories[n], seed=n, seconds_per_prompt=0.375 * (n + 1))
+
+
 @pytest.fixture
 def worker(tmp_path):
     (tmp_path / "out" / FOLDER).mkdir(parents=True)
@@ -187,3 +197,17 @@ def test_what_is_wrong_is_said_before_anything_begins(tmp_path, monkeypatch, cap
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert os.listdir(tmp_path) == ["two.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ([], []),
+        (["generate", "s", "--ray"], ["generate", "s", "--ray="]),
+        (["generate", "s", "--ray", "-o", "d"], ["generate", "s", "--ray=", "-o", "d"]),
+        (["generate", "s", "--ray", "here:1", "-o", "d"], ["generate", "s", "--ray", "here:1", "-o", "d"]),
+        (["generate", "-p", "--ray is a name", "--jobs", "2"], ["generate", "-p", "--ray is a name", "--jobs", "2"]),
+    ],
+)
+def test_the_address_of_a_cluster_may_be_left_out(given, meant):
+    assert _with_values(given) == meant

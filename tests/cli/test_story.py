@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from memflow.cli.story import Story, read_stories
+from memflow.cli.options import Request
+from memflow.cli.story import Story, read_stories, settings
 from memflow.errors import MemFlowError
 
 
@@ -37,6 +38,27 @@ def test_several_jsonl_stories_are_numbered_or_named(tmp_path):
     assert stories[9] == Story("many-10", ["prompt 9"])
 
 
+def test_seed_and_length_belong_to_a_story(tmp_path):
+    first = json.dumps({"prompts": ["a"], "seed": 2**63 - 1, "seconds_per_prompt": 2})
+    path = write(tmp_path / "a.jsonl", first, json.dumps({"prompts": ["b"], "seed": None}))
+    one, two = read_stories(path)
+    assert one == Story("a-1", ["a"], 2**63 - 1, 2) and two == Story("a-2", ["b"])
+    request = Request(seed=5, seconds_per_prompt=3.0)
+    assert settings(one, request) == {"seed": 2**63 - 1, "seconds_per_prompt": 2}
+    assert settings(two, request) == {"seed": 5, "seconds_per_prompt": 3.0}
+    assert settings(two, Request()) == {"seed": 0, "seconds_per_prompt": 10.0}
+
+
+def test_bad_stories_are_collected_where_the_others_are_wanted(tmp_path):
+    path, bad = write(tmp_path / "a.jsonl", "nonsense", GOOD, '{"prompts": []}', GOOD), []
+    assert [story.name for story in read_stories(path, bad)] == ["a-2", "a-4"]
+    assert [sentence.split(": ")[0] for sentence in bad] == [f"{path}, line 1", f"{path}, line 3"]
+    bad.clear()
+    assert read_stories(write(path, "[]"), bad) == [] and len(bad) == 1
+    with pytest.raises(MemFlowError, match="is empty"):
+        read_stories(write(path, ""), bad)
+
+
 def test_a_prompt_may_hold_a_line_separator_of_unicode(tmp_path):
     path = write(tmp_path / "a.jsonl", json.dumps({"prompts": ["one\u2028two"]}, ensure_ascii=False))
     assert read_stories(path) == [Story("a", ["one\u2028two"])]
@@ -53,6 +75,11 @@ BROKEN = {
     "a number": (('{"prompts": ["a", 7]}',), "line 1: prompt 2 must be a text that is not blank, got 7"),
     "a blank prompt": (('{"prompts": ["a", "  "]}',), "line 1: prompt 2 must be a text that is not blank"),
     "a name that is none": (('{"prompts": ["a"], "name": 1}',), 'line 1: "name" must be a string'),
+    "a seed below 0": (('{"prompts": ["a"], "seed": -1}',), 'line 1: "seed" must be a whole number from 0 to'),
+    "a seed that is none": (('{"prompts": ["a"], "seed": true}',), 'line 1: "seed" must be a whole number'),
+    "no time": (('{"prompts": ["a"], "seconds_per_prompt": 0}',), '"seconds_per_prompt" must be above 0, got 0'),
+    "no number": (('{"prompts": ["a"], "seconds_per_prompt": NaN}',), "must be above 0, got nan"),
+    "a text for a time": (('{"prompts": ["a"], "seconds_per_prompt": "3"}',), "must be above 0, got '3'"),
     "the same name twice": (
         ('{"prompts": ["a"], "name": "x"}', '{"prompts": ["b"], "name": "x"}'),
         "line 2: a second story",

@@ -7,7 +7,6 @@ import pytest
 import torch
 from written import HEADS, LISTS
 
-from benchmarks.untrained import noise_pipeline
 from memflow import MemoryConfig
 from memflow.cli import main
 from memflow.cli.doctor import GIB, describe, options
@@ -15,6 +14,7 @@ from memflow.cli.loading import load_pipeline
 from memflow.models.wan.float8 import float8_linears
 from memflow.models.wan.footprint import _Peak
 from memflow.models.wan.published import PRESETS
+from memflow_bench.untrained import noise_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from diffusers import AutoencoderKLWan
 from peak import peak_bytes
 from safetensors.torch import load_file, save_file
 
-from benchmarks.untrained import PixelShuffleCodec
 from memflow import MemFlowError, MemFlowPipeline
 from memflow.decoders import stream_decoder
+from memflow_bench.untrained import PixelShuffleCodec
 
 WAN = {
     "wan2.1": {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True]},
@@ -196,11 +196,11 @@ def test_a_folder_that_names_an_older_module_loads(vae, tmp_path):
     pipeline = MemFlowPipeline.from_pretrained(tmp_path)
     assert type(pipeline.vae).__module__ == "memflow.decoders.independent"
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"vae": ["memflow.codec", "PixelShuffleCodec"]}))
-    with pytest.raises(MemFlowError, match=r"PixelShuffleCodec.* has left the package; benchmarks/untrained\.py"):
+    with pytest.raises(MemFlowError, match=r"PixelShuffleCodec.* has left memflow; memflow_bench\.untrained"):
         MemFlowPipeline.from_pretrained(tmp_path)
 
 
 def test_presets_of_earlier_versions_are_named():
-    for name, message in (("toy", "is called 'storybook' now"), ("noise", r"benchmarks/untrained\.py"), ("x", "'x'")):
+    for name, message in (("toy", "is called 'storybook' now"), ("noise", r"memflow_bench\.untrained"), ("x", "'x'")):
         with pytest.raises(MemFlowError, match=message):
             MemFlowPipeline.from_preset(name)

@@ -8,11 +8,11 @@ from peak import peak_bytes
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowError, MemFlowPipeline
 from memflow.cli import main
 from memflow.decoders import stream_decoder, use_decoder
 from memflow.decoders.taehv import TinyVideoDecoder
+from memflow_bench.untrained import noise_pipeline
 
 SMALL = {"latent_channels": 4, "channels": (8, 6, 4, 4)}
 LATENTS = torch.randn(2, 4, 7, 3, 5, generator=torch.Generator().manual_seed(0))

@@ -186,8 +186,8 @@ class HostOps:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        weight_q: Tensor,
-        weight_k: Tensor,
+        weight_q: Tensor | None,
+        weight_k: Tensor | None,
         eps: float,
         rows: int,
         cols: int,
@@ -206,7 +206,8 @@ class HostOps:
         workspace = self.workspace(
             "qk_norm_rope_write", batch, frames, rows * cols, heads, head_dim, int(with_query_mean)
         )
-        weights = (weight_q, DTYPES[weight_q.dtype], weight_k, DTYPES[weight_k.dtype])
+        kinds = [DTYPES[query.dtype if weight is None else weight.dtype] for weight in (weight_q, weight_k)]
+        weights = (weight_q, kinds[0], weight_k, kinds[1])
         pool = (States(pool_key), States(pool_value), States(pool_frame_mean), pool_frame_mean.shape[1])
         self.run(
             "qk_norm_rope_write",

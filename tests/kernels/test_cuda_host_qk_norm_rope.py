@@ -133,3 +133,20 @@ def test_equals_the_loop(host):
     slots = torch.tensor([1, 0], dtype=torch.int32)
     query, _ = host.qk_norm_rope_write(x, x, x, *weight, 1e-6, 2, 3, 57, None, *pool, slots)
     assert_close(query, torch.from_numpy(loops.norm_rope(x, weight[0], 1e-6, (2, 3), 57)))
+
+
+@pytest.mark.parametrize(("dtype", "heads", "head_dim"), [
+    (torch.bfloat16, 6, 128), (torch.float32, 3, 20), (torch.float16, 13, 256), (torch.float32, 7, 128),
+])  # fmt: skip
+def test_heads_that_are_normed_already(host, dtype, heads, head_dim):
+    """Rotated, written and averaged as after a norm that changes nothing: the same bits as the specification's."""
+    states_ = [states(2, 24, heads, head_dim, dtype=dtype, layout="fused", seed=seed) for seed in range(3)]
+    slots, results = torch.tensor([2, -1, 0, 1], dtype=torch.int32), []
+    for run in (host.qk_norm_rope_write, reference.qk_norm_rope_write):
+        pool = [torch.full((2, 18, heads, head_dim), torch.nan, dtype=dtype) for _ in range(2)]
+        pool.append(torch.full((2, 3, heads, head_dim), torch.nan))
+        written = run(*states_, None, None, 0.0, 2, 3, 57, None, *pool, slots, True)
+        results.append((*written, *pool))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected.double(), dtype=dtype if actual.dtype == dtype else torch.float32)
+    assert torch.equal(results[0][3], results[1][3])

@@ -181,6 +181,21 @@ def test_second_derivatives_are_refused_by_name(name):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_second_derivatives_by_torch_func(name):
+    """Reverse over reverse where there are any; forward over reverse, torch.func.hessian, is refused by name."""
+    x = states(2, 6, 3, 4, **WIDE)[:1, :2]
+    loss = lambda y: DIFFERENTIABLE[name](y.expand(2, 2, 3, 4).repeat(1, 3, 1, 1)).square().sum()  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r"^\w+ has no forward-mode derivative"):
+        torch.func.hessian(loss)(x)
+    twice = torch.func.jacrev(torch.func.jacrev(loss))
+    if f"{name.removesuffix('_top_k')}_backward" in OPERATORS:
+        with pytest.raises(NotImplementedError, match=r"^\w+_backward has no derivative"):
+            twice(x)
+    else:
+        torch.testing.assert_close(twice(x), torch.autograd.functional.hessian(loss, x))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_compiled_call_has_the_same_gradient(name):
     x = states(2, 6, 3, 4, **WIDE).requires_grad_()
     compiled = torch.compile(DIFFERENTIABLE[name], fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""qk_norm_rope with the rotation and the norm of other models than Wan: axes, theta, norm_scope."""
+"""qk_norm_rope with the rotation and the norm of other models than Wan: axes, theta, norm_scope; and with no norm."""
 
 import math
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from strategies import cases
 
 from memflow_kernels import Pool, frame_means, qk_norm_rope, qk_norm_rope_write
+from memflow_kernels.reference.rotary import rms_norm_heads
 from memflow_kernels.testing import assert_close, poisoned_memory, states
 
 BACKENDS = pytest.mark.usefixtures("backend")
@@ -108,6 +109,50 @@ def test_wans_own_values_are_the_default():
     query, key = (states(1, 12, 2, 24, seed=s) for s in (0, 1))
     given = qk_norm_rope(query, key, **WAN, axes=(8, 8, 8), theta=10000, norm_scope="heads")
     assert all(torch.equal(a, b) for a, b in zip(given, qk_norm_rope(query, key, **WAN), strict=True))
+
+
+@BACKENDS
+@FEW
+@given(cases(head_dims=(2, 8, 20, 24)), st.sampled_from([0, 57, 100_000]))
+def test_heads_that_are_normed_already(case, start):
+    """Some heads of a layer, normed with all of them elsewhere, are written as by a call over all heads."""
+    tokens, heads = case.frames * case.tokens_per_frame, 3 * case.heads
+    query, key, value = (
+        states(case.batch, tokens, heads, case.head_dim, dtype=case.dtype, seed=case.seed + s) for s in (1, 2, 3)
+    )
+    weights = [states(1, 1, 1, heads * case.head_dim, seed=s, mean=1.0).flatten().to(case.dtype) for s in (5, 6)]
+    place = {"grid": (1, case.tokens_per_frame), "start_frame": start, "query_mean": True}
+    slots = torch.tensor([*range(case.frames - 1, 0, -1), -1], dtype=torch.int32)
+    normed = [rms_norm_heads(x, weight, 1e-6) for x, weight in zip((query, key), weights, strict=True)]
+    pools = []
+    for count in (heads, case.heads):
+        sizes = (case.batch, case.frames, case.tokens_per_frame, count, case.head_dim)
+        pools.append(Pool.zeros(*sizes, dtype=case.dtype, device=query.device))
+    mine = slice(case.heads, 2 * case.heads)
+    with poisoned_memory():
+        whole = qk_norm_rope_write(
+            query, key, value, weight_q=weights[0], weight_k=weights[1], eps=1e-6, pool=pools[0], slots=slots, **place
+        )
+        some = qk_norm_rope_write(*(x[:, :, mine] for x in (*normed, value)), pool=pools[1], slots=slots, **place)
+    for actual, expected in zip((*some, *pools[1]), (*whole, *pools[0]), strict=True):
+        assert_close(actual, expected[..., mine, :].double(), dtype=actual.dtype, roundings=2)
+    assert torch.equal(pools[1].value, pools[0].value[:, :, mine])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_q": torch.ones(48)}, "weight_q, weight_k and eps go together: .*; got weight_q$"),
+        ({"weight_q": torch.ones(48), "weight_k": torch.ones(48)}, "got weight_q, weight_k$"),
+        ({"eps": 1e-6}, "got eps$"),
+        ({"norm_scope": "head"}, "norm_scope='head' says how to norm"),
+    ],
+)
+def test_half_a_norm(options, message):
+    x, pool = states(1, 12, 2, 24), Pool.zeros(1, 2, 6, 2, 24)
+    slots = torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        qk_norm_rope_write(x, x, x, **options, grid=(2, 3), start_frame=0, pool=pool, slots=slots)
 
 
 @pytest.mark.parametrize(

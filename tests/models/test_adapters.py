@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from benchmarks.untrained import noise_pipeline
+from memflow_bench.untrained import noise_pipeline
 
 
 def first_latents(pipeline) -> torch.Tensor:

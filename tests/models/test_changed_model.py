@@ -13,12 +13,12 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowError
 from memflow.models.wan import graphs
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.changes import refuse_hooks, text_version
 from memflow.models.weights import weights_digest
+from memflow_bench.untrained import noise_pipeline
 
 STORY, SMALL = ["a red boat", "an owl"], {"height": 32, "width": 32, "seconds_per_prompt": 3 * 0.75}
 TEXT_LAYERS = ["to_k", "to_v"]

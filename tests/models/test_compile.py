@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.untrained import noise_pipeline
 from memflow.memory import MemoryConfig
+from memflow_bench.untrained import noise_pipeline
 
 STORY = ["a red boat", "an owl", "a lighthouse", "the sea"]
 

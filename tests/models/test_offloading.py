@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowError
 from memflow.decoders import use_decoder
 from memflow.decoders.taehv import TinyVideoDecoder
 from memflow.integrations import StreamingAttention
+from memflow_bench.untrained import noise_pipeline
 
 
 class Offloaded:

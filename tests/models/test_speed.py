@@ -10,10 +10,10 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowError, MemoryConfig
 from memflow.models.wan import float8, graphs
 from memflow.models.wan.float8 import float8_linears, to_float8
+from memflow_bench.untrained import noise_pipeline
 
 
 def on_a_gpu(test):

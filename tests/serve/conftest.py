@@ -19,7 +19,7 @@ import httpx
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from memflow.serve.app import make_app
+from memflow.serve.asgi import make_app
 from memflow.serve.command import listen, server
 from memflow.serve.settings import Settings
 

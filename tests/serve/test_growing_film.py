@@ -6,7 +6,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from memflow.serve.app import _FilmSoFar
+from memflow.serve.asgi import _FilmSoFar
 
 
 def test_a_film_that_grows_while_it_is_sent(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
+from websockets.sync.client import connect
 
 from tests.serve.conftest import PATIENCE, PROMPTS
 
@@ -52,6 +53,18 @@ def test_a_lost_connection_costs_nothing(shared, whole):
     assert "thumbnail" in chunks[-1] and "thumbnail" not in chunks[0]
 
 
+def test_a_viewer_who_is_gone_before_the_first_chunk(shared, whole):
+    with shared.started(num_frames=FRAMES, seed=5) as viewer:
+        id = viewer.messages[0]["request_id"]
+        viewer.send("session.pause")
+    shared.idle()
+    film = shared.settings.folder / f"{id}.mp4"
+    with shared.started(None, memflow={"resume": id}) as viewer:
+        assert viewer.rest()[-1]["type"] == "session.done"
+    shared.idle()
+    assert film.read_bytes() == whole
+
+
 def test_a_story_goes_on_with_another_scene(shared):
     with shared.started() as viewer:
         id = viewer.messages[0]["request_id"]
@@ -75,6 +88,22 @@ def test_a_page_that_is_loaded_again_takes_its_story_over(shared, whole):
             second.rest()
         last = first.rest()[-1]
         assert (last["type"], last["code"], first.closed) == ("error", "taken_over", 1000)
+    shared.idle()
+    assert shared.film(id) == whole
+
+
+def test_several_at_once_ask_for_a_story(shared, whole):
+    """One after the other takes it over; the last goes on to the end."""
+    with shared.started(num_frames=FRAMES, seed=5, streaming_buffer_seconds=0.5) as viewer:
+        id = viewer.messages[0]["request_id"]
+        viewer.until("video.chunk_metadata")
+        with ExitStack() as stack:
+            others = [stack.enter_context(shared.viewer()) for _ in range(4)]
+            for other in others:
+                other.send("session.start", memflow={"resume": id})
+            last = [other.rest()[-1] for other in others]
+    ends = sorted(message.get("code", message["type"]) for message in last)
+    assert ends == ["session.done", *["taken_over"] * 3], last
     shared.idle()
     assert shared.film(id) == whole
 
@@ -164,10 +193,9 @@ def test_the_command_line_goes_on_with_a_servers_story(tmp_path):
     """A process of its own: the embedded model, SIGTERM, and `memflow generate --resume` from what it left."""
     folder = tmp_path / "stories"
     command = [sys.executable, "-m", "memflow", "serve", "--dir", str(folder), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, ExitStack() as stack:
         address = process.stdout.readline().split("http://")[1].split("/")[0]
-        from websockets.sync.client import connect
-
+        stack.callback(process.kill)
         with connect(f"ws://{address}/v1/realtime/video", max_size=None, open_timeout=PATIENCE) as socket:
             socket.send(json.dumps({"type": "session.start", "prompt": PROMPTS[0], "num_frames": 12}))
             id = json.loads(socket.recv())["request_id"]

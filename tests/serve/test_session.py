@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import io
 import time
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from memflow import MemFlowPipeline
 from memflow.serve.film import memory_of
@@ -186,3 +189,46 @@ def test_the_memory_that_is_told_is_the_streams(shared, toy):
             assert entry["relevance"] == pytest.approx(wanted, abs=1e-4)
         assert message["memflow"]["thumbnail"].startswith("data:image/jpeg;base64,")
     assert told["held"] and told["sink"]
+
+
+def test_the_example_of_a_client(shared, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    from live_story import tell
+
+    address = f"ws://127.0.0.1:{shared.port}/v1/realtime/video"
+    id = asyncio.run(tell(str(tmp_path / "live.mp4"), PROMPTS, address))
+    assert frames_of((tmp_path / "live.mp4").read_bytes()) >= 4 * 16
+    said = capsys.readouterr().out
+    assert said.index(PROMPTS[0]) < said.index(PROMPTS[1])
+    assert [scene["prompt"] for scene in shared.http.get(f"/v1/stories/{id}").json()["scenes"]] == PROMPTS
+
+
+def test_what_prometheus_reads(shared):
+    text = shared.http.get("/metrics").text
+    samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    for name in ("sessions", "queue", "frames_total", "chunks_total", "frames_per_second", "disk_bytes"):
+        assert float(samples[f"memflow_{name}"]) >= 0
+    assert float(samples["memflow_frames_total"]) > 0 and float(samples['memflow_memory_bytes{where="host"}']) > 10**6
+    buckets = [float(value) for name, value in samples.items() if name.startswith("memflow_chunk_seconds_bucket")]
+    assert buckets == sorted(buckets) and buckets[-1] == float(samples["memflow_chunk_seconds_count"])
+    kinds = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(kinds) == len(set(kinds)) and all(kind.startswith("memflow_") for kind in kinds)
+
+
+def test_any_asgi_host_can_serve_the_app(monkeypatch, tmp_path):
+    for name, value in {"DIR": str(tmp_path), "SESSIONS": "3", "TOKEN": "a-long-token", "DEVICE": "cpu"}.items():
+        monkeypatch.setenv(f"MEMFLOW_SERVE_{name}", value)
+    monkeypatch.setenv("MEMFLOW_SERVE_ALLOW_ORIGIN", "https://a.example https://b.example")
+    import memflow.serve
+
+    with TestClient(memflow.serve.app, base_url="https://b.example") as client:
+        assert client.get("/v1/info").status_code == 401
+        info = client.get("/v1/info", headers={"Authorization": "Bearer a-long-token"}).json()
+        assert info["limits"]["sessions"] == 3 and info["model"] == "storybook"
+        with client.websocket_connect("wss://b.example/v1/realtime/video?token=a-long-token") as socket:
+            socket.send_json({"type": "session.start", "prompt": PROMPTS[0], "num_frames": 3})
+            assert socket.receive_json()["type"] == "video.start"
+            assert socket.receive_json()["byte_length"] == len(socket.receive_bytes())
+            assert socket.receive_json()["type"] == "session.done"
+    assert not hasattr(memflow.serve, "no such thing")
+    assert isinstance(memflow.serve.app, Starlette)  # again: no module of this name hides it

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.untrained import noise_pipeline
 from memflow.integrations import StreamingAttention
 from memflow.memory import MemoryConfig
 from memflow.models.wan.text import PromptCache
 from memflow.stream.sampler import to_device
+from memflow_bench.untrained import noise_pipeline
 
 STORY = ["a red boat", "an owl"]
 SMALL = {"height": 32, "width": 32, "seconds_per_prompt": 2 * 0.75}

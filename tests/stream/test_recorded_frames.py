@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowPipeline
+from memflow_bench.untrained import noise_pipeline
 
 RECORDED = Path(__file__).parent / "recorded_frames.json"
 STORY = (

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.untrained import noise_pipeline
 from memflow.decoders.taehv import TinyVideoDecoder
 from memflow.errors import MemFlowError
 from memflow.memory import MemoryConfig
 from memflow.models.wan.attention import uninstall
+from memflow_bench.untrained import noise_pipeline
 
 STORY = ["a red boat leaves the harbour", "an owl looks down from the lighthouse"]
 MEMORIES = {
@@ -116,7 +116,7 @@ def test_resume_in_a_new_process(toy, tmp_path):
         next(stream)
     stream.save(tmp_path / "state.safetensors")
     code = (
-        "import sys, torch; from benchmarks.untrained import noise_pipeline\n"
+        "import sys, torch; from memflow_bench.untrained import noise_pipeline\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
         "stream = noise_pipeline().resume(sys.argv[1])\n"
         "torch.save(torch.cat([chunk.frames for chunk in stream], dim=1), sys.argv[2])\n"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.untrained import noise_pipeline
 from memflow import MemFlowError, MemoryConfig
 from memflow.integrations import StreamingAttention
+from memflow_bench.untrained import noise_pipeline
 
 STORY = ["a red boat", "an owl"]
 MEMORY = MemoryConfig(top_k=2, bank_frames=2)

@@ -18,6 +18,7 @@ from memflow_kernels import (
     Pool,
     available_backends,
     block_causal_table,
+    cover_frames,
     frame_means,
     memory_attention,
     merge_attention,
@@ -42,6 +43,7 @@ def ops(query: Tensor, key: Tensor, weight: Tensor, slots: Tensor) -> None:
     assert_type(mean, Tensor)
     assert_type(prompt_relevance(query, key, tokens_per_frame=4, aggregate="softmax"), Tensor)
     assert_type(select_frames(query, mean, 2), Tensor)
+    assert_type(cover_frames(query, mean, 2, weight), Tensor)
     assert_type(block_causal_table(9, 3, local=6, sink=1), Tensor)
     pool = Pool.zeros(1, 15, 24, heads=4, head_dim=32, dtype=torch.bfloat16, device="cpu")
     assert_type(pool, Pool)

@@ -40,6 +40,7 @@ class WanModel:
         if not isinstance(transformer, WanTransformer3DModel):
             raise MemFlowError(f"transformer must be a WanTransformer3DModel, got {type(transformer).__name__}")
         self.context = install(transformer)
+        self.ranks = self.context.ranks
         self.transformer = transformer
         config = transformer.config
         self.layers, self.heads, self.head_dim = (

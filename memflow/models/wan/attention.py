@@ -22,6 +22,7 @@ from memflow.errors import MemFlowError
 from memflow.memory.attention import attend
 from memflow.memory.places import Unplaced
 from memflow.models.wan.changes import FETCHED, refuse_hooks
+from memflow.parallel.alone import ALONE, Alone
 from memflow_kernels import Pool, memory_attention, qk_norm_rope, qk_norm_rope_write
 
 if TYPE_CHECKING:
@@ -62,8 +63,12 @@ class MemorySelfAttention:
         self.called = True
         if not torch.compiler.is_compiling() and self.ends:
             raise CleanPassDone
-        hidden_states = attend(query, query_mean, self.pool, rotary_emb, self.block_mean)
+        hidden_states = self.attend(query, query_mean, rotary_emb)
         return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2)))
+
+    def attend(self, query: Tensor, query_mean: Tensor | None, step: Pass) -> Tensor:
+        """[B, L, H, D]: what the queries find in the pool."""
+        return attend(query, query_mean, self.pool, step, self.block_mean)
 
     def write(self, attn, hidden_states: Tensor, step: Pass) -> tuple[Tensor, Tensor | None]:
         """Project, norm and rotate; keys and values go into the pool.
@@ -74,17 +79,15 @@ class MemorySelfAttention:
             projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
+        query, key, value, norm = self.divide(attn, *(x.unflatten(2, (attn.heads, -1)) for x in projected))
         if self.unplaced is not None:
-            self.unplaced.write(_at_place_zero(attn, key, step), step.slots)
+            self.unplaced.write(self.at_place_zero(key, step, norm), step.slots)
         one_choice = step.chooses and step.query_block is None
         written = qk_norm_rope_write(
             query,
             key,
             value,
-            weight_q=attn.norm_q.weight,
-            weight_k=attn.norm_k.weight,
-            eps=attn.norm_q.eps,
+            **norm,
             grid=step.grid,
             start_frame=step.start_frame,
             pool=self.pool,
@@ -93,13 +96,47 @@ class MemorySelfAttention:
         )
         return written if one_choice else (written, None)
 
+    def divide(self, attn, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, dict]:
+        """The tokens and heads that are written and attended to here, and how they are still to be normed."""
+        norm = {"weight_q": attn.norm_q.weight, "weight_k": attn.norm_k.weight, "eps": attn.norm_q.eps}
+        return query, key, value, norm
 
-def _at_place_zero(attn, key: Tensor, step: Pass) -> Tensor:
-    """key [B, n*N, H, D], normed and turned by row and column only: [B, n, N, H, D]."""
-    frames = key.unflatten(1, (-1, step.grid[0] * step.grid[1])).flatten(0, 1)  # every frame a first frame
-    weights = {"weight_q": attn.norm_k.weight, "weight_k": attn.norm_k.weight}
-    _, turned = qk_norm_rope(frames, frames, **weights, eps=attn.norm_k.eps, grid=step.grid, start_frame=0)
-    return turned.unflatten(0, (key.shape[0], -1))
+    def at_place_zero(self, key: Tensor, step: Pass, norm: dict) -> Tensor:
+        """key [B, n*N, H, D], normed and turned by row and column only: [B, n, N, H, D]."""
+        frames = key.unflatten(1, (-1, step.grid[0] * step.grid[1])).flatten(0, 1)  # every frame a first frame
+        _, turned = qk_norm_rope(frames, frames, **norm, grid=step.grid, start_frame=0)
+        return turned.unflatten(0, (key.shape[0], -1))
+
+
+class SharedSelfAttention(MemorySelfAttention):
+    """The same for one of several processes: some tokens come in with all heads, all tokens are written and attended to
+    with some heads, and what they find goes out as it came in."""
+
+    def __init__(self, layer: int, ranks: Alone):
+        super().__init__(layer)
+        self.ranks = ranks
+
+    def attend(self, query: Tensor, query_mean: Tensor | None, step: Pass) -> Tensor:
+        return self.ranks.to_tokens(super().attend(query, query_mean, step))
+
+    def divide(self, attn, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, dict]:
+        # The norm is over all heads of a token, so that it comes before the exchange.
+        return *self.ranks.to_heads(_normed(query, attn.norm_q), _normed(key, attn.norm_k), value), {}
+
+    def at_place_zero(self, key: Tensor, step: Pass, norm: dict) -> Tensor:
+        tokens = step.grid[0] * step.grid[1]
+        frames = key.unflatten(1, (-1, tokens)).flatten(0, 1)
+        turned = Pool.zeros(len(frames), 1, tokens, *frames.shape[2:], dtype=key.dtype, device=key.device)
+        slots = torch.zeros(1, dtype=torch.int32, device=key.device)
+        qk_norm_rope_write(frames, frames, frames, grid=step.grid, start_frame=0, pool=turned, slots=slots)
+        return turned.key.unflatten(0, (key.shape[0], -1))
+
+
+def _normed(x: Tensor, norm: nn.Module) -> Tensor:
+    """x [B, L, H, D], rounded where `qk_norm_rope` rounds."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    square = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=wide).square() / x[0, 0].numel()
+    return (x * torch.rsqrt(square + norm.eps)).to(x.dtype) * norm.weight.view(x.shape[2:])
 
 
 class PromptCrossAttention:
@@ -129,6 +166,7 @@ class StreamContext(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.ranks: Alone = ALONE
         self.step: Pass | None = None
         self.processors: list[MemorySelfAttention | PromptCrossAttention] = []
 
@@ -187,8 +225,11 @@ def install(transformer: WanTransformer3DModel) -> StreamContext:
         raise MemFlowError(FETCHED)
     context = StreamContext()
     context.replaced_rope = [transformer.rope]
+    context.ranks = vars(transformer).get("ranks", ALONE)  # `memflow.models.wan.parallel.share`
     for layer in range(len(transformer.blocks)):
-        context.processors += [MemorySelfAttention(layer), PromptCrossAttention(layer)]
+        alone = context.ranks is ALONE
+        of_frames = MemorySelfAttention(layer) if alone else SharedSelfAttention(layer, context.ranks)
+        context.processors += [of_frames, PromptCrossAttention(layer)]
     context.set_processors(transformer)
     transformer.rope = context
     return context

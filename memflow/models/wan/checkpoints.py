@@ -49,6 +49,7 @@ _UMT5 = {
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
 _VAE_CHANNELS = 16  # of the latents; their published mean and deviation are in AutoencoderKLWan's defaults
+_LONGEST_NAME = 10_000  # characters of a tensor's name
 _MOST_TENSORS = 50_000  # of a file; the published ones hold some thousand
 _MOST_LAYERS = 1000
 _SHOWN = 12  # names listed in a message
@@ -212,7 +213,7 @@ def kept_dtype(model: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.d
 def listed(names: list[str]) -> str:
     """The first dozen of `names`, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ", ".join(f"{name:.200}" for name in names[:_SHOWN]) + more
 
 
 def _read(path: Path):
@@ -246,6 +247,9 @@ def _unwrapped(content, weights: str, path: Path) -> tuple[Mapping[str, Tensor],
     content = held[wrapper] if wrapper else content
     if not isinstance(content, Mapping):
         raise MemFlowError(f"{path}: holds no tensors by name but a {type(content).__name__}")
+    odd = [repr(n) for n in map(str, content) if not n.isprintable() or len(n) > _LONGEST_NAME]
+    if odd:
+        raise MemFlowError(f"{path}: a name is no printable text of at most {_LONGEST_NAME} characters: {odd[0]:.60}")
     others = [str(n) for n, entry in content.items() if not (isinstance(n, str) and isinstance(entry, Tensor))]
     if others:
         raise MemFlowError(f"{path}: {listed(others)}: not tensors by name")

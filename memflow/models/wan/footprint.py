@@ -27,6 +27,7 @@ from memflow.memory.frames import Prompt, make_memory
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.checkpoints import kept_dtype
 from memflow.models.wan.float8 import float8_linears
+from memflow.parallel.ranks import numbers_that_do
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of each part. All but the activations are exact."""
+    """Bytes of each part. All but the activations are exact. processes: how many can make a story together."""
 
     transformer: int
     transformer_float8: int
@@ -56,6 +57,7 @@ class Footprint:
     denoising: int
     recache: int
     decoding: int
+    processes: tuple[int, ...]
 
     def resident(self, *, float8: bool = False) -> int:
         """What is there all the time while a story is told, without the text encoder."""
@@ -66,6 +68,13 @@ class Footprint:
         """At the fullest moment. text_encoder: it stays in memory too (it need not: prompts are encoded first)."""
         passing = max(self.denoising, self.recache, self.decoding)
         return self.resident(float8=float8) + passing + (self.text_encoder if text_encoder else 0)
+
+    def shared(self, processes: int) -> tuple[int, int]:
+        """At the fullest moment, where several processes make a story together: in the first, which decodes, and in
+        each of the others. Weights and prompt are in all of them whole."""
+        pool, passing = self.pool // processes, -(-max(self.denoising, self.recache) // processes)
+        others = self.transformer + self.vae + self.prompt + pool
+        return others + self.vae_cache + max(passing, self.decoding), others + passing
 
 
 def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int = 1) -> Footprint:
@@ -132,6 +141,7 @@ def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int =
         denoising=denoising,
         recache=recache,
         decoding=decoding.peak,
+        processes=tuple(numbers_that_do(sizes["heads"], memory.call_tokens())),
     )
 
 

@@ -1,5 +1,6 @@
 // What puts the film on the screen: fragmented MP4 into a <video> where Media Source Extensions are there, JPEG
-// pictures onto a <canvas> everywhere else. Both have: push, time, ahead, pause, finish, remove.
+// pictures onto a <canvas> everywhere else. All have: time, seen (that of the picture on the screen), ahead, paused,
+// pause, finish, remove; those that take what the server sends: push.
 
 const KEEP = 20; // seconds behind the playhead that stay in the browser's buffer
 const Source = window.ManagedMediaSource || window.MediaSource;
@@ -19,16 +20,39 @@ function withoutHeader(data) {
   return at ? data.slice(at) : data;
 }
 
-export class MsePlayer {
-  constructor(video, fail) {
+class VideoPlayer {
+  constructor(video, controls) {
     this.video = video;
+    video.controls = controls;
+    video.hidden = false;
+    const presented = (now, { mediaTime }) => { // the picture may be ahead of or behind the clock
+      this.picture = mediaTime;
+      if (!this.removed) video.requestVideoFrameCallback(presented);
+    };
+    video.requestVideoFrameCallback?.(presented);
+  }
+
+  get time() { return this.video.currentTime; }
+  get seen() { return this.picture ?? this.time; }
+
+  remove() {
+    this.removed = true;
+    this.video.pause();
+    this.video.removeAttribute("src");
+    this.video.load();
+    this.video.controls = false;
+    this.video.hidden = true;
+  }
+}
+
+export class MsePlayer extends VideoPlayer {
+  constructor(video, fail) {
+    super(video, false);
     this.fail = fail;
     this.queue = [];
     this.paused = false;
     this.media = new Source();
     video.disableRemotePlayback = true; // ManagedMediaSource asks for it
-    video.controls = false;
-    video.hidden = false;
     video.src = this.url = URL.createObjectURL(this.media);
     this.media.addEventListener("sourceopen", () => this.pump(), { once: true });
     this.check = setInterval(() => this.pump(), 250);
@@ -69,10 +93,7 @@ export class MsePlayer {
 
   remove() {
     clearInterval(this.check);
-    this.video.pause();
-    this.video.removeAttribute("src");
-    this.video.load();
-    this.video.hidden = true;
+    super.remove();
     URL.revokeObjectURL(this.url);
     this.media = null;
   }
@@ -81,6 +102,7 @@ export class MsePlayer {
     const { media, video, queue } = this;
     if (media?.readyState !== "open" || this.filling) return;
     if (!this.buffer && this.mime && queue.length) {
+      media.duration = Infinity; // not that of the film so far, at whose end the browser would stop
       this.buffer = media.addSourceBuffer(this.mime);
       this.buffer.addEventListener("updateend", () => this.pump());
       this.buffer.addEventListener("error", () => this.fail("This browser cannot decode the film."));
@@ -95,7 +117,7 @@ export class MsePlayer {
     } else if (this.over) {
       media.endOfStream();
     }
-    if (!this.paused && video.paused && buffer.buffered.length && !video.ended) {
+    if (!this.paused && video.paused && buffer.buffered.length && !(this.over && video.ended)) {
       video.play().catch((error) => { if (error.name === "NotAllowedError") this.onblocked?.(); });
     }
   }
@@ -149,23 +171,24 @@ export class ImagePlayer {
 
   push(data, { mime, start_frame }) {
     const decoding = createImageBitmap(new Blob([data], { type: mime }));
-    this.decoded = this.decoded.then(async () => this.queue.push({ picture: await decoding, end: (start_frame + 1) / this.fps }));
+    this.decoded = this.decoded.then(async () => this.queue.push({ picture: await decoding, time: start_frame / this.fps }));
   }
 
   show(now) {
     this.request = requestAnimationFrame((later) => this.show(later));
     if (this.paused || !this.queue.length || now < this.next) return;
-    const { picture, end } = this.queue.shift();
+    const { picture, time } = this.queue.shift();
     if (this.canvas.width !== picture.width || this.canvas.height !== picture.height) {
       this.canvas.width = picture.width;
       this.canvas.height = picture.height;
     }
     this.context.drawImage(picture, 0, 0);
     picture.close();
-    this.time = end;
+    this.time = time;
     this.next = Math.max(this.next + 1000 / this.fps, now - 100); // late by more than that: not made up for
   }
 
+  get seen() { return this.time; }
   get ahead() { return this.queue.length / this.fps; }
   pause(paused) { this.paused = paused; }
   finish() {}
@@ -177,25 +200,14 @@ export class ImagePlayer {
 }
 
 /** A film that is whole, with the browser's own controls. */
-export class FilmPlayer {
+export class FilmPlayer extends VideoPlayer {
   constructor(video, url) {
-    this.video = video;
-    video.controls = true;
-    video.hidden = false;
+    super(video, true);
     video.src = url;
   }
 
-  get time() { return this.video.currentTime; }
   get ahead() { return 0; }
   get paused() { return this.video.paused; }
   pause(paused) { if (paused) this.video.pause(); else this.video.play(); }
   finish() {}
-
-  remove() {
-    this.video.pause();
-    this.video.removeAttribute("src");
-    this.video.load();
-    this.video.controls = false;
-    this.video.hidden = true;
-  }
 }

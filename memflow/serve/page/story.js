@@ -191,7 +191,7 @@ export class Story {
   /** The chunk, and the number of the scene, that are on the screen. */
   get shown() {
     if (!this.player) return {};
-    const frame = (this.player.time + 0.01) * this.fps;
+    const frame = (this.player.seen + 0.001) * this.fps; // what is a hair short of a frame is that frame
     return { chunk: this.chunks.findLast(({ start_frame }) => start_frame <= frame), scene: this.sceneAt(frame) };
   }
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from functools import cache
+from itertools import pairwise
 
 import pytest
 
@@ -56,6 +57,24 @@ async (seconds) => {{
   if (canvas.hidden) video.requestVideoFrameCallback(shown);
   else look();
   await new Promise((done) => setTimeout(done, 1000 * seconds + 50));
+  return seen;
+}}
+"""
+
+# All frames in the buffer but the last, which the decoder may hold back until more comes: the number that each should
+# have, and the one stamped into it.
+_SEEK = f"""
+async (fps) => {{
+  const video = document.getElementById("video"), {{ buffered }} = video, read = {_READER}, seen = [];
+  const first = Math.round(buffered.start(0) * fps), end = Math.round(buffered.end(0) * fps) - 1;
+  for (let number = first; number < end; number++) {{
+    video.currentTime = (number + 0.5) / fps;
+    const until = performance.now() + 3000; // a busy machine shows late
+    while ((video.seeking || read(video) !== number) && performance.now() < until) {{
+      await new Promise((done) => setTimeout(done, 5));
+    }}
+    seen.push([number, read(video)]);
+  }}
   return seen;
 }}
 """
@@ -130,3 +149,24 @@ def start(page, prompt: str = BEACH) -> float:
     tell(page, prompt)
     until(page, "document.getElementById('video').currentTime > 0 || document.getElementById('canvas').width === 512")
     return time.perf_counter() - begin
+
+
+def in_order(seen, fps: float = 8) -> None:
+    """What `watch` saw is the film: on the canvas every picture, one after the other; of a video, of which a busy
+    machine presents fewer and tells late, no picture before its time and none again."""
+    numbers = [number for number, _ in seen]
+    assert len(numbers) >= 5 and None not in numbers, str(numbers)  # two seconds have 16
+    if seen[0][1] is None:
+        assert all(after - before == 1 for before, after in pairwise(numbers)), str(numbers)
+    assert numbers == sorted(numbers)
+    assert all(at is None or 0 <= number - round(at * fps) <= 2 for number, at in seen), str(seen)
+
+
+def whole(page, fps: float = 8) -> list[int]:
+    """Pause, and look at all frames that the browser has, one by one: each is the one of its time. Their numbers."""
+    if page.get_attribute("#pause", "data-shows") == "pause":
+        page.click("#pause")
+    until(page, "document.getElementById('video').buffered.length === 1")
+    seen = page.evaluate(_SEEK, fps)
+    assert all(number == shown for number, shown in seen), str(seen)
+    return [number for number, _ in seen]

@@ -24,7 +24,7 @@ def served(tmp_path_factory):
     """`url` of a server whose frames are stamped with their numbers; `snapshots`: what was remembered, by chunk;
     `tellings`: the stories that it tells."""
     from memflow import MemFlowPipeline
-    from memflow.serve.app import make_app
+    from memflow.serve.asgi import make_app
     from memflow.serve.command import listen, server
     from memflow.serve.settings import Settings
     from memflow.stream.stream import Stream

@@ -14,6 +14,7 @@ ROWS = """
 
 def stand_still(page):
     """Pause; the number of the frame that stays on the screen."""
+    browser.until(page, "parseFloat(document.getElementById('ahead').textContent.slice(3)) > 1", 30)
     page.click("#pause")
     page.wait_for_timeout(300)
     return browser.frame_on_screen(page)

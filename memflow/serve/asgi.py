@@ -115,10 +115,8 @@ async def _check(request: Request) -> Response:
 
 async def _film(request: Request) -> Response:
     stories: Stories = request.app.state.stories
-    id = request.path_params["id"]
-    found = await stories.about(id)
-    path = stories.settings.folder / f"{id}.mp4"
-    if found is None or not path.exists():
+    path = stories.film(request.path_params["id"])
+    if path is None:
         return _unknown()
     download = {"filename": "story.mp4"} if "download" in request.query_params else {}
     return _FilmSoFar(path, media_type="video/mp4", headers={"cache-control": "no-store"}, **download)

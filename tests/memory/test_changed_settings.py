@@ -1,0 +1,32 @@
+"""What the page can ask of the memory is possible for the embedded model."""
+
+import pytest
+
+from memflow.memory.config import MemoryConfig
+from memflow.memory.policies import POLICIES
+
+TRAINED = MemoryConfig(bank_frames=6, held_frames=24, policy="original", recall="coverage", scene_frame="first")
+OFFERED = [name for name, policy in POLICIES.items() if not policy.by_hand]
+
+
+@pytest.mark.parametrize("policy", OFFERED)
+@pytest.mark.parametrize("held", [None, 24])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_every_policy(policy, held, top_k):
+    keeps_none = policy in ("archive", "none")  # the page asks for no number of frames then
+    asked = {"policy": policy, "held_frames": None if keeps_none else held, "top_k": top_k}
+    if policy != "none":
+        asked["bank_frames"] = 4
+    memory = TRAINED.changed(**asked)
+    assert {name: getattr(memory, name) for name in asked} == asked
+    by_choice = policy == "archive" or (asked["held_frames"] and policy != "random")
+    assert memory.recall == ("coverage" if by_choice else "relevance")
+
+
+def test_nothing_asked():
+    assert TRAINED.changed() == TRAINED
+
+
+def test_what_does_not_go_together():
+    with pytest.raises(ValueError, match="held_frames"):
+        TRAINED.changed(policy="none", held_frames=3)
