@@ -126,7 +126,7 @@ def plot(lines: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.6), width_ratios=(1.7, 1))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6.4), width_ratios=(1.7, 1))
     compared = [TODAY, "one per scene, then top", "coverage", BETTER]
     retrieval = [line for line in lines if line["about"]["part"] == "retrieval"]
     cases = list(_groups(retrieval, ("stories", "held", "bank", "prompts")))[::-1]
@@ -148,8 +148,9 @@ def plot(lines: list[dict], path: Path) -> None:
     right.set(xlim=(-0.02, 1.02), title="generated, scenes of 27 chunks")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    left.legend(fontsize=8, loc="lower left")
-    figure.tight_layout()
+    right.set_visible(bool(rows))
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="upper center", ncols=len(compared), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
