@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -27,6 +29,9 @@ from memflow.serve.settings import Settings
 from memflow.serve.stories import Stories
 from memflow.serve.words import Words
 
+if TYPE_CHECKING:
+    from memflow.stream.pipeline import MemFlowPipeline
+
 PAGE = Path(__file__).parent / "page"
 _BODY = 64 * 1024  # bytes of a request
 _EXAMPLES = {  # first scenes, by model
@@ -39,7 +44,7 @@ _EXAMPLES = {  # first scenes, by model
 }
 
 
-def make_app(load, settings: Settings) -> Starlette:
+def make_app(load: Callable[[], tuple[MemFlowPipeline, dict[str, str]]], settings: Settings) -> Starlette:
     """A server for any ASGI host; also behind `memflow serve`.
 
     Args:

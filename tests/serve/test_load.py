@@ -136,6 +136,7 @@ def test_viewers_that_come_and_go(serve, count):
             seeds[id], left[id] = seed, "killed"
 
     for begin in range(0, count, 6):
+        print(f"viewer {begin}", flush=True)
         threads = []
         for number in range(begin, min(begin + 6, count)):
             wait = draw.random() * 0.5

@@ -83,7 +83,8 @@ def test_what_a_start_may_say():
     assert (found.width, found.frames, found.seed, found.fps) == (8, 9, 4, None)
     assert found.config["extra_params"] == {"odd": 1} and found.config["num_outputs_per_prompt"] == 1
     assert protocol.start({"type": "session.start", "memflow": {"resume": "a"}}, SETTINGS).prompt is None
-    assert start(memflow={"memory": {"policy": "fifo", "top_k": None}}).memory == {"policy": "fifo"}
+    memory = {"policy": "fifo", "top_k": None, "held_frames": None}  # None: as `MemoryConfig` has it
+    assert start(memflow={"memory": memory | {"bank_frames": None}}).memory == memory
 
 
 @pytest.mark.parametrize(

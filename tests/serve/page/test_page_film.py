@@ -27,7 +27,7 @@ def goes_on(page, frame):
     browser.until(page, f"document.getElementById('video').currentTime > {frame / 8}", 30)
     assert page.inner_text("#status") == "Telling" and not page.is_visible("#error")
     numbers = whole(page)
-    assert numbers == list(range(len(numbers))) and len(numbers) > frame
+    assert numbers == list(range(0, 2 * len(numbers), 2)) and numbers[-1] > frame - 3
 
 
 @pytest.mark.parametrize("how", ["m4s", "jpeg", "no media source", "full buffer"])
@@ -48,7 +48,7 @@ def test_story_starts_and_shows_every_frame(open_page, how):
     tell(page, FOREST)
     page.wait_for_selector(f"#scenes li >> text={FOREST}")
     if how in ("m4s", "full buffer"):
-        assert len(whole(page)) > 16
+        assert len(whole(page)) > 8
 
 
 def test_next_scene_is_seen_when_it_is_said(open_page):
@@ -93,7 +93,9 @@ def test_reload_goes_on(open_page):
     page.wait_for_timeout(1500)
     before, address = browser.frame_on_screen(page), page.url
     page.reload()
-    browser.until(page, "document.getElementById('video').currentTime > 0")
+    showing = "!video.seeking && video.readyState >= 2 && video.currentTime > 0"
+    browser.until(page, f"(() => {{ const video = document.getElementById('video'); return {showing}; }})()")
+    page.wait_for_timeout(100)
     assert page.url == address and "#story=" in address
     assert before <= browser.frame_on_screen(page) <= before + 12
     goes_on(page, before + 20)  # over what was made before, and on

@@ -12,8 +12,9 @@ ROWS = """
 """
 
 
-def stand_still(page):
-    """Pause; the number of the frame that stays on the screen."""
+def stand_still(page, seconds):
+    """Pause after so many seconds of the film; the number of the frame that stays on the screen."""
+    browser.until(page, f"document.getElementById('video').currentTime > {seconds}", 30)
     browser.until(page, "parseFloat(document.getElementById('ahead').textContent.slice(3)) > 1", 30)
     page.click("#pause")
     page.wait_for_timeout(300)
@@ -29,9 +30,8 @@ def test_memory_is_that_of_the_picture_on_the_screen(open_page, served):
     page.wait_for_timeout(2000)
     tell(page, FOREST)
     page.wait_for_selector(f"#caption:text-is('{FOREST}')")
-    page.wait_for_timeout(1000)
     page.click("#table summary")
-    chunk = stand_still(page) // 3
+    chunk = stand_still(page, 4.5) // 3
     assert max(served.snapshots) > chunk + 1  # what is made is ahead of what is shown
     snapshot = served.snapshots[chunk]
     held = {int(f): float(r) for f, r in zip(snapshot.held[0, 0], snapshot.relevance[0, 0], strict=True) if f >= 0}
@@ -59,8 +59,7 @@ def test_memory_is_that_of_the_picture_on_the_screen(open_page, served):
 def test_strip_is_drawn_where_the_frames_are(open_page, served):
     page = open_page()
     start(page)
-    page.wait_for_timeout(3500)
-    chunk = stand_still(page) // 3
+    chunk = stand_still(page, 3.5) // 3
     recalled = {int(frame) // 3 for frame in served.snapshots[chunk].recalled[:, 0].flat if frame >= 0}
     assert recalled
     marks = page.evaluate(

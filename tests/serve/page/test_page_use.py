@@ -132,9 +132,9 @@ def test_story_of_a_link_is_shown_and_goes_on(open_page):
     assert other.inner_text("#status") == "Ended" and other.locator("#scenes .told").all_inner_texts() == [BEACH]
     other.click("#go")  # nothing written: the scene goes on
     other.wait_for_selector("#status[data-state=telling]")
-    told = len(whole(other))
+    told = whole(other)[-1]
     other.keyboard.press("k")
-    browser.until(other, f"document.getElementById('video').buffered.end(0) * 8 > {told + 6}")
+    browser.until(other, f"document.getElementById('video').buffered.end(0) * 8 > {told + 9}")
     other.click("#new")
     assert other.inner_text("#status") == "Ready" and "#story" not in other.url
     assert other.locator("#scenes li").count() == 0 and other.is_visible("#blank")
