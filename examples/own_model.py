@@ -14,7 +14,7 @@ from memflow import ChunkDriver, MemoryConfig
 from memflow.memory.attention import attend_with_memory
 from memflow.memory.frames import Prompt
 from memflow.memory.places import Rotation
-from memflow.models.base import weights_digest
+from memflow.models.weights import weights_digest
 
 
 class Layer(nn.Module):
