@@ -97,7 +97,9 @@ def load_stream(pipeline, path, make: Callable):
     names = {*identity, *saved} - ({*_ENCODER} - ({*identity} & {*saved}))
     differing = sorted(name for name in names if identity.get(name) != saved.get(name))
     if differing:
-        raise MemFlowError(f"{path} was saved with another model, it differs in: {', '.join(differing)}")
+        known = [name for name in differing if name in identity]  # others are whatever the file says
+        parts = ", ".join(known + ["parts that this one has not"] * (len(known) < len(differing)))
+        raise MemFlowError(f"{path} was saved with another model, it differs in: {parts}")
     try:
         stream = make(
             pipeline,

@@ -139,6 +139,13 @@ def test_every_field_of_a_made_up_state_is_checked(toy, state, tmp_path):
             assert found != "same" or harmless, f"{name} = {value!r} was believed"
 
 
+def test_what_a_state_says_of_its_model_is_not_repeated(toy, state, tmp_path):
+    path = tmp_path / "state"
+    path.write_bytes(rewritten(state[0], lambda header, _: header["model"].update({"\x1b[2J\n": 1})))
+    with pytest.raises(MemFlowError, match=r"it differs in: parts that this one has not$"):
+        toy.resume(path)
+
+
 def test_an_edit_without_the_digest_is_damage(toy, state, tmp_path):
     data, expected = state
     path = tmp_path / "state"
