@@ -256,6 +256,8 @@ def _parts(found: Footprint, model: Model) -> list[tuple[str, str, int]]:
     memory = model.memory
     slots = f"bank {memory.bank_frames}, sink {memory.sink_frames}, window {memory.window_frames} latent frames"
     slots += ", and the pending one" if memory.published_mode else ""
+    slots += f", {memory.held_frames} held" if memory.held_frames else ""
+    slots += f", means of blocks of {memory.activation_block} tokens" if memory.activation_block else ""
     return [
         ("transformer", "weights", found.transformer),
         ("text encoder", "weights; in memory only while prompts are encoded", found.text_encoder),

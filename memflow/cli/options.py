@@ -219,8 +219,8 @@ class Request:
         """The options that are fields of `MemoryConfig` by the same name."""
         named = ("recall", "scene_frame", "activated", "activation_block", "query_block")
         found = {name: getattr(self, name) for name in named}
-        if found["activated"] is not None and found["activated"] > 1:
-            found["activated"] = round(found["activated"])
+        if found["activated"] is not None and found["activated"] > 1 and found["activated"].is_integer():
+            found["activated"] = int(found["activated"])
         return found
 
     def given_again(self) -> list[str]:

@@ -199,6 +199,7 @@ class FrameMemory:
         re-encoded yet."""
         begins = torch.full((1,), start, dtype=torch.int64, device=self.scene_starts.device)
         self.scene_starts = torch.cat([self.scene_starts, begins])
+        self.pool.average_blocks()  # the sink may have been written since the last chunk began
 
     def update(self, start: int, prompt: Prompt) -> None:
         """Make the memory ready for the chunk that begins at frame `start`, under the prompt of that chunk."""

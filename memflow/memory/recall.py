@@ -34,6 +34,6 @@ def cover(held: Held, k: int) -> Tensor:
     layers = scores.shape[0]
     if scores.stride(0) == 0:  # the layers have voted: one choice is that of all
         scores, prior = scores[:1], prior[:1]
-    weights = held.token_weight.repeat(len(scores), 1)
+    weights = held.token_weight.to(scores.dtype).repeat(len(scores), 1)
     chosen = cover_frames(scores.flatten(0, 1), weights, k, prior.flatten(0, 1))
     return chosen.long().unflatten(0, scores.shape[:2]).expand(layers, -1, -1)

@@ -15,7 +15,6 @@ def passed_over(frames: Tensor, scene: Tensor, preferred: str) -> Tensor:
         preferred: "first" or "latest".
     """
     reduce, worst = ("amin", torch.iinfo(torch.int64).max) if preferred == "first" else ("amax", -1)
-    # A scene has at least one frame of its own, so that its number is at most that of a frame.
     best = frames.new_full((*frames.shape[:2], scene.shape[-1]), worst)
     rank = _dense(scene)
     best = best.scatter_reduce(-1, rank, frames, reduce)

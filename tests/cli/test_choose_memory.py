@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from memflow.cli.loading import choose_memory
+from memflow.cli.options import Request
 from memflow.errors import MemFlowError
 from memflow.memory import MemoryConfig
 
@@ -68,6 +69,16 @@ def test_activated_and_top_k_take_each_others_place():
 def test_the_option_that_is_wrong_is_named(given, complaint):
     with pytest.raises(MemFlowError, match=complaint):
         choose_memory(None, None, None, TRAINED, **given)
+
+
+def test_activated_is_a_share_or_a_whole_number():
+    for given, taken in ((0.25, 0.25), (1.0, 1.0), (40.0, 40)):
+        found = Request(activated=given).further_memory()["activated"]
+        assert (found, type(found)) == (taken, type(taken))
+    for given in (2.5, float("inf"), float("nan")):
+        asked = Request(activated=given).further_memory()
+        with pytest.raises(MemFlowError, match=f"--activated {given}: activated must be above 0 and at most 1.0"):
+            choose_memory(None, None, None, TRAINED, **asked)
 
 
 def test_recall_of_what_shows_all_that_it_holds_is_refused():

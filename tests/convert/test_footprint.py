@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from written import HEADS, LISTS
 
 from memflow import MemoryConfig
 from memflow.cli import main
-from memflow.cli.doctor import GIB, describe, options
+from memflow.cli.doctor import GIB, _parts, describe, options
 from memflow.cli.loading import load_pipeline
 from memflow.models.wan.float8 import float8_linears
 from memflow.models.wan.footprint import _Peak
@@ -101,6 +102,12 @@ def test_published_sizes(capsys):
     assert sizes["prompt"] == round(30 * 2 * 512 * 1536 * 2 / GIB, 2)
     assert "bank 3, sink 3, window 9 latent frames, and the pending one" in told
     assert "in all" in told and "RTX-4090" in told and told.count("fits\n") == 4
+
+
+def test_the_pool_is_told_with_all_that_it_holds(found, model):
+    memory = MemoryConfig(held_frames=7, activated=0.5, activation_block=4)
+    told = {name: text for name, text, _ in _parts(found, replace(describe(str(model)), memory=memory))}["pool"]
+    assert told.endswith("window 9 latent frames, 7 held, means of blocks of 4 tokens")
 
 
 def test_what_fits_depends_on_the_card(model, found, capsys, monkeypatch):

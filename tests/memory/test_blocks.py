@@ -100,6 +100,28 @@ def test_the_means_kept_are_those_of_what_attention_sees():
 
 
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
+def test_a_sink_that_ends_within_a_chunk_has_means_when_frames_are_encoded_again(positions):
+    """The chunk just made wrote its last frame after the memory had been brought up to date for it."""
+    torch.manual_seed(2)
+    fields = {"sink_frames": 4, "activated": 10, "activation_block": ROW}
+    memory, prompt = memory_of(MemoryConfig(positions=positions, **fields))
+    for start in (0, CHUNK):
+        memory.update(start, prompt)
+        step = memory.pass_over(start, CHUNK, prompt)
+        for layer in range(LAYERS):
+            attend_with_memory(*torch.randn(3, 2, CHUNK * TOKENS, HEADS, DIM), step, layer, rotated=False)
+        memory.end_chunk(start)
+    memory.switch_prompt(2 * CHUNK, prompt)
+    step = memory.pass_over(*memory.recache_span(2 * CHUNK), prompt)
+    assert step.candidates == 4 and step.chooses
+    first, seen = (slot * TOKENS for slot in (step.first_slot, step.first_slot + step.candidates))
+    for layer in range(LAYERS):
+        means = step.pools[layer].key[:, first:seen].unflatten(1, (-1, ROW)).mean(2)
+        kept = step.block_means[layer][:, first // ROW : seen // ROW]
+        torch.testing.assert_close(kept, means, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
 @pytest.mark.parametrize("fields", [{"activated": 1.0, "activation_block": 2}, {"top_k": 99, "query_block": 3}])
 def test_a_stream_that_activates_all_is_dense(toy, positions, fields):
     config = MemoryConfig(policy="original", held_frames=5, positions=positions)

@@ -10,7 +10,8 @@ import torch
 from memory_driver import DIM, HEADS, MemoryDriver, prompt_of
 
 from memflow import MemFlowError
-from memflow.memory import MemoryConfig, Prompt
+from memflow.memory import MemoryConfig, Prompt, make_memory
+from memflow.memory.attention import attend_with_memory
 from memflow.memory.policies import PromptPolicy
 from memflow.memory.scenes import passed_over
 
@@ -235,3 +236,23 @@ def test_the_default_shows_by_relevance_alone():
     assert (MemoryConfig().recall, MemoryConfig().scene_frame) == ("relevance", "any")
     published = MemoryConfig.published()
     assert published == replace(published, recall="relevance", scene_frame="any")
+
+
+def test_a_memory_in_float64_covers_too():
+    config = MemoryConfig(policy="archive", bank_frames=2, **BETTER)
+    sizes = {"layers": 2, "batch": 1, "heads": HEADS, "head_dim": DIM, "grid": (2, 3)}
+    shown = []
+    for dtype in (torch.float32, torch.float64):
+        memory = make_memory(config, **sizes, dtype=dtype, device="cpu")
+        text = spoken(2, 1, seed=3).key.to(dtype)
+        prompt = Prompt(text, text, torch.ones(1, 5, dtype=torch.bool))
+        memory.switch_prompt(0, prompt)
+        draw = torch.Generator().manual_seed(5)
+        for start in range(0, 45, 3):
+            memory.update(start, prompt)
+            step = memory.pass_over(start, 3, prompt)
+            for layer in range(2):
+                states = torch.randn(3, 1, 18, HEADS, DIM, generator=draw).to(dtype)
+                attend_with_memory(*states, step, layer, rotated=False)
+        shown.append(memory.shown.clone())
+    assert torch.equal(*shown) and (shown[0] >= 0).all()
