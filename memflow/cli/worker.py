@@ -71,12 +71,13 @@ class FilmWorker:
             try:
                 known = read_header(task.state, digest=False)["extra"]
                 video = VideoWriter.resume(task.film, fps, int(known["video_frames"]), int(known["video_checksum"]))
-            except MemFlowError as error:
-                if task.film.stat().st_size and not task.overwrite:
-                    raise MemFlowError(f"{error}; --overwrite tells the story anew") from None
-            else:
                 self._teller.resume(task.id)
                 return video
+            except MemFlowError as error:
+                if "out of memory" in str(error):
+                    raise
+                if task.film.stat().st_size and not task.overwrite:
+                    raise MemFlowError(f"{error}; --overwrite tells the story anew") from None
             task.state.unlink()
         asked = self._request
         self._teller.begin(

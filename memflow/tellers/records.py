@@ -142,7 +142,10 @@ def _locked(file) -> bool:
 
 def _is_still(file, path: Path) -> bool:
     """Whether the open file is the one at `path`: who held it before may have removed it."""
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _is_whole(path: Path, frames: int, checksum: int, bytes: int, fps: float) -> bool:

@@ -50,6 +50,7 @@ class _Story:
     stop: int | None
     paused: bool = False
     served: int = 0  # number of its last turn
+    busy: threading.Lock = field(default_factory=threading.Lock)  # a chunk is being made, or a state written
     sent: list[tuple[str, str | None]] = field(default_factory=list)  # (prompt, tag) for the next turn
 
 
@@ -221,9 +222,10 @@ class Teller:
             MemFlowError: the story is not being told, or the file cannot be written.
         """
         path, story = self.path(id), self._story(id)
-        with self._lock:  # what waits is in the state; its next turn sends it again, for the tag, to the same end
-            self._hand_over(story)
-        story.stream.save(path, extra)
+        with story.busy:
+            with self._lock:  # what waits is in the state; its next turn sends it again, for the tag, to the same end
+                self._hand_over(story)
+            story.stream.save(path, extra)
         return path
 
     def end(self, id: str) -> None:
@@ -268,10 +270,11 @@ class Teller:
         if story.stop is not None and stream.position >= story.stop:
             self.end(id)
             return Turn(id)
-        with self._lock:
-            sent = self._hand_over(story)
-            story.sent = []
-        chunk = next(stream, None)
+        with story.busy:
+            with self._lock:
+                sent = self._hand_over(story)
+                story.sent = []
+            chunk = next(stream, None)
         if chunk is None:
             self.end(id)
             return Turn(id)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ import torch
 from memflow.cli import _with_values, main
 from memflow.cli.options import Request
 from memflow.cli.worker import FilmWorker
+from memflow.errors import MemFlowError
 from memflow.tellers.records import FOLDER, Task
 
 SMALL = ["--height", "128", "--width", "128", "--device", "cpu"]
@@ -160,6 +162,19 @@ def test_a_film_lost_beside_its_state_is_told_from_the_beginning(worker, tmp_pat
     task.film.unlink()
     first, *_, last = worker.tell(task, halting(99))
     assert first["position"] == 0 and last["done"] and last["frames"] == last["made"] == 24
+
+
+def test_a_state_that_cannot_be_used_stands_in_the_way_only_without_overwrite(worker, tmp_path):
+    task = a_task(tmp_path)
+    list(worker.tell(task, halting(3)))
+    data = bytearray(task.state.read_bytes())
+    data[-1] ^= 1
+    task.state.write_bytes(data)
+    with pytest.raises(MemFlowError, match=r"is damaged: .*; --overwrite tells the story anew"):
+        list(worker.tell(task, halting(99)))
+    assert task.state.read_bytes() == data and task.film.stat().st_size
+    first, *_, last = worker.tell(replace(task, overwrite=True), halting(99))
+    assert first["position"] == 0 and last["done"] and not task.state.exists()
 
 
 def test_states_are_written_by_the_clock(worker, tmp_path, monkeypatch):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
 import torch
 
 from memflow.errors import MemFlowError
+from memflow.stream.stream import Stream
 from memflow.tellers.teller import Teller
 
 SECONDS = 0.5625  # of noise video: 3 chunks
@@ -163,3 +165,28 @@ def test_without_a_folder_nothing_is_saved(toy):
     with pytest.raises(MemFlowError, match="has no folder"):
         teller.save(name)
     assert name in teller
+
+
+def test_a_prompt_that_comes_while_another_begins_is_not_told_twice(teller, monkeypatch):
+    """Whoever saves meanwhile, from another thread, waits before it hands over what has been sent."""
+    name = teller.begin([PROMPTS[0]], stop=4)
+    teller.turn()
+    teller.send(name, PROMPTS[1], "one")
+    saving = threading.Thread(target=teller.save, args=(name,))
+    stream, make = teller.stream(name), Stream.__next__
+
+    def make_while_it_is_saved(self):
+        if not saving.ident:
+            teller.send(name, PROMPTS[0], "two")
+            saving.start()
+            saving.join(0.3)
+        return make(self)
+
+    monkeypatch.setattr(Stream, "__next__", make_while_it_is_saved)
+    turns = [teller.turn()]
+    saving.join()
+    assert stream.position == 2
+    turns += [teller.turn(), teller.turn()]
+    assert [turn.started for turn in turns] == ["one", "two", None]
+    assert [turn.chunk.prompts[0] for turn in turns] == [PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    assert [turn.chunk.switched for turn in turns] == [True, True, False]
