@@ -21,7 +21,7 @@ def deployed(
     """Serve an app from the cluster that this process is connected to; at the end of the block its stories are saved.
 
     Args:
-        make: makes the app of a replica (`memflow.serve.app.make_app`), where it runs.
+        make: makes the app of a replica (`memflow.serve.asgi.make_app`), where it runs.
         replicas: how many.
         host: where Ray's proxies listen, one on every machine that has a replica.
         port: of the proxies.

@@ -22,6 +22,7 @@ from memflow.cli import Interrupt, loading
 from memflow.cli.options import with_whole_paths
 from memflow.cli.serving import Serving
 from memflow.errors import MemFlowError, MemFlowWarning
+from memflow.parallel import launched
 from memflow.serve.asgi import make_app
 from memflow.serve.settings import Settings
 
@@ -40,8 +41,11 @@ def serve(request: Serving) -> int:
         0.
 
     Raises:
-        MemFlowError: an address that cannot be had or must not be open, or a model that cannot be loaded.
+        MemFlowError: an address that cannot be had or must not be open, a model that cannot be loaded, or several
+            processes of a launcher.
     """
+    if launched():
+        raise MemFlowError("serve: not under torchrun, whose processes make one story; --ray serves from several GPUs")
     settings = settings_of(request)
     listening = listen(request.host, request.port)
     if request.ray is not None:
@@ -136,10 +140,12 @@ def settings_of(request: Serving) -> Settings:
         request: the options.
 
     Raises:
-        MemFlowError: an empty token, or an address that is not one of this machine alone, without one.
+        MemFlowError: a token that is none, or an address that is not one of this machine alone, without one.
     """
     if request.token is not None and len(request.token) < 8:
         raise MemFlowError("--token must have at least 8 characters")
+    if request.token is not None and not (request.token.isascii() and request.token.isprintable()):
+        raise MemFlowError("--token must be of ASCII characters that can be printed: it goes into headers")
     if request.token is None and not _is_local(request.host):
         raise MemFlowError(f"--host {request.host}: others could reach it; --token SECRET is needed")
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,14 +184,15 @@ def files_of(folder: Path) -> Iterator[tuple[str, list[Path]]]:
 def remove(folder: Path, id: str) -> bool:
     """Remove a story's files; False if a process tells it."""
     journal = folder / f"{id}.jsonl"
-    if journal.exists():
-        with open(journal, "r+b") as file:
-            try:
-                _lock(file)
-            except BlockingIOError:
-                return False
-    for suffix in _SUFFIXES:
-        (folder / f"{id}{suffix}").unlink(missing_ok=True)
+    with ExitStack() as stack:
+        try:
+            _lock(stack.enter_context(open(journal, "r+b")))
+        except FileNotFoundError:  # only pieces are left, or somebody else removes it too
+            pass
+        except BlockingIOError:
+            return False
+        for suffix in _SUFFIXES:  # while nobody can begin to go on with it
+            (folder / f"{id}{suffix}").unlink(missing_ok=True)
     return True
 
 

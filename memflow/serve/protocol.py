@@ -38,6 +38,9 @@ _FIELDS: dict[str, tuple[str, float, float]] = {
     "flow_shift": (_NUMBER, -math.inf, math.inf),
     "num_outputs_per_prompt": (_WHOLE, 1, 10),
 }
+# Of a memory; null: not that, whatever the model has.
+_OPTIONAL = ("held_frames", "top_k", "activated", "activation_block", "query_block")
+_MEMORY = ("policy", "bank_frames", "recall", "scene_frame", *_OPTIONAL)
 _USED = {"type", "prompt", "format", "model", "width", "height", "size", "fps", "num_frames", "seconds", "seed"}
 _USED |= {"video_params", "sampling_params", "streaming_buffer_seconds", "memflow"}
 
@@ -158,7 +161,9 @@ def start(message: dict[str, Any], settings: Settings) -> Start:
         check_prompt(prompt, settings)
     height, width = given.get("height"), given.get("width")
     if "size" in given:
-        if not isinstance(given["size"], str) or not (size := re.fullmatch(r"(\d{1,9})x(\d{1,9})", given["size"])):
+        if not isinstance(given["size"], str) or not (
+            size := re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", given["size"])
+        ):
             raise Refused(f"size must be WIDTHxHEIGHT, {_short(given['size'])} came")
         width, height = map(int, size.groups())
     seconds = given.get("seconds")
@@ -256,19 +261,22 @@ def _spread(given: dict[str, Any]) -> None:
 
 def _memory(ours: dict[str, Any], settings: Settings) -> dict[str, Any]:
     given = _object(ours, "memory").items()
-    memory = {name: value for name, value in given if value is not None or name in ("held_frames", "top_k")}
-    if unknown := sorted(set(memory) - {"policy", "bank_frames", "held_frames", "top_k"}):
-        raise Refused(f"memory: {_short(unknown[0])} is no setting; there are policy, bank_frames, held_frames, top_k")
+    memory = {name: value for name, value in given if value is not None or name in _OPTIONAL}
+    if unknown := sorted(set(memory) - {*_MEMORY}):
+        raise Refused(f"memory: {_short(unknown[0])} is no setting; there are {', '.join(_MEMORY)}")
     offered = [name for name, policy in POLICIES.items() if not policy.by_hand]
     if "policy" in memory and memory["policy"] not in offered:
         raise Refused(f"memory: policy must be one of {', '.join(offered)}, {_short(memory['policy'])} came")
-    for name, least, most in (
-        ("bank_frames", 0, settings.bank_frames),
-        ("held_frames", 1, settings.held_frames),
-        ("top_k", 1, 2**31),
+    for name, kind, least, most in (
+        ("bank_frames", _WHOLE, 0, settings.bank_frames),
+        ("held_frames", _WHOLE, 1, settings.held_frames),
+        ("top_k", _WHOLE, 1, 2**31),
+        ("activated", _NUMBER, 0, 2**31),
+        ("activation_block", _WHOLE, 1, 2**31),
+        ("query_block", _WHOLE, 1, 2**31),
     ):
         if memory.get(name) is not None:
-            _number(f"memory: {name}", memory[name], _WHOLE, least, most)
+            _number(f"memory: {name}", memory[name], kind, least, most)
     return memory
 
 

@@ -14,6 +14,7 @@ from websockets.exceptions import ConnectionClosed
 
 from memflow.errors import MemFlowError
 from memflow.serve.command import listen, settings_of
+from memflow.serve.command import serve as run_server
 from memflow.serve.gate import Gate
 from tests.serve.conftest import PROMPTS, Running
 
@@ -67,6 +68,7 @@ def test_a_token(serve):
             assert running.http.get(path, headers=wrong).status_code == 401
         assert _handshake(running, **wrong) == 403
     assert running.http.get("/v1/info?token=no").status_code == 401
+    assert running.http.get("/v1/info?" + "a=1&" * 30).status_code == 401
     assert running.http.get("/health").status_code == 200
     assert running.http.get("/v1/info", headers={"Authorization": f"Bearer {SECRET}"}).status_code == 200
     assert _handshake(running, Authorization=f"bearer {SECRET}") == 101
@@ -87,6 +89,9 @@ def test_nobody_else_may_reach_a_server_without_a_token():
     assert settings_of(Serving(host="0.0.0.0", token=SECRET)).token == SECRET
     with pytest.raises(MemFlowError, match="at least 8 characters"):
         settings_of(Serving(token="short"))
+    for token in ("geheim\u00e4\u00f6\u00fc", "two\nlines of it", "\u043f\u0430\u0440\u043e\u043b\u044c12"):
+        with pytest.raises(MemFlowError, match="ASCII characters that can be printed"):
+            settings_of(Serving(token=token))
     for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
         settings_of(Serving(host=host))
 
@@ -271,6 +276,14 @@ def test_tokens_are_compared_in_constant_time(monkeypatch):
     scope = {"type": "http", "path": "/", "query_string": b"", "headers": [(b"authorization", b"Bearer x\xff")]}
     scope["headers"].append((b"host", b"localhost"))
     assert one._refusal(scope)[0] == 401 and compared
+
+
+def test_a_launcher_of_one_story_is_refused(monkeypatch):
+    from memflow.cli.serving import Serving
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MemFlowError, match="serve: not under torchrun"):
+        run_server(Serving(port=0))
 
 
 def test_ports_that_are_taken():

@@ -43,6 +43,7 @@ def interaction(**fields):
         ("model", 5),
         *((name, bad) for name in ("width", "height", "num_frames") for bad in (0, -1, 1.5, "8", True, 10**400)),
         *(("size", bad) for bad in ("8", "8x", "x8", "8X8", " 8x8", "8x8 ", "-8x8", 8, "8x8x8", "٣x٣٣٣٣٣٣٣٣٣٣")),
+        *(("size", bad) for bad in ("0x8", "8x0", "08x8")),
         *(("fps", bad) for bad in (0, 0.5, float("nan"), float("inf"), "16", True)),
         *(("seconds", bad) for bad in (8, "0", "08", "1.5", "-1", "8 ", "", "9" * 30)),
         *(("seed", bad) for bad in (-1, 2**63, 1.0, "0")),
@@ -85,6 +86,8 @@ def test_what_a_start_may_say():
     assert protocol.start({"type": "session.start", "memflow": {"resume": "a"}}, SETTINGS).prompt is None
     memory = {"policy": "fifo", "top_k": None, "held_frames": None}  # None: as `MemoryConfig` has it
     assert start(memflow={"memory": memory | {"bank_frames": None}}).memory == memory
+    named = {"recall": "coverage", "scene_frame": "first", "activated": 0.5, "activation_block": 4, "query_block": None}
+    assert start(memflow={"memory": named}).memory == named
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from websockets.sync.client import connect
 
+from memflow.serve.film import Film, remove
 from tests.serve.conftest import PATIENCE, PROMPTS
 
 FRAMES = 120
@@ -51,6 +53,24 @@ def test_a_lost_connection_costs_nothing(shared, whole):
     chunks = shared.http.get(f"/v1/stories/{id}/chunks").json()["chunks"]
     assert [chunk["start_frame"] for chunk in chunks] == [n * chunks[0]["frames"] for n in range(len(chunks))]
     assert "thumbnail" in chunks[-1] and "thumbnail" not in chunks[0]
+
+
+def test_whoever_removes_a_story_holds_it_until_its_files_are_gone(tmp_path, monkeypatch):
+    """Another server may ask for it at any moment, and must not begin with half of it."""
+    Film(tmp_path, "a", {"fps": 16}).close()
+    (tmp_path / "a.mp4").write_bytes(b"film")
+    found, unlink = [], Path.unlink
+
+    def unlink_while_another_asks(self, missing_ok=False):
+        if self.suffix == ".mp4" and self.exists():
+            with pytest.raises(BlockingIOError):
+                Film(tmp_path, "a")
+            found.append(self.name)
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_while_another_asks)
+    assert remove(tmp_path, "a") and remove(tmp_path, "a")  # whoever comes second finds nothing
+    assert found == ["a.mp4"] and not list(tmp_path.iterdir())
 
 
 def test_a_viewer_who_is_gone_before_the_first_chunk(shared, whole):
