@@ -70,4 +70,4 @@ ALONE = Alone()
 
 def launched() -> bool:
     """Whether a launcher started this process with others."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")

@@ -29,10 +29,16 @@ def own_device(name: str | None) -> str | None:
         return name
     if name not in (None, "cuda"):
         raise MemFlowError(f"--device {name}: each of several processes takes a GPU of its own: say cuda or cpu")
+    if "LOCAL_RANK" not in os.environ:
+        raise MemFlowError(f"{_says()}, but not which GPU it takes: LOCAL_RANK is missing, which torchrun sets")
     number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if number >= there:
         raise MemFlowError(f"there are {there} GPUs for the processes on this machine: at most {there} can be started")
     return f"cuda:{number}"
+
+
+def _says() -> str:
+    return f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that a launcher started this process with others"
 
 
 class Joined(Ranks):
@@ -127,7 +133,10 @@ def meet(device: str | None) -> Iterator[Ranks]:
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if on_gpu:
         torch.cuda.set_device(own_device(device))
-    store, rank, size = next(dist.rendezvous("env://"))
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        raise MemFlowError(f"{_says()}, but not how it meets them: {error}") from None
     # Whoever waits, waits for as long as it takes: who is gone is seen otherwise.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(days=7)

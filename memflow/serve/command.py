@@ -45,7 +45,9 @@ def serve(request: Serving) -> int:
             processes of a launcher.
     """
     if launched():
-        raise MemFlowError("serve: not under torchrun, whose processes make one story; --ray serves from several GPUs")
+        raise MemFlowError(
+            "serve: not under torchrun (WORLD_SIZE is set), whose processes make one story; --ray serves from many GPUs"
+        )
     settings = settings_of(request)
     listening = listen(request.host, request.port)
     if request.ray is not None:

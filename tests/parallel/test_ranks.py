@@ -6,6 +6,7 @@ import pytest
 import together
 import torch
 
+from memflow.cli import main
 from memflow.errors import MemFlowError
 from memflow.memory import MemoryConfig
 from memflow.parallel.ranks import Ranks, numbers_that_do, require_division
@@ -75,6 +76,19 @@ def test_numbers():
         MemFlowError, match=r"8 processes cannot share a model of 12 heads: .*; 1, 2, 3, 4, 6, 12 would do"
     ):
         require_division(8, 12)
+
+
+@pytest.mark.parametrize(
+    ("size", "missing"), [("2", "environment variable RANK expected"), ("many", "environment variable RANK expected")]
+)
+def test_a_world_size_without_the_rest(tmp_path, monkeypatch, capsys, size, missing):
+    """As a cluster may set it for all its jobs."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert main(["generate", "-p", "a fox", "-o", str(tmp_path / "fox.mp4"), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"memflow: WORLD_SIZE={size} says that a launcher started this process with others")
+    assert missing in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_without_a_group():
