@@ -22,6 +22,7 @@ from memflow.stream.saved import read_header
 from memflow.tellers.teller import Teller, Turn, check_id
 
 if TYPE_CHECKING:
+    from memflow.memory.config import MemoryConfig
     from memflow.stream.pipeline import MemFlowPipeline
 
 _AHEAD = 2  # chunks of one story that are made and not yet sent
@@ -168,6 +169,24 @@ class Telling:
                 self.parts.put_nowait(None)
 
 
+def memory_asked_for(trained: MemoryConfig, asked: dict[str, Any]) -> MemoryConfig:
+    """The memory of a story.
+
+    Args:
+        trained: the model's.
+        asked: by a viewer, who has another policy than that of a published pipeline without its other rules.
+
+    Raises:
+        MemFlowError: settings that do not go together.
+    """
+    other = asked.get("policy", trained.policy) != trained.policy
+    ours = {"published_mode": None, "global_sink": True} if other else {}
+    try:
+        return trained.changed(**ours | asked)
+    except ValueError as error:
+        raise MemFlowError(f"memory: {error}") from None
+
+
 class Stories:
     """All stories that a server tells or keeps.
 
@@ -281,10 +300,7 @@ class Stories:
         frames = limit if start.frames is None and start.seconds is None else start.frames or start.seconds * fps
         id, per_chunk = f"video_stream-{uuid.uuid4().hex}", pipe.frames_per_chunk
         stop = max(1, math.ceil(min(frames, limit) / per_chunk))
-        try:
-            memory = pipe.memory_config.changed(**start.memory)
-        except ValueError as error:
-            raise MemFlowError(f"memory: {error}") from None
+        memory = memory_asked_for(pipe.memory_config, start.memory)
         about = {"fps": fps, "width": width, "height": height, "frames_per_chunk": memory.frames_per_chunk}
         about |= {"model": settings.model, "began": round(time.time()), "memory": memory.to_dict()}
         seconds = stop * per_chunk / pipe.fps
