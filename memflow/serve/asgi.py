@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).parent / "page"
 _BODY = 64 * 1024  # bytes of a request
+_PATHSEND = "http.response.pathsend"
 _EXAMPLES = {  # first scenes, by model
     "storybook": (
         "bo, a red ball, jumps on the beach.",
@@ -140,12 +141,14 @@ class _FilmSoFar(FileResponse):
             elif left == 0:
                 return  # this file has grown
             else:
-                body = message["body"][:left]
+                body = message.get("body", b"")[:left]
                 left -= len(body)
-                message = message | {"body": body, "more_body": message["more_body"] and left > 0}
+                message = message | {"body": body, "more_body": message.get("more_body", False) and left > 0}
             await send(message)
 
-        await super().__call__(scope, receive, send_at_most)
+        # A host that could send the file itself would send what it has grown to.
+        kept = {name: value for name, value in scope.get("extensions", {}).items() if name != _PATHSEND}
+        await super().__call__({**scope, "extensions": kept}, receive, send_at_most)
 
 
 async def _story(request: Request) -> Response:

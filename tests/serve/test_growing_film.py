@@ -1,5 +1,6 @@
 """A film can be fetched while it grows."""
 
+import asyncio
 import threading
 
 from starlette.applications import Starlette
@@ -30,3 +31,23 @@ def test_a_film_that_grows_while_it_is_sent(tmp_path, monkeypatch):
     part = client.get("/film", headers={"range": "bytes=10-29"})
     assert part.status_code == 206 and part.content == began[10:30]
     assert client.get("/film", headers={"range": f"bytes={10**9}-"}).status_code == 416
+    for wrong in ("bytes=abc", "lines=1-2"):
+        assert client.get("/film", headers={"range": wrong}).status_code == 400
+
+
+def test_a_host_that_could_send_files_itself(tmp_path):
+    path = tmp_path / "film.mp4"
+    path.write_bytes(b"film")
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    extensions = {"http.response.pathsend": {}}
+    scope = {"type": "http", "method": "GET", "path": "/film", "headers": [], "extensions": extensions}
+    asyncio.run(_FilmSoFar(path)(scope, receive, send))
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert sent[1]["body"] == b"film" and scope["extensions"] == extensions
