@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from memflow.cli.loading import choose_memory
+from memflow.cli.options import Request
 from memflow.errors import MemFlowError
 from memflow.memory import MemoryConfig
 
@@ -48,6 +49,24 @@ def test_recall_stays_where_it_has_a_meaning():
         assert (dropped.recall, dropped.scene_frame) == ("relevance", "any")
     asked = choose_memory(None, None, None, TRAINED, recall="coverage", scene_frame="latest")
     assert asked == replace(TRAINED, recall="coverage", scene_frame="latest")
+
+
+@pytest.mark.parametrize("share", [float("inf"), 1.2, 7.5, float("nan")])
+def test_activated_is_not_rounded(share):
+    with pytest.raises(MemFlowError, match="--activated"):
+        choose_memory(None, None, None, TRAINED, **Request(activated=share).further_memory())
+
+
+def test_activated_above_one_counts_tokens():
+    for share, kind in ((0.25, float), (1.0, float), (7.0, int)):
+        found = Request(activated=share).further_memory()["activated"]
+        assert found == share and type(found) is kind
+
+
+def test_a_refusal_is_said_once():
+    with pytest.raises(MemFlowError) as refused:
+        choose_memory("published", None, None, TRAINED)
+    assert str(refused.value).count("--memory published") == 1
 
 
 def test_activated_and_top_k_take_each_others_place():
