@@ -105,5 +105,8 @@ class Gate:
 
 
 def _asked(scope: Scope) -> str | None:
-    found = parse_qs(scope.get("query_string", b"").decode("latin-1"), max_num_fields=20).get("token")
+    try:
+        found = parse_qs(scope.get("query_string", b"").decode("latin-1"), max_num_fields=20).get("token")
+    except ValueError:  # more fields than that: no address of this server
+        return None
     return found[0] if found else None

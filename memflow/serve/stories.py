@@ -281,8 +281,11 @@ class Stories:
         frames = limit if start.frames is None and start.seconds is None else start.frames or start.seconds * fps
         id, per_chunk = f"video_stream-{uuid.uuid4().hex}", pipe.frames_per_chunk
         stop = max(1, math.ceil(min(frames, limit) / per_chunk))
+        changes = dict(start.memory)
+        if changes.get("policy", pipe.memory_config.policy) != pipe.memory_config.policy:
+            changes.setdefault("held_frames", None)  # how many the model's own policy holds suits no other
         try:
-            memory = pipe.memory_config.changed(**start.memory)
+            memory = pipe.memory_config.changed(**changes)
         except ValueError as error:
             raise MemFlowError(f"memory: {error}") from None
         about = {"fps": fps, "width": width, "height": height, "frames_per_chunk": memory.frames_per_chunk}
