@@ -165,12 +165,12 @@ def choose_memory(
     changes = {"held_frames": held, "top_k": top_k, **others}
     changes = {name: value for name, value in changes.items() if value is not None}
     bank = trained.bank_frames or MemoryConfig.bank_frames
+    if policy == "published" and trained.positions != "absolute":
+        raise MemFlowError(
+            f"--memory published: the published code has absolute positions, this model {trained.positions}"
+        )
     try:
         if policy == "published":
-            if trained.positions != "absolute":
-                raise MemFlowError(
-                    f"--memory published: the published code has absolute positions, this model {trained.positions}"
-                )
             if trained.published_mode:
                 return trained.changed(**changes)
             return MemoryConfig.published(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from memflow.errors import MemFlowError
 from memflow.memory.config import RECALLS, SCENE_FRAMES
 from memflow.memory.policies import POLICIES
 from memflow.models.wan.published import MODELS, PRESETS
@@ -209,7 +210,7 @@ class Request:
     ray: Annotated[
         str | None,
         _many(
-            metavar="\\[ADDRESS]",
+            metavar="ADDRESS",
             help="The workers are actors of a Ray cluster: at ADDRESS, else at RAY_ADDRESS, else the one that runs "
             "here, else one is started.",
         ),
@@ -219,8 +220,11 @@ class Request:
         """The options that are fields of `MemoryConfig` by the same name."""
         named = ("recall", "scene_frame", "activated", "activation_block", "query_block")
         found = {name: getattr(self, name) for name in named}
-        if found["activated"] is not None and found["activated"] > 1 and found["activated"].is_integer():
-            found["activated"] = int(found["activated"])
+        share = self.activated
+        if share is not None and share > 1:
+            if not share.is_integer():  # inf too
+                raise MemFlowError(f"--activated {share:g}: must be a share of at most 1, or a whole number of tokens")
+            found["activated"] = int(share)
         return found
 
     def given_again(self) -> list[str]:

@@ -34,7 +34,7 @@ class Serving:
     ray: Annotated[
         str | None,
         _server(
-            metavar="\\[ADDRESS]",
+            metavar="ADDRESS",
             help="Serve from a Ray cluster: at ADDRESS, else at RAY_ADDRESS, else the one that runs here, else one is "
             "started. Its machines share --dir.",
         ),

@@ -24,6 +24,7 @@ _TEXT, _LINES, _JSON, _YAML = (".txt", ".text", ""), (".jsonl", ".ndjson"), (".j
 _SYNTAX = re.compile(
     r"---|%YAML.*|-?\s*[\"']?prompts?[\"']?\s*:.*|(\"?\w*\"?[,;\t])*\"?prompts?\"?([,;\t]\"?\w*\"?)*", re.I
 )
+_OBJECT = re.compile(r"""\{\s*["'}]|\[\s*[{"']""")  # how JSON begins, whole or broken
 
 
 class Story(NamedTuple):
@@ -77,7 +78,9 @@ def read_stories(path: str | Path, bad: list[str] | None = None) -> list[Story]:
     kind = path.suffix.lower()
     if str(path) == "-":
         path, text = Path("stdin"), _read(path)
-        kind = ".json" if _is_json(text) else ".jsonl" if _is_json(text.lstrip().partition("\n")[0]) else ".txt"
+        first = text.lstrip().partition("\n")[0]
+        # What begins as JSON and is broken is said to be so, in place of being told as a prompt.
+        kind = ".json" if _is_json(text) else ".jsonl" if _is_json(first) or _OBJECT.match(first) else ".txt"
     if kind not in (*_TEXT, *_LINES, *_JSON, *_YAML):
         raise MemFlowError(f"{path}: no story file: .txt has one prompt per line, .json and .yaml are lists of prompts")
     if text is None:
@@ -87,7 +90,8 @@ def read_stories(path: str | Path, bad: list[str] | None = None) -> list[Story]:
     if not lines:
         raise MemFlowError(f"{path}: the file is empty, at least one prompt is needed")
     if kind in _TEXT:
-        if _SYNTAX.fullmatch(lines[0][1].strip()) or _is_json(text) or _is_json(lines[0][1]):
+        first = lines[0][1].strip()
+        if _SYNTAX.fullmatch(first) or _OBJECT.match(first) or _is_json(text) or _is_json(first):
             raise MemFlowError(
                 f"{path}: holds JSON, YAML or CSV, not one prompt per line; its name must say so (.jsonl)"
             )
@@ -277,6 +281,10 @@ def _json(text: str, where: str) -> Any:
         raise MemFlowError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise MemFlowError(f"{where}: broken JSON: nested too deeply") from None
+    except MemFlowError:  # of `_without_twins`
+        raise
+    except ValueError:  # what Python says of a whole number of more than 4300 digits
+        raise MemFlowError(f"{where}: broken JSON: a number has too many digits") from None
 
 
 def _without_twins(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
@@ -311,9 +319,11 @@ def _story(record: Any, default: str, where: str) -> Story:
         raise MemFlowError(f'{where}: "name" must be a string, not {type(name).__name__}')
     seed, seconds = record.get("seed"), record.get("seconds_per_prompt")
     if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
-        raise MemFlowError(f'{where}: "seed" must be a whole number from 0 to 2**63 - 1, got {seed!r}')
-    if seconds is not None and not (type(seconds) in (int, float) and seconds > 0 and math.isfinite(seconds)):
-        raise MemFlowError(f'{where}: "seconds_per_prompt" must be above 0, got {seconds!r}')
+        raise MemFlowError(f'{where}: "seed" must be a whole number from 0 to 2**63 - 1, got {_short(seed)}')
+    if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < math.inf):
+        raise MemFlowError(f'{where}: "seconds_per_prompt" must be above 0, got {_short(seconds)}')
+    if seconds is not None and seconds > sys.float_info.max:  # a whole number that no float holds
+        raise MemFlowError(f'{where}: "seconds_per_prompt" must be at most {sys.float_info.max:g}')
     return Story(_file_name(name or default), _prompts(record["prompts"], where), seed, seconds)
 
 
@@ -328,6 +338,15 @@ def _prompts(prompts: Any, where: str) -> list[str]:
     for number, prompt in enumerate(prompts, start=1):
         check_text(prompt, f"{where}: prompt {number}")
     return prompts
+
+
+def _short(value: Any) -> str:
+    """`value` for a sentence. A whole number may have more digits than Python writes."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of too many digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _file_name(name: str) -> str:

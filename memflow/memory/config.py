@@ -10,6 +10,7 @@ from memflow.memory.policies import POLICIES
 
 RECALLS = ("relevance", "coverage")
 SCENE_FRAMES = ("any", "first", "latest")
+_MOST = 2**31 - 1  # of any count: what tensors and kernels can be told
 PUBLISHED_MODES = ("interactive", "single")  # the published pipelines
 
 
@@ -266,6 +267,8 @@ class MemoryConfig:
 def _require_count(name: str, value, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if value > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST}, got {value}")
 
 
 def _require_one_of(name: str, value, choices: tuple[str, ...]) -> None:

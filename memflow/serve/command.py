@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import signal
 import socket
 import sys
@@ -142,18 +143,29 @@ def settings_of(request: Serving) -> Settings:
         request: the options.
 
     Raises:
-        MemFlowError: a token that is none, or an address that is not one of this machine alone, without one.
+        MemFlowError: a token or an origin that cannot be, an address that is not one of this machine alone without a
+            token, or a folder that cannot be made.
     """
     if request.token is not None and len(request.token) < 8:
         raise MemFlowError("--token must have at least 8 characters")
-    if request.token is not None and not (request.token.isascii() and request.token.isprintable()):
-        raise MemFlowError("--token must be of ASCII characters that can be printed: it goes into headers")
+    if request.token is not None and not re.fullmatch(r"[!-~]+", request.token):
+        raise MemFlowError("--token must be of ASCII letters, digits and signs, without blanks: headers hold no others")
+    for origin in request.allow_origin or ():
+        if not re.fullmatch(r"https?://[^\s/?#@*]+/?", origin):
+            raise MemFlowError(f"--allow-origin {origin}: must be http:// or https:// and a host, and no path")
     if request.token is None and not _is_local(request.host):
         raise MemFlowError(f"--host {request.host}: others could reach it; --token SECRET is needed")
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = (home if home.is_absolute() else Path.home() / ".cache") / "memflow" / "stories"
+    folder = (request.folder or folder).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MemFlowError(f"--dir {folder}: the folder cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise MemFlowError(f"--dir {folder}: nothing can be written there")
     return Settings(
-        folder=(request.folder or folder).absolute(),
+        folder=folder,
         model=request.model or "storybook",
         token=request.token,
         origins=tuple(request.allow_origin or ()),

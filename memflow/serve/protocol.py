@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import uuid
 from dataclasses import dataclass, field
 from numbers import Real
@@ -43,6 +44,8 @@ _OPTIONAL = ("held_frames", "top_k", "activated", "activation_block", "query_blo
 _MEMORY = ("policy", "bank_frames", "recall", "scene_frame", *_OPTIONAL)
 _USED = {"type", "prompt", "format", "model", "width", "height", "size", "fps", "num_frames", "seconds", "seed"}
 _USED |= {"video_params", "sampling_params", "streaming_buffer_seconds", "memflow"}
+
+_SIZE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")
 
 
 class Refused(Exception):
@@ -118,7 +121,7 @@ def read(text: str | None, settings: Settings, what: str = "message") -> dict[st
     if len(text) > settings.message_characters:
         raise Refused(f"{what}: at most {settings.message_characters:,} characters, {len(text):,} came")
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError):
         raise Refused(f"{what}: this is not JSON that can be read") from None
     if not isinstance(found, dict):
@@ -143,6 +146,10 @@ def start(message: dict[str, Any], settings: Settings) -> Start:
         raise Refused(f"format must be one of {', '.join(FORMATS)}, {_short(given['format'])} came")
     _spread(given)
     ours = _object(given, "memflow")
+    if unknown := sorted(set(ours) - {"memory", "report", "resume"}):
+        raise Refused(f"memflow: {_short(unknown[0])} is unknown; there are memory, report, resume")
+    if not isinstance(ours.get("report"), bool | None):
+        raise Refused(f"memflow: report must be true or false, {_short(ours['report'])} came")
     for name in _REFUSED:
         if name in given:
             raise Refused(f"{name}: this server tells stories from text alone")
@@ -161,13 +168,14 @@ def start(message: dict[str, Any], settings: Settings) -> Start:
         check_prompt(prompt, settings)
     height, width = given.get("height"), given.get("width")
     if "size" in given:
-        if not isinstance(given["size"], str) or not (
-            size := re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", given["size"])
-        ):
+        size = isinstance(given["size"], str) and re.fullmatch(
+            r"([1-9]\d{0,8})x([1-9]\d{0,8})", given["size"], re.ASCII
+        )
+        if not size:
             raise Refused(f"size must be WIDTHxHEIGHT, {_short(given['size'])} came")
         width, height = map(int, size.groups())
     seconds = given.get("seconds")
-    if seconds is not None and not (isinstance(seconds, str) and re.fullmatch(r"[1-9]\d{0,8}", seconds)):
+    if seconds is not None and not (isinstance(seconds, str) and re.fullmatch(r"[1-9][0-9]{0,8}", seconds)):
         raise Refused(f'seconds must be a whole number as a text, "8" for example, {_short(seconds)} came')
     found = Start(prompt or None, given.get("format", "m4s"), height, width, given.get("fps"), given.get("num_frames"))
     found.seconds = None if seconds is None else int(seconds)
@@ -226,7 +234,7 @@ def interaction(message: dict[str, Any], settings: Settings) -> Interaction:
 def position(message: dict[str, Any]) -> float:
     """The playhead of a session.playback, in seconds; Refused if there is none."""
     seconds = message.get("position_seconds")
-    _number("position_seconds", seconds, _NUMBER, 0, math.inf)
+    _number("position_seconds", seconds, _NUMBER, 0, sys.float_info.max)
     return float(seconds)
 
 
@@ -299,6 +307,10 @@ def _said(check, value: Any) -> None:
         check(value)
     except MemFlowError as error:
         raise Refused(str(error)) from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")  # though Python reads it, and would echo it to clients that do not
 
 
 def _short(value: Any) -> str:

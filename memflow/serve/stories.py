@@ -180,7 +180,8 @@ def memory_asked_for(trained: MemoryConfig, asked: dict[str, Any]) -> MemoryConf
         MemFlowError: settings that do not go together.
     """
     other = asked.get("policy", trained.policy) != trained.policy
-    ours = {"published_mode": None, "global_sink": True} if other else {}
+    # How many frames the model's own policy holds suits no other.
+    ours = {"published_mode": None, "global_sink": True, "held_frames": None} if other else {}
     try:
         return trained.changed(**ours | asked)
     except ValueError as error:

@@ -51,6 +51,24 @@ def test_recall_stays_where_it_has_a_meaning():
     assert asked == replace(TRAINED, recall="coverage", scene_frame="latest")
 
 
+@pytest.mark.parametrize("share", [float("inf"), 1.2, 7.5, float("nan")])
+def test_activated_is_not_rounded(share):
+    with pytest.raises(MemFlowError, match="--activated"):
+        choose_memory(None, None, None, TRAINED, **Request(activated=share).further_memory())
+
+
+def test_activated_above_one_counts_tokens():
+    for share, kind in ((0.25, float), (1.0, float), (7.0, int)):
+        found = Request(activated=share).further_memory()["activated"]
+        assert found == share and type(found) is kind
+
+
+def test_a_refusal_is_said_once():
+    with pytest.raises(MemFlowError) as refused:
+        choose_memory("published", None, None, TRAINED)
+    assert str(refused.value).count("--memory published") == 1
+
+
 def test_activated_and_top_k_take_each_others_place():
     rows = choose_memory(None, None, None, replace(TRAINED, top_k=3), activated=0.25, activation_block=4)
     assert (rows.top_k, rows.activated, rows.activation_block) == (None, 0.25, 4)
@@ -76,9 +94,8 @@ def test_activated_is_a_share_or_a_whole_number():
         found = Request(activated=given).further_memory()["activated"]
         assert (found, type(found)) == (taken, type(taken))
     for given in (2.5, float("inf"), float("nan")):
-        asked = Request(activated=given).further_memory()
-        with pytest.raises(MemFlowError, match=f"--activated {given}: activated must be above 0 and at most 1.0"):
-            choose_memory(None, None, None, TRAINED, **asked)
+        with pytest.raises(MemFlowError, match=f"--activated {given}: .*must be"):
+            choose_memory(None, None, None, TRAINED, **Request(activated=given).further_memory())
 
 
 def test_recall_of_what_shows_all_that_it_holds_is_refused():

@@ -1,5 +1,6 @@
 """Stories from JSONL and from plain text, and what is said about broken ones."""
 
+import io
 import json
 
 import pytest
@@ -80,6 +81,12 @@ BROKEN = {
     "no time": (('{"prompts": ["a"], "seconds_per_prompt": 0}',), '"seconds_per_prompt" must be above 0, got 0'),
     "no number": (('{"prompts": ["a"], "seconds_per_prompt": NaN}',), "must be above 0, got nan"),
     "a text for a time": (('{"prompts": ["a"], "seconds_per_prompt": "3"}',), "must be above 0, got '3'"),
+    "a time that no float holds": (
+        ('{"prompts": ["a"], "seconds_per_prompt": 1' + "0" * 400 + "}",),
+        '"seconds_per_prompt" must be at most',
+    ),
+    "a seed without end": (('{"prompts": ["a"], "seed": 1' + "0" * 4200 + "}",), '"seed" must be a whole number'),
+    "a number without end": (('{"prompts": ["a"], "seed": 1' + "0" * 5000 + "}",), "a number has too many digits"),
     "the same name twice": (
         ('{"prompts": ["a"], "name": "x"}', '{"prompts": ["b"], "name": "x"}'),
         "line 2: a second story",
@@ -94,7 +101,7 @@ def test_a_broken_story_is_named_with_its_line(tmp_path, lines, message):
     with pytest.raises(MemFlowError) as error:
         read_stories(path)
     assert str(error.value).startswith(str(path))
-    assert message in str(error.value)
+    assert message in str(error.value) and len(str(error.value)) < 500
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
@@ -159,6 +166,12 @@ REFUSED = {
     "yes.yaml": ("- yes", "prompt 1 must be a text"),
     "two.yaml": ("- a\n---\n- b\n", "broken YAML"),
     "deep.yaml": ("[" * 3000, "broken YAML"),
+    "long.json": ('{"prompts": ["a"], "seed": ' + "1" * 5000 + "}", "too many digits"),
+    "hex.yaml": ("prompts: [a]\nseed: 0x" + "f" * 5000, '"seed" must be a whole number'),
+    "cut.txt": ('{"prompts": ["a fox"', "holds JSON"),
+    "first_cut.txt": (f'{{"prompts": ["a fox"\n{JSON}', "holds JSON"),
+    "list_cut.txt": ('["a fox",', "holds JSON"),
+    "braces.txt": ("{red} fox\n[a fox] runs", None),
     "zero.txt": ("a\0fox\n" * 3, None),
     "speech.txt": ("[Scene 1] a fox {red}\n", None),
     "words.txt": ("A prompt, kind fox\nprompts are read", None),
@@ -212,3 +225,10 @@ def test_what_is_given_is_not_changed(tmp_path):
     """Prompts are cleaned in one place, where they are encoded."""
     (tmp_path / "a.json").write_text(json.dumps(["  two  blanks\t", "a&amp;b"]))
     assert read_stories(tmp_path / "a.json")[0].prompts == ["  two  blanks\t", "a&amp;b"]
+
+
+@pytest.mark.parametrize("text", ['{"prompts": ["a"', '{"prompts": ["a"], "seed": ' + "1" * 5000 + "}", '["a fox",'])
+def test_broken_json_from_stdin_is_not_told_as_a_prompt(monkeypatch, text):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    with pytest.raises(MemFlowError, match=r"^stdin, line 1: broken JSON"):
+        read_stories("-")

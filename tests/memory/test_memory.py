@@ -227,3 +227,9 @@ def test_snapshot_scores_what_is_held(aggregate):
     assert torch.isfinite(torch.from_numpy(snapshot.relevance[0, 0])).tolist() == [False, False, True]
     if aggregate == "softmax":
         assert snapshot.relevance[0, 0, 2] == pytest.approx(1), "the only frame has all the attention"
+
+
+@pytest.mark.parametrize("name", ["frames_per_chunk", "sink_frames", "window_frames", "bank_frames", "held_frames"])
+def test_counts_that_no_tensor_has(name):
+    with pytest.raises(ValueError, match=f"{name} must be at most"):
+        MemoryConfig(**{name: 10**20} | ({"window_frames": 10**20} if name == "frames_per_chunk" else {}))

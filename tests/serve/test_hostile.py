@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,7 @@ def test_a_token(serve):
         assert _handshake(running, **wrong) == 403
     assert running.http.get("/v1/info?token=no").status_code == 401
     assert running.http.get("/v1/info?" + "a=1&" * 30).status_code == 401
+    assert running.http.get("/?" + "a=1&" * 40 + "token=no").status_code == 401
     assert running.http.get("/health").status_code == 200
     assert running.http.get("/v1/info", headers={"Authorization": f"Bearer {SECRET}"}).status_code == 200
     assert _handshake(running, Authorization=f"bearer {SECRET}") == 101
@@ -90,10 +92,32 @@ def test_nobody_else_may_reach_a_server_without_a_token():
     with pytest.raises(MemFlowError, match="at least 8 characters"):
         settings_of(Serving(token="short"))
     for token in ("geheim\u00e4\u00f6\u00fc", "two\nlines of it", "\u043f\u0430\u0440\u043e\u043b\u044c12"):
-        with pytest.raises(MemFlowError, match="ASCII characters that can be printed"):
+        with pytest.raises(MemFlowError, match="ASCII letters, digits and signs"):
             settings_of(Serving(token=token))
     for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
         settings_of(Serving(host=host))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        *(
+            ({"token": bad}, "--token must be of ASCII")
+            for bad in ("\u65e5" * 9, "\xe4" * 9, "with blanks", "a\nb" * 9)
+        ),
+        *(
+            ({"allow_origin": [bad]}, "--allow-origin .*must be http")
+            for bad in ("stories.example.org", "http://", "*", "https://a/b", "https://*.a", "null", "")
+        ),
+        ({"folder": Path(__file__)}, "--dir .*cannot be made: File exists"),
+        ({"folder": Path(__file__) / "x"}, "--dir .*cannot be made: Not a directory"),
+    ],
+)
+def test_options_that_cannot_work(given, message):
+    from memflow.cli.serving import Serving
+
+    with pytest.raises(MemFlowError, match=message):
+        settings_of(Serving(**given))
 
 
 @pytest.mark.parametrize(

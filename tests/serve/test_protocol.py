@@ -64,6 +64,10 @@ def interaction(**fields):
         *(("memflow", {"memory": bad}) for bad in ([], {"policy": "oracle"}, {"policy": 3}, {"bank_frames": 17})),
         *(("memflow", {"memory": bad}) for bad in ({"held_frames": 0}, {"held_frames": 1025}, {"top_k": 0})),
         ("memflow", {"memory": {"window_frames": 10**9}}),
+        ("memflow", {"mamory": {}}),
+        *(("memflow", {"report": bad}) for bad in ("yes", 1, [])),
+        *(("seconds", bad) for bad in ("1\u0661", "0")),
+        ("size", "\u0661\u0662\u0668x128"),
         *(("memflow", {"resume": bad}) for bad in (3, "", "../x", "a/b", "x" * 81, "a\0")),
     ],
 )
@@ -120,7 +124,7 @@ def test_what_an_interaction_may_say():
     assert len(first.event_id) == 32 and first.event_id != second.event_id
 
 
-@pytest.mark.parametrize("bad", [None, "1", -1, float("nan"), float("inf"), True])
+@pytest.mark.parametrize("bad", [None, "1", -1, float("nan"), float("inf"), 10**400, True])
 def test_a_playhead_that_is_none(bad):
     with pytest.raises(Refused):
         protocol.position({"position_seconds": bad})
@@ -156,3 +160,9 @@ def test_whatever_comes_is_taken_or_refused(fields, body):
             check()
         except Refused as refused:
             json.dumps([refused.message, refused.event_id]).encode()
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_constants_that_no_json_has(constant):
+    with pytest.raises(Refused, match="not JSON"):
+        protocol.read(f'{{"type": "session.start", "foo": [{constant}]}}', SETTINGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -232,3 +233,19 @@ def test_any_asgi_host_can_serve_the_app(monkeypatch, tmp_path):
             assert socket.receive_json()["type"] == "session.done"
     assert not hasattr(memflow.serve, "no such thing")
     assert isinstance(memflow.serve.app, Starlette)  # again: no module of this name hides it
+
+
+def test_another_policy_holds_what_it_shows(serve, toy, monkeypatch):
+    own = replace(
+        toy.memory_config, policy="prompt", held_frames=12
+    )  # as the storybook's memory has more than it shows
+    monkeypatch.setattr(type(toy), "memory_config", property(lambda self: own))
+    running = serve()
+    given = {"policy": "fifo"}, {"policy": "archive"}, {"policy": "none"}, {"policy": "prompt"}, {"bank_frames": 2}
+    for memory, held in (
+        *zip(given, (None, None, None, 12, 12), strict=True),
+        ({"policy": "fifo", "held_frames": 9}, 9),
+    ):
+        with running.started(num_frames=1, memflow={"memory": memory}) as viewer:
+            assert viewer.messages[0]["memflow"]["memory"]["held_frames"] == held
+            viewer.rest()
