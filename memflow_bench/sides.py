@@ -94,7 +94,10 @@ class Process:
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        answer = json.loads(line or json.dumps({"error": f"its process died (exit code {self.process.poll()})"}))
+        if not line:
+            self.process.wait()  # it has let go of its pipe: it ends
+            raise RuntimeError(f"{self.name}: its process died (exit code {self.process.returncode})")
+        answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"{self.name}: {answer['error']}")
         return answer["seconds"]

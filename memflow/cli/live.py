@@ -6,9 +6,12 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from memflow.errors import MemFlowError
-from memflow.stream.stream import Stream
+
+if TYPE_CHECKING:
+    from memflow.stream.stream import Stream
 
 _BLINK = 0.2  # seconds between two looks whether Ctrl-C was pressed
 

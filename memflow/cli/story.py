@@ -81,11 +81,11 @@ def read_stories(path: str | Path, bad: list[str] | None = None) -> list[Story]:
         first = text.lstrip().partition("\n")[0]
         # What begins as JSON and is broken is said to be so, in place of being told as a prompt.
         kind = ".json" if _is_json(text) else ".jsonl" if _is_json(first) or _OBJECT.match(first) else ".txt"
-    if kind not in (*_TEXT, *_LINES, *_JSON, *_YAML):
-        raise MemFlowError(f"{path}: no story file: .txt has one prompt per line, .json and .yaml are lists of prompts")
     if text is None:
         check_regular(path)
-        text = _read(path)
+    if kind not in (*_TEXT, *_LINES, *_JSON, *_YAML):
+        raise MemFlowError(f"{path}: no story file: .txt has one prompt per line, .json and .yaml are lists of prompts")
+    text = _read(path) if text is None else text
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise MemFlowError(f"{path}: the file is empty, at least one prompt is needed")

@@ -167,7 +167,7 @@ def test_the_memories_offered_are_the_policies():
 def test_what_a_state_knows_is_refused_with_resume():
     """All options that shape what is made; those of where and how it runs may be given anew."""
     anew = {"output", "model", "device", "backend", "prompt_cache", "report", "overwrite", "chunks"}
-    anew |= {"save_state", "save_every", "resume", "jobs", "ray"}
+    anew |= {"save_state", "save_every", "resume", "jobs", "ray", "live"}
     given = Request(**{field.name: "x" for field in fields(Request)}).given_again()
     assert given[:3] == ["STORY", "-p", "--seconds-per-prompt"] and "--top-k" in given
     assert len(given) == len(fields(Request)) - len(anew)

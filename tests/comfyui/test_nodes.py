@@ -5,7 +5,6 @@ MEMFLOW_COMFYUI=/path/to/ComfyUI runs them against that one.
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import inspect
 import os
@@ -15,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from asynchronous import run
 
 pytest.importorskip("diffusers", reason="stories need the extra [model]")
 ROOT = Path(__file__).parents[2]
@@ -82,8 +82,8 @@ def comfy(monkeypatch) -> SimpleNamespace:
         module = ModuleType(name)
         vars(module).update(names)
         monkeypatch.setitem(sys.modules, name, module)
-    extension = asyncio.run(load().comfy_entrypoint())
-    nodes = asyncio.run(extension.get_node_list())
+    extension = run(load().comfy_entrypoint())
+    nodes = run(extension.get_node_list())
     seen.nodes = {node.define_schema().node_id: node for node in nodes}
     return seen
 
@@ -134,7 +134,7 @@ def test_with_the_api_itself():
         pytest.skip("MEMFLOW_COMFYUI does not name a ComfyUI")
     code = f"import sys; sys.path[:0] = [{place!r}, {str(ROOT)!r}]\n" + (
         "import asyncio, comfyui\n"
-        "nodes = asyncio.run(asyncio.run(comfyui.comfy_entrypoint()).get_node_list())\n"
+        "nodes = run(asyncio.run(comfyui.comfy_entrypoint()).get_node_list())\n"
         "print([node.GET_SCHEMA().node_id for node in nodes])"
     )
     import subprocess

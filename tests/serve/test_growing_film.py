@@ -3,6 +3,7 @@
 import asyncio
 import threading
 
+from asynchronous import run
 from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
@@ -48,6 +49,6 @@ def test_a_host_that_could_send_files_itself(tmp_path):
 
     extensions = {"http.response.pathsend": {}}
     scope = {"type": "http", "method": "GET", "path": "/film", "headers": [], "extensions": extensions}
-    asyncio.run(_FilmSoFar(path)(scope, receive, send))
+    run(_FilmSoFar(path)(scope, receive, send))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[1]["body"] == b"film" and scope["extensions"] == extensions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import time
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from asynchronous import run
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
@@ -99,7 +99,7 @@ def test_what_a_scene_loses_is_told_before_it_is_seen(shared, toy):
         "cut": "and more",
     }
     storybook = Words(MemFlowPipeline.from_preset())
-    assert asyncio.run(storybook.lost("bo, a zebra, jumps.")) == {"unknown": ["zebra"], "cut": None}
+    assert run(storybook.lost("bo, a zebra, jumps.")) == {"unknown": ["zebra"], "cut": None}
     assert "blank" in shared.http.post("/v1/check", json={"prompt": " "}).json()["error"]
     assert "2,000" in shared.http.post("/v1/check", json={"prompt": "x" * 2001}).json()["error"]
     assert shared.http.post("/v1/check", content=b"[" * 50_000).status_code == 400
@@ -197,7 +197,7 @@ def test_the_example_of_a_client(shared, tmp_path, monkeypatch, capsys):
     from live_story import tell
 
     address = f"ws://127.0.0.1:{shared.port}/v1/realtime/video"
-    id = asyncio.run(tell(str(tmp_path / "live.mp4"), PROMPTS, address))
+    id = run(tell(str(tmp_path / "live.mp4"), PROMPTS, address))
     assert frames_of((tmp_path / "live.mp4").read_bytes()) >= 4 * 16
     said = capsys.readouterr().out
     assert said.index(PROMPTS[0]) < said.index(PROMPTS[1])

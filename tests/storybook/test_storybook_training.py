@@ -33,7 +33,7 @@ def test_a_chunk_sees_in_training_what_it_sees_in_a_stream():
     last = (CHUNKS - 1) * CHUNK
 
     parts = model.build(1)
-    config = MemoryConfig(**model.MEMORY | {"policy": "fifo", "held_frames": None})
+    config = MemoryConfig(**model.MEMORY).changed(policy="fifo", held_frames=None)
     driver = ChunkDriver(WanModel(parts["transformer"]), config)
     texts = story.prompts()
     with torch.no_grad():
