@@ -151,7 +151,7 @@ def plot(lines: list[dict], path: Path) -> None:
     right.set_visible(bool(rows))
     figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="upper center", ncols=len(compared), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.96))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
