@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,7 +51,9 @@ def deployed(
         except RuntimeError as error:
             raise MemFlowError(f"the replicas cannot start: {str(error).strip().splitlines()[-1]}") from None
         yield
-        handle.broadcast("save").results(timeout_s=grace)
+        # In a thread of its own: Ray refuses to wait where an event loop runs, as in a notebook.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: handle.broadcast("save").results(timeout_s=grace)).result()
     finally:
         serve.delete(_NAME)
         if not serve.status().applications:  # others may use it too

@@ -39,6 +39,7 @@ def watch(running: Running, seconds: float, count: int) -> list[int]:
             ready.wait(60)
             while not end.is_set():
                 got[number] += viewer.until("video.chunk_metadata")["num_frames"]
+                viewer.messages.clear(), viewer.binaries.clear()  # its memory would be counted as the server's
 
     threads = [threading.Thread(target=view, args=(number,)) for number in range(count)]
     for thread in threads:
