@@ -128,12 +128,18 @@ def app_of_environment() -> Starlette:
     for field in fields(Serving):
         value = os.environ.get(f"MEMFLOW_SERVE_{'DIR' if field.name == 'folder' else field.name.upper()}")
         if value is not None and field.name not in ("host", "port", "ray", "replicas"):
-            kinds = {"sessions": int, "folder": Path, "decoder": Path, "allow_origin": str.split}
+            kinds: dict[str, Any] = {"sessions": _sessions, "folder": Path, "decoder": Path, "allow_origin": str.split}
             kinds["prompt_cache"] = lambda text: text not in ("0", "false", "no")
             given[field.name] = kinds.get(field.name, str)(value)
     request = Serving(**given)
     settings = settings_of(request)
     return _app(request, settings)
+
+
+def _sessions(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
+        raise MemFlowError(f"MEMFLOW_SERVE_SESSIONS: a whole number of at least 1 is needed, {text[:60]!r} came")
+    return int(text)
 
 
 def settings_of(request: Serving) -> Settings:

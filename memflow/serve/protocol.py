@@ -45,6 +45,7 @@ _MEMORY = ("policy", "bank_frames", "recall", "scene_frame", *_OPTIONAL)
 _USED = {"type", "prompt", "format", "model", "width", "height", "size", "fps", "num_frames", "seconds", "seed"}
 _USED |= {"video_params", "sampling_params", "streaming_buffer_seconds", "memflow"}
 
+_BEGINNING = {"width", "height", "size", "fps", "num_frames", "seconds", "seed"}  # what a story keeps when it goes on
 _SIZE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")
 
 
@@ -121,9 +122,9 @@ def read(text: str | None, settings: Settings, what: str = "message") -> dict[st
     if len(text) > settings.message_characters:
         raise Refused(f"{what}: at most {settings.message_characters:,} characters, {len(text):,} came")
     try:
-        found = json.loads(text, parse_constant=_no_number)
+        found = json.loads(text, parse_constant=_no_number, object_pairs_hook=_no_twins)
     except (ValueError, RecursionError):
-        raise Refused(f"{what}: this is not JSON that can be read") from None
+        raise Refused(f"{what}: this is not JSON that can be read, or a name stands twice in one object") from None
     if not isinstance(found, dict):
         raise Refused(f"{what}: a JSON object is needed, {type(found).__name__} came")
     return found
@@ -168,9 +169,7 @@ def start(message: dict[str, Any], settings: Settings) -> Start:
         check_prompt(prompt, settings)
     height, width = given.get("height"), given.get("width")
     if "size" in given:
-        size = isinstance(given["size"], str) and re.fullmatch(
-            r"([1-9]\d{0,8})x([1-9]\d{0,8})", given["size"], re.ASCII
-        )
+        size = isinstance(given["size"], str) and _SIZE.fullmatch(given["size"])
         if not size:
             raise Refused(f"size must be WIDTHxHEIGHT, {_short(given['size'])} came")
         width, height = map(int, size.groups())
@@ -181,7 +180,13 @@ def start(message: dict[str, Any], settings: Settings) -> Start:
     found.seconds = None if seconds is None else int(seconds)
     found.seed, found.buffer = given.get("seed", 0), given.get("streaming_buffer_seconds")
     found.memory, found.report, found.resume = _memory(ours, settings), ours.get("report") is True, resume
-    found.ignored = sorted(set(given) - _USED)
+    unused = set(given) - _USED
+    if resume is not None:
+        unused |= set(given) & _BEGINNING | ({"memflow.memory"} if found.memory else set())
+    else:
+        unused |= set(given) & ({"width", "height"} if "size" in given else set())
+        unused |= set(given) & ({"seconds"} if "num_frames" in given else set())
+    found.ignored = sorted(unused)
     found.config = {"num_outputs_per_prompt": 1} | {name: value for name, value in given.items() if name != "type"}
     return found
 
@@ -307,6 +312,13 @@ def _said(check, value: Any) -> None:
         check(value)
     except MemFlowError as error:
         raise Refused(str(error)) from None
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in one object")  # one of the two would be dropped
+    return found
 
 
 def _no_number(name: str) -> None:

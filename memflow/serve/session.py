@@ -126,7 +126,7 @@ class Session:
             try:
                 await telling.save()
             except MemFlowError as error:
-                raise Refused(str(error), "save_failed") from None
+                raise Refused(self.stories.said(error), "save_failed") from None
             seconds = telling.film.video.frames / telling.fps
             until = self.stories.kept_until()
             await self._say("session.saved", chunks=telling.film.chunks, seconds=seconds, kept_until=until)
@@ -176,7 +176,7 @@ class Session:
         if telling.error is None:
             limit = telling.film.video.frames >= self.settings.story_seconds * telling.fps
             raise _Ended(self._done("limit" if limit else "told"))
-        text = str(telling.error)
+        text = self.stories.said(telling.error)
         kind = "out_of_memory" if "out of memory" in text else "disk_full" if "disk space" in text else "failed"
         plain = isinstance(telling.error, MemFlowError)
         raise self._ended(text if plain else f"the model failed: {type(telling.error).__name__}", kind)

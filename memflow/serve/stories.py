@@ -257,12 +257,17 @@ class Stories:
         try:
             telling = await (self._begin(start) if start.resume is None else self._resume(start))
         except MemFlowError as error:
-            raise Refused(str(error), "out_of_memory" if "out of memory" in str(error) else "bad_start") from None
+            code = "out_of_memory" if "out of memory" in str(error) else "bad_start"
+            raise Refused(self.said(error), code) from None
         finally:
             self.coming -= 1
         self.tellings[telling.id] = telling
         telling.pace()
         return telling
+
+    def said(self, error: MemFlowError) -> str:
+        """What a viewer is told of it: not where the server keeps its files."""
+        return str(error).replace(f"{self.settings.folder}/", "")
 
     async def about(self, id: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
         """What is known of a story, and its chunks; None if it is not here."""

@@ -81,13 +81,18 @@ def test_a_start_that_cannot_be_followed(field, bad):
 def test_what_a_start_may_say():
     found = start(size="64x32", width=8, height=8, seconds="7", streaming_buffer_seconds=1, quality="high", extra=None)
     assert (found.width, found.height, found.seconds, found.frames, found.buffer) == (64, 32, 7, None, 1)
-    assert found.ignored == ["quality"] and "extra" not in found.config and "type" not in found.config
+    assert (
+        found.ignored == ["height", "quality", "width"] and "extra" not in found.config and "type" not in found.config
+    )
     found = start(
         video_params={"width": 16, "num_frames": 9}, width=8, sampling_params={"seed": 4, "odd": 1, "fps": None}
     )
     assert (found.width, found.frames, found.seed, found.fps) == (8, 9, 4, None)
     assert found.config["extra_params"] == {"odd": 1} and found.config["num_outputs_per_prompt"] == 1
+    assert start(num_frames=9, seconds="7").ignored == ["seconds"]
     assert protocol.start({"type": "session.start", "memflow": {"resume": "a"}}, SETTINGS).prompt is None
+    kept = start(memflow={"resume": "a", "memory": {"bank_frames": 2}}, seed=3, fps=8, streaming_buffer_seconds=1)
+    assert kept.ignored == ["fps", "memflow.memory", "seed"]  # of the story that goes on
     memory = {"policy": "fifo", "top_k": None, "held_frames": None}  # None: as `MemoryConfig` has it
     assert start(memflow={"memory": memory | {"bank_frames": None}}).memory == memory
     named = {"recall": "coverage", "scene_frame": "first", "activated": 0.5, "activation_block": 4, "query_block": None}
@@ -160,6 +165,11 @@ def test_whatever_comes_is_taken_or_refused(fields, body):
             check()
         except Refused as refused:
             json.dumps([refused.message, refused.event_id]).encode()
+
+
+def test_a_name_that_stands_twice():
+    with pytest.raises(Refused, match="a name stands twice"):
+        protocol.read('{"type": "session.start", "memflow": {"report": true, "report": false}}', SETTINGS)
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])

@@ -137,6 +137,21 @@ def test_what_is_not_there_cannot_go_on(shared):
         assert viewer.next() is None and viewer.closed == 1008
 
 
+def test_a_damaged_state_says_nothing_of_where_it_lies(shared):
+    with shared.started(num_frames=FRAMES, streaming_buffer_seconds=0.1) as viewer:
+        viewer.until("video.chunk_metadata")
+    shared.idle()
+    id = viewer.messages[0]["request_id"]
+    state = shared.settings.folder / f"{id}.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2])
+    with shared.viewer() as viewer:
+        viewer.send("session.start", memflow={"resume": id})
+        error = viewer.next()
+    assert error["code"] == "bad_start" and id in error["message"]
+    assert str(shared.settings.folder) not in error["message"], error
+
+
 def test_a_server_that_is_stopped_saves_all(serve, toy, whole):
     running = serve()
     with ExitStack() as stack:

@@ -16,6 +16,8 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from memflow import MemFlowPipeline
+from memflow.errors import MemFlowError
+from memflow.serve.command import app_of_environment
 from memflow.serve.film import memory_of
 from memflow.serve.words import Words
 from tests.serve.conftest import PROMPTS
@@ -233,6 +235,14 @@ def test_any_asgi_host_can_serve_the_app(monkeypatch, tmp_path):
             assert socket.receive_json()["type"] == "session.done"
     assert not hasattr(memflow.serve, "no such thing")
     assert isinstance(memflow.serve.app, Starlette)  # again: no module of this name hides it
+
+
+@pytest.mark.parametrize("sessions", ["abc", "0", "-1", "1.5", ""])
+def test_an_environment_that_is_no_option(monkeypatch, tmp_path, sessions):
+    monkeypatch.setenv("MEMFLOW_SERVE_DIR", str(tmp_path))
+    monkeypatch.setenv("MEMFLOW_SERVE_SESSIONS", sessions)
+    with pytest.raises(MemFlowError, match="MEMFLOW_SERVE_SESSIONS: a whole number of at least 1 is needed"):
+        app_of_environment()
 
 
 def test_another_policy_holds_what_it_shows(serve, toy, monkeypatch):
