@@ -272,7 +272,7 @@ def memory_attention(
             frame_table = _choose(query, key, *choice)
         out, lse = _grouped(query, key, value, frame_table, sizes, query_block)
     elif chooses:
-        known = (None if x is None else x.detach() for x in (frame_mean, query_mean))
+        known = (x.detach() if x is not None and x.requires_grad else x for x in (frame_mean, query_mean))
         sizes = (tokens_per_frame, candidate_frames, top_k, scale)
         out, lse, _ = _memory_attention_top_k(query, key, value, *known, *sizes, query_block)
     else:

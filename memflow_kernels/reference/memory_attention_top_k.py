@@ -14,6 +14,7 @@ from .means import frame_means
 from .selection import FEW, best_of_few, mean_queries, select_frames
 from .shown import SMALL
 
+_CPU = torch.device("cpu")  # whatever torch's default device is; as a text it would be read in every call
 _in_steps = composed(frame_means, select_frames, memory_attention)
 
 
@@ -58,7 +59,7 @@ def _at_once(
     best = best_of_few((scores[0] if batch == 1 else scores.flatten(0, 1)).tolist(), top_k)
     if best is None or all(row == best[0] for row in best):  # what all heads chose need not be copied
         return None
-    table = torch.tensor(best, dtype=torch.int32, device="cpu").view(batch, heads, top_k)
+    table = torch.tensor(best, dtype=torch.int32, device=_CPU).view(batch, heads, top_k)
     first, rest = _lines(batch, heads, frames, candidates, (strides[0] // line, strides[2] // line))
     chosen = torch.cat([first + table, rest], 2).flatten()
     size = ((batch - 1) * strides[0] + (heads - 1) * strides[2]) // line + frames, line
