@@ -93,6 +93,7 @@ EQUIVALENT = [  # (file, part of its line, how the change begins, why no test ca
     ("memflow/files.py", "os.urandom(8)", "8 -> 9", "a longer random name"),
     ("memflow/memory/slots.py", "non_blocking=True", "True", "a copy waits on a GPU alone"),
     ("memflow_kernels/reference/selection.py", "FEW = 256", "", SPEED),
+    ("memflow_kernels/reference/selection.py", 'score.device.type == "cpu"', "score.device", SPEED),
     ("memflow_kernels/reference/selection.py", "PRODUCTS = 2**22", "22", SPEED),
     ("csrc/combine.cu", "COMBINE_THREADS = 256", "constexpr", SPEED),
 ]
