@@ -60,6 +60,16 @@ def test_any_layout(layout, tokens, head_dim):
         assert torch.equal(actual.unflatten(1, (4, -1)), wanted)
 
 
+@pytest.mark.parametrize("by_index", [False, True])
+@pytest.mark.parametrize(("slot", "source"), [(0, 2), (2, 0)])
+def test_the_first_slot_is_a_slot(slot, source, by_index):
+    pool = filled(1, 3, 4, 2, 8)
+    expected = pool.key.unflatten(1, (3, -1))[0, source].clone()
+    assert not torch.equal(pool.key.unflatten(1, (3, -1))[0, slot], expected)
+    (replace_by_index if by_index else replace_frame)(*((*pool,) if by_index else (pool,)), int32(slot), int32(source))
+    assert torch.equal(pool.key.unflatten(1, (3, -1))[0, slot], expected)
+
+
 def test_moves_one_frame_per_row():
     pool = filled(2, 15, 50, 2, 16)
     with Traffic() as traffic:

@@ -137,3 +137,13 @@ def test_the_choice_is_that_of_select_frames():
         options = {"tokens_per_frame": 5, "candidate_frames": 4}
         chosen = memory_attention(query, key, value, top_k=2, **options)
         assert torch.equal(chosen, memory_attention(query, key, value, frame_table=table, **options))
+
+
+@pytest.mark.parametrize("keys", [1, 3, 15, 16, 40])
+def test_a_query_that_is_no_number_gives_none_however_few_keys_there_are(keys):
+    """Of fewer keys than a register holds torch's kernel takes a row of NaN for one without keys: 0 would come out."""
+    query, key, value = (states(1, n, 2, 16, seed=n) for n in (4, keys, keys + 1))
+    query[0, 1, 0, 3] = torch.nan
+    out = memory_attention(query, key, value[:, :keys], tokens_per_frame=1)
+    assert out[0, 1, 0].isnan().all()
+    assert out.isnan().sum() == 16

@@ -72,7 +72,12 @@ TESTS = {  # file -> the tests that should see a fault in it, the quickest first
     "memflow_kernels/reference/relevance.py": ["tests/kernels/test_relevance.py"],
     "memflow_kernels/reference/replacement.py": ["tests/kernels/test_replacement.py"],
     "memflow_kernels/reference/rotation.py": ["tests/kernels/test_rotation.py"],
-    "memflow_kernels/reference/attend.py": ["tests/kernels/test_attention.py", "tests/kernels/test_empty.py"],
+    "memflow_kernels/reference/attend.py": [
+        "tests/kernels/test_attention_gradient.py",
+        "tests/kernels/test_empty.py",
+        "tests/kernels/test_small_calls.py",
+        "tests/kernels/test_attention.py",
+    ],
     "memflow_kernels/reference/shown.py": [
         "tests/kernels/test_attention.py",
         "tests/kernels/test_empty.py",
@@ -95,6 +100,8 @@ EQUIVALENT = [  # (file, part of its line, how the change begins, why no test ca
     ("memflow_kernels/reference/selection.py", "FEW = 256", "", SPEED),
     ("memflow_kernels/reference/selection.py", 'score.device.type == "cpu"', "score.device", SPEED),
     ("memflow_kernels/reference/selection.py", "PRODUCTS = 2**22", "22", SPEED),
+    ("memflow_kernels/reference/relevance.py", "// (heads * head_dim)", "1 -> 2", SPEED),
+    ("memflow_kernels/reference/attend.py", "KEYS_PER_BLOCK = 2048", "", SPEED),
     ("csrc/combine.cu", "COMBINE_THREADS = 256", "constexpr", SPEED),
 ]
 SECONDS = 60.0  # and six times as long as without a fault: then a mutant does not end, which is seen as well
