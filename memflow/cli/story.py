@@ -329,7 +329,7 @@ def _story(record: Any, default: str, where: str) -> Story:
 
 def _prompts(prompts: Any, where: str) -> list[str]:
     """`prompts`, if they make a story; MemFlowError, beginning with `where`, if not."""
-    from memflow.stream.plan import check_text
+    from memflow.stream.given import check_text
 
     if not isinstance(prompts, list):
         raise MemFlowError(f'{where}: "prompts" must be a list of strings, not {type(prompts).__name__}')

@@ -2,24 +2,7 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections import deque
-
-from memflow.errors import MemFlowError
-
-_CHARACTERS = 20_000  # of a prompt, at most: what any text encoder takes is a fraction
-
-
-def check_text(text: object, name: str = "prompt") -> None:
-    """Raise MemFlowError, beginning with `name`, unless `text` can be a prompt."""
-    if not isinstance(text, str) or not text.strip():
-        raise MemFlowError(f"{name} must be a text that is not blank, got {reprlib.repr(text)}")
-    if len(text) > _CHARACTERS:
-        raise MemFlowError(f"{name} must have at most {_CHARACTERS:,} characters, got {len(text):,}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise MemFlowError(f"{name} must be valid Unicode, got {reprlib.repr(text)}: {error.reason}") from None
 
 
 class Plan:

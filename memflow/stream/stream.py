@@ -16,6 +16,7 @@ from torch import Tensor
 from memflow.errors import MemFlowError
 from memflow.models.wan.text import token_words
 from memflow.modes import own_modes
+from memflow.stream.given import prompt_texts
 from memflow.stream.plan import Plan
 from memflow.stream.sampler import Noise, to_device
 from memflow.stream.words import called_by
@@ -138,7 +139,7 @@ class Stream(Iterator[Chunk]):
         Raises:
             MemFlowError: not a text, or a blank one.
         """
-        texts = self.pipeline.check_prompt(prompt, len(self.seeds))
+        texts = prompt_texts(prompt, len(self.seeds))
         if not self.ranks.first:
             raise MemFlowError(f"send: prompts are taken by the first process, not by number {self.ranks.rank}")
         self.plan.send(texts)

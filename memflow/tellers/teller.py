@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from memflow.errors import MemFlowError
+from memflow.stream.given import prompt_texts
 
 if TYPE_CHECKING:
     from memflow.memory.frames import MemorySnapshot
@@ -170,7 +171,7 @@ class Teller:
         Raises:
             MemFlowError: the story is not being told, or no prompt.
         """
-        self.pipeline.check_prompt(prompt, 1)
+        prompt_texts(prompt, 1)
         story = self._story(id)
         with self._lock:
             story.sent.append((prompt, tag))
