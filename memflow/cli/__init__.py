@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["toy"]:
         return _fail("`memflow toy` is `python -m examples.storybook` now, in the repository of the project")
     try:
-        app = import_module("memflow.cli.serving").app
+        app = import_module("memflow.cli.commands").app
     except ModuleNotFoundError as error:
         if arguments == ["doctor"]:  # says which packages are missing, without those that read options
             return import_module("memflow.cli.doctor").doctor() or 0

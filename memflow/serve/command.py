@@ -20,8 +20,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from memflow.cli import Interrupt, loading
-from memflow.cli.options import with_whole_paths
-from memflow.cli.serving import Serving
+from memflow.cli.options import Serving, with_whole_paths
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.parallel import launched
 from memflow.serve.asgi import make_app

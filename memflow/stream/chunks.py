@@ -25,8 +25,6 @@ from memflow.stream.in_force import PromptInForce
 if TYPE_CHECKING:
     from memflow.models.base import VideoModel
 
-_NO_PROMPT = "which prompt? Call prompt(embeds) before the first chunk"
-
 
 class ChunkDriver:
     """A model that makes video chunk by chunk and remembers.
@@ -164,19 +162,22 @@ class ChunkDriver:
         Args:
             shape: of the chunk's latents, where it has not been checked.
         """
+        batch, channels, frames = self.in_force.batch, self.model.channels, self.config.frames_per_chunk
+        if batch is None:
+            raise MemFlowError("which prompt? Call prompt(embeds) before the first chunk")
         if shape is not None:
-            self._check(list(shape))
+            if len(shape) != 5 or list(shape[:3]) != [batch, channels, frames]:
+                raise MemFlowError(f"latents must be [{batch}, {channels}, {frames}, h, w], got {list(shape)}")
+            self.open(batch, *shape[3:])
         if self._ready == self.position:
             return
         if self.in_hand:
             raise MemFlowError(f"chunk {self.position} was interrupted while it began; go on from a saved state")
-        if self.in_force.batch is None:
-            raise MemFlowError(_NO_PROMPT)
         if self._unwritten is None:
             self.follow_model()
         self.settle()
         self._begun = self.position
-        start, frames = self.start_frame, self.config.frames_per_chunk
+        start = self.start_frame
         with own_modes():
             if self.in_force.switch():
                 self.memory.switch_prompt(start, self.in_force.prompt)
@@ -292,15 +293,6 @@ class ChunkDriver:
         if count:
             step = self.memory.pass_over(first, count, self.in_force.prompt)
             self.model.write_clean(self._input(self.history[:, :, -count:]), step)
-
-    def _check(self, shape: list[int]) -> None:
-        channels, frames = self.model.channels, self.config.frames_per_chunk
-        batch = self.in_force.batch
-        if batch is None:
-            raise MemFlowError(_NO_PROMPT)
-        if len(shape) != 5 or shape[:3] != [batch, channels, frames]:
-            raise MemFlowError(f"latents must be [{batch}, {channels}, {frames}, h, w], got {shape}")
-        self.open(batch, *shape[3:])
 
     def _input(self, latents: Tensor) -> Tensor:
         pool = self.memory.pool.key

@@ -40,6 +40,7 @@ _GONE = {
     "noise": "the preset 'noise' has left memflow: memflow_bench.untrained.noise_pipeline() makes it",
 }
 _LONGEST = 1e7  # seconds of one prompt
+_UNTRIED = "its exchanges have not been tried in graphs"
 
 
 @dataclass
@@ -191,7 +192,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if graphs:
             require_gpu(self.transformer)
         if self.ranks.size > 1:
-            raise MemFlowError("compile: not with enable_parallelism; its exchanges have not been tried in graphs")
+            raise MemFlowError(f"compile: not with enable_parallelism; {_UNTRIED}")
         self.cuda_graphs = graphs
         self.transformer.compile_repeated_blocks(**{"fullgraph": True, "dynamic": True} | options)
 
@@ -208,16 +209,13 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 processes does not divide the heads; a stream is refused where it does not divide its tokens.
         """
         if not torch.distributed.is_initialized():
-            raise MemFlowError(
-                "enable_parallelism: torch.distributed.init_process_group comes first (torchrun starts such programs)"
-            )
+            first = "torch.distributed.init_process_group comes first (torchrun starts such programs)"
+            raise MemFlowError(f"enable_parallelism: {first}")
         ranks = Ranks()
         if ranks.size == 1 or self.ranks.size > 1:
             return
         if any(block._compiled_call_impl is not None for block in self.transformer.blocks):
-            raise MemFlowError(
-                "enable_parallelism: not on a compiled pipeline; its exchanges have not been tried in graphs"
-            )
+            raise MemFlowError(f"enable_parallelism: not on a compiled pipeline; {_UNTRIED}")
         share(self.transformer, ranks)
         self.ranks = ranks
 
@@ -259,14 +257,11 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise MemFlowError(f"prompts must be a list of at least one prompt, got {prompts!r}")
         batch = len(prompts[0]) if isinstance(prompts[0], (list, tuple)) else 1
         texts = [prompt_texts(prompt, batch) for prompt in prompts]
-        memory = self.memory_config if memory is None else memory
-        if not isinstance(memory, MemoryConfig):
-            raise MemFlowError(f"memory must be a MemoryConfig, got {type(memory).__name__}")
         row, column = (self.spatial_factor * step for step in self.transformer.config.patch_size[1:])
         stream = Stream(
             self,
             plan=Plan(texts, self.chunks_for(seconds_per_prompt)),
-            config=memory,
+            config=self.memory_config if memory is None else memory,
             seeds=one_seed_each(seed, batch),
             height=whole_pixels("height", self.config.height if height is None else height, row),
             width=whole_pixels("width", self.config.width if width is None else width, column),
