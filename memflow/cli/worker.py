@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from memflow.cli.loading import backend, choose_memory, load
+from memflow.cli.loading import backend, load, size_and_memory
 from memflow.cli.options import Request
 from memflow.errors import MemFlowError
 from memflow.output.report import MemoryReport
@@ -79,18 +79,8 @@ class FilmWorker:
                 if task.film.stat().st_size and not task.overwrite:
                     raise MemFlowError(f"{error}; --overwrite tells the story anew") from None
             task.state.unlink()
-        asked = self._request
-        self._teller.begin(
-            task.told["prompts"],
-            id=task.id,
-            seconds_per_prompt=task.told["seconds_per_prompt"],
-            seed=task.told["seed"],
-            height=asked.height,
-            width=asked.width,
-            memory=choose_memory(
-                asked.memory, asked.held, asked.top_k, self._pipeline.memory_config, **asked.further_memory()
-            ),
-        )
+        told = {name: task.told[name] for name in ("prompts", "seconds_per_prompt", "seed")}
+        self._teller.begin(id=task.id, **told, **size_and_memory(self._request, self._pipeline))
         return VideoWriter(task.film, fps)
 
     def _told(self, task: Task, video: VideoWriter, stopping: Callable[[], bool]) -> Iterator[dict]:
