@@ -92,11 +92,6 @@ class Teller:
         return len(self._stories)
 
     @property
-    def ids(self) -> list[str]:
-        """Of the stories that are being told."""
-        return list(self._stories)
-
-    @property
     def waiting(self) -> int:
         """Stories that a turn could be of."""
         with self._lock:
@@ -237,22 +232,6 @@ class Teller:
         """
         with self._lock:
             self._stories.pop(id, None)
-
-    def drain(self) -> dict[str, Exception | None]:
-        """Save every story, and let it go.
-
-        Returns:
-            By id: None where it was saved, else the error.
-        """
-        found: dict[str, Exception | None] = {}
-        for id in self.ids:
-            try:
-                self.save(id)
-                found[id] = None
-            except Exception as error:
-                found[id] = _plain(error, len(self))
-            self.end(id)
-        return found
 
     def _enter(self, id: str, stop: int | None, make) -> str:
         check_id(id)
