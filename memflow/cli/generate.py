@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from rich.console import Console
 from rich.text import Text
@@ -18,7 +19,7 @@ from memflow.cli.options import Request
 from memflow.cli.story import settings
 from memflow.cli.terminal import Lines, bars, print_numbers, say
 from memflow.errors import MemFlowError
-from memflow.output.video import VideoWriter
+from memflow.output.video import VideoWriter, marked
 from memflow.parallel import Alone, joined
 
 
@@ -54,15 +55,15 @@ class Film:
         return "; ".join(said)
 
     def save(self, stream, extra: dict[str, str]) -> None:
-        known = {"video_frames": str(self.video.frames), "video_checksum": str(self.video.checksum)}
-        stream.save(os.path.realpath(self.state), extra | known)  # a link stays one
+        stream.save(os.path.realpath(self.state), extra | self.video.mark)  # a link stays one
         self.saved = stream.position
 
 
 class Unseen:
     """The video in a process that makes a story with others and is not the one that writes it."""
 
-    frames = checksum = 0
+    frames = 0
+    mark: ClassVar[dict[str, str]] = {}
 
     def __init__(self, fps: float):
         self.fps = fps
@@ -169,8 +170,7 @@ def _film(stream, job: Job, request: Request, console: Console) -> Film:
             rest = f"it will hold the rest alone, from chunk {stream.position + 1} on"
             say(console, f"{job.output} is not there: {rest}")
     else:
-        frames, checksum = int(job.state["video_frames"]), int(job.state["video_checksum"])
-        video = VideoWriter.resume(job.output, stream.pipeline.fps, frames, checksum)
+        video = VideoWriter.resume(job.output, stream.pipeline.fps, *marked(job.state))
     stop = None if request.chunks is None else stream.position + request.chunks
     return Film(job, video, video.frames, stop, len(stream), request.save_state, position=stream.position)
 

@@ -15,7 +15,7 @@ from memflow.cli.loading import backend, load, size_and_memory
 from memflow.cli.options import Request
 from memflow.errors import MemFlowError
 from memflow.output.report import MemoryReport
-from memflow.output.video import VideoWriter
+from memflow.output.video import VideoWriter, marked
 from memflow.stream.saved import read_header
 from memflow.tellers.records import FOLDER, Task, begin, claimed, finish, is_done, sync
 from memflow.tellers.teller import Teller
@@ -70,7 +70,7 @@ class FilmWorker:
         if task.state.exists():
             try:
                 known = read_header(task.state, digest=False)["extra"]
-                video = VideoWriter.resume(task.film, fps, int(known["video_frames"]), int(known["video_checksum"]))
+                video = VideoWriter.resume(task.film, fps, *marked(known))
                 self._teller.resume(task.id)
                 return video
             except MemFlowError as error:
@@ -134,5 +134,4 @@ class FilmWorker:
 
     def _save(self, task: Task, video: VideoWriter) -> None:
         sync(task.film)
-        known = {"name": task.name, "video_frames": str(video.frames), "video_checksum": str(video.checksum)}
-        self._teller.save(task.id, self._about | known)
+        self._teller.save(task.id, self._about | {"name": task.name} | video.mark)

@@ -32,13 +32,7 @@ _GRACE = 120  # seconds for saving when the server is stopped
 
 
 def serve(request: Serving) -> int:
-    """Serve until Ctrl-C or SIGTERM; every story is saved then.
-
-    Args:
-        request: the options.
-
-    Returns:
-        0.
+    """Serve until Ctrl-C or SIGTERM; every story is saved then. Returns 0, the exit code.
 
     Raises:
         MemFlowError: an address that cannot be had or must not be open, a model that cannot be loaded, or several
@@ -101,12 +95,7 @@ def _connections(settings: Settings) -> int:
 
 
 def server(app: Starlette, settings: Settings) -> uvicorn.Server:
-    """`app` as uvicorn serves it, within the limits that are uvicorn's to keep.
-
-    Args:
-        app: of `make_app`.
-        settings: what it was made with.
-    """
+    """The app of `make_app` as uvicorn serves it, within the limits that are uvicorn's to keep."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -143,9 +132,6 @@ def _sessions(text: str) -> int:
 
 def settings_of(request: Serving) -> Settings:
     """What the options allow.
-
-    Args:
-        request: the options.
 
     Raises:
         MemFlowError: a token or an origin that cannot be, an address that is not one of this machine alone without a
@@ -187,15 +173,7 @@ def _is_local(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket for `server`, bound.
-
-    Args:
-        host: name or address.
-        port: 0: any that is free.
-
-    Raises:
-        MemFlowError: it cannot be had.
-    """
+    """A socket for `server`, bound to a free port if `port` is 0; MemFlowError where it cannot be had."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memflow.errors import MemFlowError
+from memflow.output.video import marked
 from memflow.serve.film import Film, files_of, read_journal, remove, scenes_of
 from memflow.serve.metrics import Metrics
 from memflow.serve.protocol import Refused, Start
@@ -31,15 +32,8 @@ _TIDY = 60.0  # seconds between two looks at the folder
 
 
 def memory_asked_for(trained: MemoryConfig, asked: dict[str, Any]) -> MemoryConfig:
-    """The memory of a story.
-
-    Args:
-        trained: the model's.
-        asked: by a viewer, who has another policy than that of a published pipeline without its other rules.
-
-    Raises:
-        MemFlowError: settings that do not go together.
-    """
+    """The model's memory with what a viewer asked for; another policy than that of a published pipeline comes without
+    its other rules. MemFlowError for settings that do not go together."""
     other = asked.get("policy", trained.policy) != trained.policy
     # How many frames the model's own policy holds suits no other.
     ours = {"published_mode": None, "global_sink": True, "held_frames": None} if other else {}
@@ -199,7 +193,7 @@ class Stories:
                 stop = int(read_header(path, digest=False)["extra"]["stop"])
                 self.teller.pause(self.teller.resume(id, stop=stop))
                 stream = self.teller.stream(id)
-                film.resume(stream.position, *(int(stream.extra[name]) for name in ("video_frames", "video_checksum")))
+                film.resume(stream.position, *marked(stream.extra))
                 if start.prompt is not None:
                     self.teller.send(id, start.prompt)
             except BaseException as error:

@@ -107,7 +107,7 @@ class Telling:
             await self._turns.join()
             if self.over:
                 raise MemFlowError("the story is over")
-            extra = self.stories.extra | {"name": self.id, "stop": str(self.stop)} | self.film.extra()
+            extra = self.stories.extra | {"name": self.id, "stop": str(self.stop)} | self.film.video.mark
             await self.stories.model(self.stories.teller.save, self.id, extra)
             self.stories.metrics.saved += 1
         finally:
