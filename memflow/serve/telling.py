@@ -7,12 +7,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from memflow.errors import MemFlowError
-from memflow.serve.film import Film, Part
-from memflow.serve.protocol import Start
-from memflow.tellers.teller import Turn
 
 if TYPE_CHECKING:
+    from memflow.serve.film import Film, Part
+    from memflow.serve.protocol import Start
     from memflow.serve.stories import Stories
+    from memflow.tellers.teller import Turn
 
 _AHEAD = 2  # chunks of one story that are made and not yet sent
 
