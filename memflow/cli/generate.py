@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from memflow.cli import Interrupt, shown
-from memflow.cli.jobs import Job, jobs
 from memflow.cli.options import Request
-from memflow.cli.story import settings
+from memflow.cli.story import Job, jobs, settings
 from memflow.cli.terminal import Lines, bars, print_numbers, say
 from memflow.errors import MemFlowError
 from memflow.output.video import VideoWriter, marked

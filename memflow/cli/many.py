@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from memflow.cli import Interrupt, shown
-from memflow.cli.jobs import check_settings
+from memflow.cli.checks import check_settings
 from memflow.cli.options import Request, lasting, with_whole_paths
 from memflow.cli.story import Story, read_stories, settings
 from memflow.cli.terminal import bars, print_numbers, say

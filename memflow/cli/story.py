@@ -1,4 +1,4 @@
-"""Stories: lists of prompts, read from files and checked."""
+"""Stories: lists of prompts, read from files and checked; and the videos that a request makes of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 import math
 import re
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from memflow.cli.checks import check_files, check_settings
 from memflow.cli.options import Request
 from memflow.errors import MemFlowError
 from memflow.output import check_regular
@@ -30,6 +32,20 @@ class Story(NamedTuple):
     prompts: list[str]
     seed: int | None = None
     seconds_per_prompt: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video. story: None = the one in the state that is resumed. state: what that state's file says of it."""
+
+    story: Story | None
+    output: Path
+    report: Path | None
+    state: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.story.name if self.story else self.state["name"]
 
 
 def settings(story: Story, request: Request) -> dict[str, Any]:
@@ -76,7 +92,7 @@ def read_stories(path: str | Path, bad: list[str] | None = None) -> list[Story]:
             raise MemFlowError(
                 f"{path}: holds JSON, YAML or CSV, not one prompt per line; its name must say so (.jsonl)"
             )
-        return [Story(_file_name(path.stem), check_prompts([line.strip() for _, line in lines], str(path)))]
+        return [Story(_file_name(path.stem), _prompts([line.strip() for _, line in lines], str(path)))]
     if kind in _LINES:
         records = [(f"{path}, line {number}", line) for number, line in lines]
     else:
@@ -100,6 +116,62 @@ def read_stories(path: str | Path, bad: list[str] | None = None) -> list[Story]:
         else:
             stories[story.name] = story
     return list(stories.values())
+
+
+def jobs(request: Request) -> list[Job]:
+    """The videos to make. MemFlowError for what cannot work and can be seen without loading a model."""
+    if request.output is None:
+        raise MemFlowError("where to? -o OUT.mp4 is needed (a folder if the story file holds several stories)")
+    check_settings(request)
+    if request.live and str(request.story) == "-":
+        raise MemFlowError("--live reads further scenes from stdin: the story must be a file, or come with -p")
+    if request.save_every is not None and request.save_state is None:
+        raise MemFlowError("--save-every says how often the state is written, --save-state FILE where: it is missing")
+    found = _resumed(request) if request.resume else _told(request)
+    check_files(request, found)
+    return found
+
+
+def _resumed(request: Request) -> list[Job]:
+    if given := request.given_again():
+        raise MemFlowError(f"--resume takes story, seed and settings from the state: leave out {', '.join(given)}")
+    if request.overwrite and not request.report:
+        raise MemFlowError("--overwrite does nothing with --resume: an OUT that is there is continued")
+    from memflow.stream.saved import read_header
+
+    check_regular(request.resume)
+    header = read_header(request.resume)
+    missing = {"name", "model", "dtype", "video_frames", "video_checksum"} - set(header["extra"])
+    if missing:
+        raise MemFlowError(
+            f"{request.resume}: not saved by `memflow generate` (it does not tell {', '.join(sorted(missing))})"
+        )
+    if header["plan"]["remaining"] == 0 and not header["plan"]["queue"]:
+        raise MemFlowError(f"{request.resume}: this story has been told to its end, nothing is left to generate")
+    return [_job(request, None, request.output, header["extra"])]
+
+
+def _told(request: Request) -> list[Job]:
+    if request.story is not None and request.prompts:
+        raise MemFlowError("give the story either as a file or with -p, not both")
+    if request.story is None and not request.prompts:
+        raise MemFlowError("which story? Give a story file, or prompts with -p")
+    if request.prompts:
+        return [_job(request, Story(request.output.stem, _prompts(list(request.prompts), "-p")), request.output)]
+    stories = read_stories(request.story)
+    if len(stories) == 1:
+        return [_job(request, stories[0], request.output)]
+    if request.live:
+        raise MemFlowError(f"--live is for one story, {request.story} holds {len(stories)}")
+    if request.output.suffix.lower() == ".mp4":
+        raise MemFlowError(f"{request.story} holds {len(stories)} stories: -o must be a folder, not {request.output}")
+    if request.save_state is not None:
+        raise MemFlowError(f"--save-state is for one story, {request.story} holds {len(stories)}")
+    return [_job(request, story, request.output / f"{story.name}.mp4") for story in stories]
+
+
+def _job(request: Request, story: Story | None, output: Path, state: dict[str, str] | None = None) -> Job:
+    return Job(story, output, output.with_suffix(".png") if request.report else None, state or {})
 
 
 def _read(path: Path) -> str:
@@ -178,12 +250,12 @@ def _story(record: Any, default: str, where: str) -> Story:
         raise MemFlowError(f'{where}: "seconds_per_prompt" must be above 0, got {_short(seconds)}')
     if seconds is not None and seconds > sys.float_info.max:  # a whole number that no float holds
         raise MemFlowError(f'{where}: "seconds_per_prompt" must be at most {sys.float_info.max:g}')
-    return Story(_file_name(name or default), check_prompts(record["prompts"], where), seed, seconds)
+    return Story(_file_name(name or default), _prompts(record["prompts"], where), seed, seconds)
 
 
-def check_prompts(prompts: Any, where: str) -> list[str]:
+def _prompts(prompts: Any, where: str) -> list[str]:
     """`prompts`, if they make a story; MemFlowError, beginning with `where`, if not."""
-    from memflow.stream.given import check_text
+    from memflow.stream.plan import check_text
 
     if not isinstance(prompts, list):
         raise MemFlowError(f'{where}: "prompts" must be a list of strings, not {type(prompts).__name__}')

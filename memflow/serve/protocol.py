@@ -17,7 +17,7 @@ from typing import Any
 from memflow.errors import MemFlowError
 from memflow.memory.policies import POLICIES
 from memflow.serve.settings import Settings
-from memflow.stream.given import check_text
+from memflow.stream.plan import check_text
 from memflow.tellers.teller import check_id
 
 FORMATS = ("m4s", "jpeg")

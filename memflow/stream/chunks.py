@@ -8,22 +8,29 @@ and every server drive a story through it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import FrameMemory, MemorySnapshot, Pass, make_memory
+from memflow.memory.frames import FrameMemory, MemorySnapshot, Pass, Prompt, make_memory
 from memflow.modes import own_modes
 from memflow.parallel.alone import ALONE
-from memflow.stream.given import check_embeds, check_latents, check_saved_latents, check_size, one_timestep
-from memflow.stream.in_force import PromptInForce
+from memflow.stream import given
 
 if TYPE_CHECKING:
     from memflow.models.base import VideoModel
+
+
+class EncodedText(NamedTuple):
+    """embeds: [B, T, text_dim]. mask: [B, T]. prompt: what the model has made of them."""
+
+    embeds: Tensor
+    mask: Tensor
+    prompt: Prompt
 
 
 class ChunkDriver:
@@ -42,6 +49,8 @@ class ChunkDriver:
         position: chunks kept.
         memory: the `FrameMemory`, made by `open` or with the first chunk.
         history: the latents [B, C, F, h, w] that a prompt switch may encode again.
+        in_force: the text of the last chunk, or of the one in hand; None: there is none yet.
+        coming: the text from the next chunk on; None: no other.
 
     Raises:
         MemFlowError: `memory` is no MemoryConfig.
@@ -55,7 +64,9 @@ class ChunkDriver:
         self.history: Tensor | None = None
         self.position = 0
         self.size: tuple[int, int, int] | None = None
-        self.in_force = PromptInForce(model)
+        self.in_force: EncodedText | None = None
+        self.coming: EncodedText | None = None
+        self._version: Hashable = None  # of the model that has encoded them
         self._begun = self._ready = -1  # chunk whose preparation began, and the last that it ended for
         self._step: Pass | None = None
         self._unwritten: tuple[Tensor, Pass] | None = None  # the chunk whose clean pass is due
@@ -86,7 +97,7 @@ class ChunkDriver:
             return
         if self.size is not None:
             raise MemFlowError(f"latents: a stream keeps its size; it began with {self.size} (B, h, w), not {size}")
-        check_size(size)
+        given.check_size(size)
         batch, rows, columns = size = (int(batch), int(rows), int(columns))
         model = self.model
         try:
@@ -110,13 +121,13 @@ class ChunkDriver:
         Raises:
             MemFlowError: shapes that do not fit, or a chunk that has been begun and not kept.
         """
-        check_embeds(embeds, mask, self.model.text_dim, self.size and self.size[0])
+        given.check_embeds(embeds, mask, self.model.text_dim, self.size and self.size[0])
         if self.in_hand:
             raise MemFlowError(f"prompt: chunk {self.position} is under way under another one; keep it first")
         self.follow_model()
         with own_modes():
             mask = (embeds != 0).any(-1) if mask is None else mask.bool()
-            self.in_force.follow(embeds, mask)
+            self.coming = self._encoded(embeds, mask, copy=True)
 
     def denoise(self, latents: Tensor, timestep: float | Tensor) -> Tensor:
         """What the model predicts for the noisy chunk in hand.
@@ -131,8 +142,8 @@ class ChunkDriver:
         Raises:
             MemFlowError: no prompt yet, latents that do not fit, or a chunk that was interrupted.
         """
-        check_latents(latents)
-        timestep = one_timestep(timestep, latents.shape[0] if latents.ndim else 1)
+        given.check_latents(latents)
+        timestep = given.one_timestep(timestep, latents.shape[0] if latents.ndim else 1)
         self.begin(latents.shape)
         with own_modes():
             return self.model.denoise(self._input(latents), timestep, self._step).to(latents)
@@ -146,7 +157,7 @@ class ChunkDriver:
         Raises:
             MemFlowError: as `denoise`.
         """
-        check_latents(latents)
+        given.check_latents(latents)
         self.begin(latents.shape)
         with own_modes():
             latents = latents.detach().clone()  # the caller's, who may go on to write into them
@@ -162,10 +173,11 @@ class ChunkDriver:
         Args:
             shape: of the chunk's latents, where it has not been checked.
         """
-        batch, channels, frames = self.in_force.batch, self.model.channels, self.config.frames_per_chunk
-        if batch is None:
+        channels, frames, text = self.model.channels, self.config.frames_per_chunk, self.coming or self.in_force
+        if text is None:
             raise MemFlowError("which prompt? Call prompt(embeds) before the first chunk")
         if shape is not None:
+            batch = text.mask.shape[0]
             if len(shape) != 5 or list(shape[:3]) != [batch, channels, frames]:
                 raise MemFlowError(f"latents must be [{batch}, {channels}, {frames}, h, w], got {list(shape)}")
             self.open(batch, *shape[3:])
@@ -179,7 +191,8 @@ class ChunkDriver:
         self._begun = self.position
         start = self.start_frame
         with own_modes():
-            if self.in_force.switch():
+            if self.coming is not None:
+                self.in_force, self.coming = self.coming, None
                 self.memory.switch_prompt(start, self.in_force.prompt)
                 self._encode_window_again(start)
             self.memory.update(start, self.in_force.prompt)
@@ -216,7 +229,10 @@ class ChunkDriver:
             raise MemFlowError(f"chunk {self.position} is under way: a state is saved between chunks")
         self.settle()
         tensors, counters = self.memory.state_dict()
-        tensors = {f"memory.{name}": tensor for name, tensor in tensors.items()} | self.in_force.state_dict()
+        tensors = {f"memory.{name}": tensor for name, tensor in tensors.items()}
+        for name, text in (("text", self.in_force), ("next", self.coming)):
+            if text is not None:
+                tensors |= {f"{name}.embeds": text.embeds, f"{name}.mask": text.mask}
         if self.history is not None:
             tensors["history"] = self.history
         return tensors, {"position": self.position, **counters}
@@ -239,8 +255,7 @@ class ChunkDriver:
                 self._load(tensors, counters)
         except BaseException:
             size, self.size, self.memory = self.size, None, None  # the room of the old one before the new one is made
-            self.position, self.history = 0, None
-            self.in_force.clear()
+            self.position, self.history, self.in_force, self.coming = 0, None, None, None
             self._settled()
             self.open(*size)
             raise
@@ -258,10 +273,17 @@ class ChunkDriver:
             raise ValueError(f"unknown tensors: {', '.join(unknown)}")
         self.history = tensors["history"].to(self.model.device) if "history" in tensors else None
         kept = min(self.start_frame, self.config.sink_frames + self.config.window_frames)
-        check_saved_latents(self.history, (self.size[0], self.model.channels, kept, *self.size[1:]))
-        self.in_force.load_state_dict(tensors, self.size[0])
-        if position and self.in_force.text is None:
+        given.check_saved_latents(self.history, (self.size[0], self.model.channels, kept, *self.size[1:]))
+        texts = {}
+        for name in ("text", "next"):
+            if f"{name}.embeds" in tensors:
+                text = tensors[f"{name}.embeds"], tensors[f"{name}.mask"]
+                given.check_saved_text(name, *text, self.size[0], self.model.text_dim, self.model.dtype)
+                texts[name] = self._encoded(*text)
+        if position and "text" not in texts:
             raise ValueError("text.embeds is missing: the prompt of the last chunk")
+        self._version = self.model.text_version()
+        self.in_force, self.coming = texts.get("text"), texts.get("next")
         self._settled()
 
     def _settled(self) -> None:
@@ -281,11 +303,25 @@ class ChunkDriver:
         Raises:
             MemFlowError: a model that the memory does not fit any more.
         """
+        model = self.model
         with own_modes():
-            changed = self.in_force.encode_again(None if self.memory is None else self.memory.pool.key)
-        if changed and self._unwritten is not None:
-            latents, step = self._unwritten
-            self._unwritten = latents, step._replace(prompt=self.in_force.prompt)
+            version = model.text_version()
+            if self.memory is not None:
+                pool = self.memory.pool.key
+                given.check_unchanged("device", pool.device, model.device)
+                if version != self._version:
+                    given.check_unchanged("dtype", pool.dtype, model.dtype)
+            if version == self._version:
+                return
+            self.in_force, self.coming = (text and self._encoded(*text[:2]) for text in (self.in_force, self.coming))
+            if self._unwritten is not None:
+                latents, step = self._unwritten
+                self._unwritten = latents, step._replace(prompt=self.in_force.prompt)
+        self._version = version
+
+    def _encoded(self, embeds: Tensor, mask: Tensor, copy: bool = False) -> EncodedText:
+        text = embeds.to(self.model.device, self.model.dtype, copy=copy), mask.to(self.model.device, copy=copy)
+        return EncodedText(*text, self.model.encode_prompt(*text))
 
     def _encode_window_again(self, start: int) -> None:
         """The frames that stay in the window, under the new prompt."""

@@ -29,8 +29,8 @@ from memflow.modes import own_modes
 from memflow.parallel.alone import ALONE, Alone
 from memflow.parallel.ranks import Ranks
 from memflow.stream.chunks import ChunkDriver
-from memflow.stream.given import one_seed_each, prompt_texts, whole_pixels
-from memflow.stream.plan import Plan
+from memflow.stream.given import one_seed_each, whole_pixels
+from memflow.stream.plan import Plan, prompt_texts
 from memflow.stream.sampler import DistilledSchedule
 from memflow.stream.saved import load_stream
 from memflow.stream.stream import Stream

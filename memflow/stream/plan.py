@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections import deque
+from collections.abc import Sequence
+
+from memflow.errors import MemFlowError
+
+_CHARACTERS = 20_000  # of a prompt, at most: what any text encoder takes is a fraction
+
+
+def check_text(text: object, name: str = "prompt") -> None:
+    """Raise MemFlowError, beginning with `name`, unless `text` can be a prompt."""
+    if not isinstance(text, str) or not text.strip():
+        raise MemFlowError(f"{name} must be a text that is not blank, got {reprlib.repr(text)}")
+    if len(text) > _CHARACTERS:
+        raise MemFlowError(f"{name} must have at most {_CHARACTERS:,} characters, got {len(text):,}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MemFlowError(f"{name} must be valid Unicode, got {reprlib.repr(text)}: {error.reason}") from None
+
+
+def prompt_texts(prompt: str | Sequence[str], batch: int) -> tuple[str, ...]:
+    """A prompt as one text for each of `batch` stories."""
+    texts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,) * batch
+    if not texts or len(texts) != batch:
+        raise MemFlowError(f"prompt must have one text per story ({batch}), got {len(texts)}")
+    for text in texts:
+        check_text(text)
+    return texts
 
 
 class Plan:

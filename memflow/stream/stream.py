@@ -16,8 +16,7 @@ from torch import Tensor
 from memflow.errors import MemFlowError
 from memflow.models.wan.text import token_words
 from memflow.modes import own_modes
-from memflow.stream.given import prompt_texts
-from memflow.stream.plan import Plan
+from memflow.stream.plan import Plan, prompt_texts
 from memflow.stream.sampler import Noise, to_device
 from memflow.stream.words import called_by
 

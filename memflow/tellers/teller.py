@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from memflow.errors import MemFlowError
-from memflow.stream.given import prompt_texts
+from memflow.stream.plan import prompt_texts
 
 if TYPE_CHECKING:
     from memflow.memory.frames import MemorySnapshot

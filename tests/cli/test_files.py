@@ -11,8 +11,8 @@ from films import NOISE, clip, decode
 from PIL import Image
 
 from memflow.cli import main
-from memflow.cli.jobs import jobs
 from memflow.cli.options import Request
+from memflow.cli.story import jobs
 from memflow.errors import MemFlowError
 from memflow.output.report import MemoryReport
 from memflow.output.video import VideoWriter

@@ -43,7 +43,7 @@ def lora(tmp_path_factory):
 
 def current_prompt(driver):
     """Keys and values of the prompt in force as the model's weights have them now."""
-    return driver.model.encode_prompt(*driver.in_force.text)
+    return driver.model.encode_prompt(*driver.in_force[:2])
 
 
 def fuse_and_forget(pipe, lora):
@@ -111,12 +111,12 @@ def test_adapters_that_come_and_go(pipe, lora):
         lambda: pipe.enable_lora(),
         lambda: pipe.unload_lora_weights(),
     ]
-    keys = [driver.in_force.next[1].key]
+    keys = [driver.coming.prompt.key]
     for step in steps:
         step()
         driver.follow_model()
-        keys.append(driver.in_force.next[1].key)
-        assert torch.equal(keys[-1], driver.model.encode_prompt(*driver.in_force.next[0]).key)
+        keys.append(driver.coming.prompt.key)
+        assert torch.equal(keys[-1], driver.model.encode_prompt(*driver.coming[:2]).key)
     same = [(a, b) for a in range(6) for b in range(a) if torch.equal(keys[a], keys[b])]
     assert same == [(3, 0), (4, 2), (5, 0), (5, 3)]
 
