@@ -124,10 +124,8 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             MemFlowError: There is no model of this name in the package.
         """
         if name in PRESETS:
-            raise MemFlowError(
-                f"preset {name!r} says how a model is run; its weights are made into a folder with `memflow convert` "
-                "(docs/models.md)"
-            )
+            how = "its weights are made into a folder with `memflow convert` (docs/models.md)"
+            raise MemFlowError(f"preset {name!r} says how a model is run; {how}")
         if name != "storybook":
             raise MemFlowError(_GONE.get(name, f"there is no preset {name!r} in the package, only storybook"))
         return cls.from_pretrained(Path(__file__).parents[1] / "assets" / "storybook", dtype=dtype)
@@ -270,14 +268,8 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return stream
 
     def driver(self, memory: MemoryConfig, seeds: Sequence[int], height: int, width: int) -> ChunkDriver:
-        """The model and its memory for stories of one size, without text, sampler and video.
-
-        Args:
-            memory: what is remembered.
-            seeds: one per story of the batch.
-            height: of the video, pixels.
-            width: of the video, pixels.
-        """
+        """The model and its memory for stories of one size (pixels of the video) and of these seeds, one for each;
+        without text, sampler and video."""
         driver = ChunkDriver(WanModel(self.transformer, cuda_graphs=self.cuda_graphs), memory, seeds=seeds)
         driver.open(len(seeds), height // self.spatial_factor, width // self.spatial_factor)
         return driver
