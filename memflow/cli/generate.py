@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +19,7 @@ from memflow.cli.story import Job, jobs, settings
 from memflow.cli.terminal import Lines, bars, print_numbers, say
 from memflow.errors import MemFlowError
 from memflow.output.video import VideoWriter, marked
-from memflow.parallel import Alone, joined
+from memflow.parallel import ALONE, Alone, launched
 
 
 @dataclass
@@ -79,7 +79,9 @@ class Unseen:
 
 def generate(request: Request) -> int:
     """Make the videos of `request`; returns the exit code, 0 or (after Ctrl-C) 130. MemFlowError says what is wrong."""
-    with joined(request.device) as ranks:
+    if launched():
+        from memflow.parallel.joining import meet  # and torch with it
+    with meet(request.device) if launched() else nullcontext(ALONE) as ranks:
         todo = ranks.from_first(lambda: jobs(request))
         console = Console(stderr=True, highlight=False, markup=False, quiet=not ranks.first)
         films: list[Film] = []
@@ -207,7 +209,8 @@ def _make(
                 break
             writing.result()
             if chunk.switched:
-                line = Text(f"{_clock(video.frames / fps)}  {shown(' '.join(chunk.prompts[0].split()))}")
+                minutes, seconds = divmod(int(video.frames / fps), 60)
+                line = Text(f"{minutes}:{seconds:02d}  {shown(' '.join(chunk.prompts[0].split()))}")
                 line.truncate(bar.console.width, overflow="ellipsis")
                 bar.console.print(line, style="dim")
             writing = writer.submit(video.write, chunk.frames[0].numpy())
@@ -258,7 +261,3 @@ def _show(films: list[Film]) -> None:
         print_numbers(lines)
         if film.interrupted:
             print(f"stopped after chunk {film.position} of {film.length}")
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

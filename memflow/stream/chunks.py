@@ -18,7 +18,7 @@ from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
 from memflow.memory.frames import FrameMemory, MemorySnapshot, Pass, Prompt, make_memory
 from memflow.modes import own_modes
-from memflow.parallel.alone import ALONE
+from memflow.parallel import ALONE
 from memflow.stream import given
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from memflow.models.wan.published import PRESETS, find_preset
 from memflow.models.wan.text import PromptCache, encode_prompts, losses
 from memflow.models.weights import weights_digest
 from memflow.modes import own_modes
-from memflow.parallel.alone import ALONE, Alone
+from memflow.parallel import ALONE, Alone
 from memflow.parallel.ranks import Ranks
 from memflow.stream.chunks import ChunkDriver
 from memflow.stream.given import one_seed_each, whole_pixels
