@@ -60,6 +60,10 @@ class ChunkDriver:
         if not isinstance(memory, MemoryConfig):
             raise MemFlowError(f"memory must be a MemoryConfig, got {type(memory).__name__}")
         self.model, self.config, self.seeds = model, memory, list(seeds)
+        self._forget()
+
+    def _forget(self) -> None:
+        """The beginning of a video: nothing is held, no size is fixed."""
         self.memory: FrameMemory | None = None
         self.history: Tensor | None = None
         self.position = 0
@@ -254,9 +258,8 @@ class ChunkDriver:
             with own_modes():
                 self._load(tensors, counters)
         except BaseException:
-            size, self.size, self.memory = self.size, None, None  # the room of the old one before the new one is made
-            self.position, self.history, self.in_force, self.coming = 0, None, None, None
-            self._settled()
+            size = self.size
+            self._forget()  # the room of the old one before the new one is made
             self.open(*size)
             raise
 
@@ -284,12 +287,8 @@ class ChunkDriver:
             raise ValueError("text.embeds is missing: the prompt of the last chunk")
         self._version = self.model.text_version()
         self.in_force, self.coming = texts.get("text"), texts.get("next")
-        self._settled()
-
-    def _settled(self) -> None:
-        """No chunk is in hand, and no clean pass is due."""
-        self._begun = self._ready = self.position - 1
-        self._step = self._unwritten = None
+        self._begun = self._ready = position - 1  # no chunk is in hand,
+        self._step = self._unwritten = None  # and no clean pass is due
 
     def _require_memory(self, name: str) -> None:
         if self.memory is None:
