@@ -118,12 +118,11 @@ def _carrier(request: Request, most: int) -> Iterator[tuple[Carrier, int]]:
     if request.ray is None:
         yield Processes(partial(_worker, request, request.jobs)), min(request.jobs, most)
         return
-    from memflow.tellers.actors import Actors, cluster
+    from memflow.tellers.actors import Actors, cluster, share
 
     with cluster(request.ray) as resources:
-        kind = "GPU" if resources.get("GPU") and request.device != "cpu" else "CPU"
-        count = request.jobs or max(1, int(resources.get(kind, 1)))
-        yield Actors(partial(_worker, request, 0), {f"num_{kind.lower()}s": 1}), min(count, most)
+        takes, fit = share(resources, request.device)
+        yield Actors(partial(_worker, request, 0), takes), min(request.jobs or fit, most)
 
 
 def _worker(request: Request, local: int, index: int) -> Worker:

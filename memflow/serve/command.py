@@ -62,16 +62,15 @@ def serve(request: Serving) -> int:
 def _serve_cluster(request: Serving, settings: Settings, free: socket.socket) -> int:
     """`serve` from a Ray cluster, at an address that is free here."""
     from memflow.serve.cluster import deployed
-    from memflow.tellers.actors import cluster
+    from memflow.tellers.actors import cluster, share
 
     host, port = free.getsockname()[:2]
     free.close()
     replicas, said = request.replicas or 1, sys.stdout
     address = {"host": host, "port": port, "connections": _connections(settings), "grace": _GRACE}
     with cluster(request.ray) as resources, Interrupt() as interrupt:
-        kind = "num_gpus" if resources.get("GPU") and request.device != "cpu" else "num_cpus"
-        make = partial(_app, with_whole_paths(request), settings)
-        with deployed(make, replicas, takes={kind: 1}, **address):
+        takes, _ = share(resources, request.device)
+        with deployed(partial(_app, with_whole_paths(request), settings), replicas, takes=takes, **address):
             interrupt.notify = lambda: None
             _announce(f"{replicas} x {settings.model}", settings, host, port, said)
             while not interrupt.requested:
