@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class MemFlowError(ValueError):
     """Something the user gave, or something a run met, that can be said in one line.
@@ -12,6 +16,18 @@ class MemFlowError(ValueError):
 
 class MemFlowWarning(UserWarning):
     """Something the user gave is not used as it stands: a prompt that is cut, a word that the model does not know."""
+
+
+@contextmanager
+def warned(say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, what memflow warns of goes to `say`, as often as it does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MemFlowWarning)
+        usual = warnings.showwarning
+        warnings.showwarning = lambda message, category, *rest: (
+            say(str(message)) if issubclass(category, MemFlowWarning) else usual(message, category, *rest)
+        )
+        yield
 
 
 def install_command(extra: str) -> str:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 _PREFIX, _SUFFIX = ".memflow-", ".partial"
 _STALE = 3600.0  # seconds after which a file under such a name belongs to a process that is gone
@@ -66,6 +66,23 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> N
                 os.unlink(name)
     with _opened(path.parent) as folder, suppress(OSError):  # some file systems cannot; the file itself is safe
         os.fsync(folder)
+
+
+def claim(file: IO) -> bool:
+    """Hold an open file for this process alone, until it is closed or the process gone.
+
+    Returns:
+        False: another one holds it. Where there are no locks (not Unix, some file systems) nobody is told apart: True.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def _host() -> str:

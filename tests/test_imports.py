@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-LEVELS = 8  # seven of a command that makes one film; a worker of many stands above it
+LEVELS = 7
 
 Graph = dict[str, set[str]]
 

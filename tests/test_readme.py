@@ -64,7 +64,7 @@ def test_commands(tmp_path):
 
 def test_options():
     """Every option of every `memflow` command is one that the command has."""
-    from memflow.cli.options import app
+    from memflow.cli.commands import app
 
     known = {
         command.callback.__name__: subprocess_help(command.callback.__name__) for command in app.registered_commands

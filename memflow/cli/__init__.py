@@ -6,13 +6,12 @@ import os
 import re
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import NoReturn
 
-from memflow.errors import MemFlowError, MemFlowWarning, missing_package
+from memflow.errors import MemFlowError, missing_package, warned
 
 _UNSEEN = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -31,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["toy"]:
         return _fail("`memflow toy` is `python -m examples.storybook` now, in the repository of the project")
     try:
-        app = import_module("memflow.cli.serving").app
+        app = import_module("memflow.cli.commands").app
     except ModuleNotFoundError as error:
         if arguments == ["doctor"]:  # says which packages are missing, without those that read options
             return import_module("memflow.cli.doctor").doctor() or 0
@@ -53,7 +52,7 @@ def run_app(app, arguments: list[str] | None, name: str) -> int:
     import typer
 
     try:
-        with _warnings():
+        with warned(cache(_say)):  # each sentence once
             return app(arguments, prog_name=name, standalone_mode=False) or 0
     except (typer.Abort, KeyboardInterrupt):
         _say("stopped")
@@ -156,24 +155,6 @@ class Interrupt:
 def shown(text: object) -> str:
     """`text` for a terminal: what could command it, turn the writing direction or not be encoded is escaped."""
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
-
-
-@contextmanager
-def _warnings() -> Iterator[None]:
-    """What memflow warns of is said once, in one line."""
-    said = set()
-
-    def show(message, category, *rest) -> None:
-        if not issubclass(category, MemFlowWarning):
-            usual(message, category, *rest)
-        elif str(message) not in said:
-            said.add(str(message))
-            _say(str(message))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", MemFlowWarning)
-        usual, warnings.showwarning = warnings.showwarning, show
-        yield
 
 
 def _missing(error: ModuleNotFoundError) -> int:

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import textwrap
+from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,14 +50,17 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "cpu": _cpu(),
         "memflow_kernels": _version("memflow-kernels"),
-        "torch": _torch(),
-        "gpus": _gpus(),
-        "nvcc": _nvcc(),
-        "cuda_kernels": _cuda_kernels(),
+        "torch": _asked(_torch, _reason),
+        "gpus": _asked(_gpus, lambda error: []),  # no driver, a broken driver, no torch
+        "nvcc": _asked(_nvcc, lambda error: None),  # what stands under "CUDA kernels" says more
+        "cuda_kernels": _asked(lambda: import_module("memflow_kernels.cuda.extension").described(), _reason),
         "triton": _version("triton"),
-        "backends": _backends(),
+        "backends": _asked(
+            lambda: import_module("memflow_kernels.backends").available_backends(),
+            lambda error: {"every": _reason(error)},
+        ),
         "packages": {name: _version(name) for name in _MODEL_PACKAGES},
-        "libx264": _libx264(),
+        "libx264": _asked(_libx264, _reason),
     }
 
 
@@ -112,65 +116,43 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _torch() -> dict[str, str | None] | str:
+def _asked(ask: Callable[[], Any], otherwise: Callable[[Exception], Any]) -> Any:
+    """What `ask` gives. A broken installation fails in many ways, and all of them are to be shown."""
     try:
-        torch = import_module("torch")
-        return {"version": torch.__version__, "cuda": torch.version.cuda or torch.version.hip}
-    except Exception as error:  # a broken installation fails in many ways, and all of them are to be shown
-        return _reason(error)
+        return ask()
+    except Exception as error:
+        return otherwise(error)
+
+
+def _torch() -> dict[str, str | None]:
+    torch = import_module("torch")
+    return {"version": torch.__version__, "cuda": torch.version.cuda or torch.version.hip}
 
 
 def _cpu() -> dict[str, int | None]:
-    try:
-        threads = import_module("torch").get_num_threads()
-    except Exception:  # said under "torch"
-        threads = None
+    threads = _asked(lambda: import_module("torch").get_num_threads(), lambda error: None)  # said under "torch"
     affinity = getattr(os, "sched_getaffinity", None)
     return {"cores": len(affinity(0)) if affinity else os.cpu_count(), "threads": threads}
 
 
 def _gpus() -> list[dict[str, Any]]:
-    try:
-        cuda = import_module("torch").cuda
-        found = [cuda.get_device_properties(index) for index in range(cuda.device_count())]
-    except Exception:  # no driver, a broken driver, no torch: no GPU that can be used
-        return []
+    cuda = import_module("torch").cuda
+    found = [cuda.get_device_properties(index) for index in range(cuda.device_count())]
     return [
         {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_gib": round(gpu.total_memory / 2**30)}
         for gpu in found
     ]
 
 
-def _backends() -> dict[str, str | None]:
-    try:
-        return import_module("memflow_kernels.backends").available_backends()
-    except Exception as error:  # as for torch
-        return {"every": _reason(error)}
-
-
-def _nvcc() -> str | None:
-    try:
-        toolchain = import_module("memflow_kernels.cuda.builder.toolchain")
-        path = toolchain.find_nvcc()
-        return f"{toolchain.nvcc_version(path)}, {path}"
-    except Exception:  # not there, or broken: what stands under "CUDA kernels" says more
-        return None
-
-
-def _cuda_kernels() -> str:
-    try:
-        return import_module("memflow_kernels.cuda.extension").described()
-    except Exception as error:  # as for torch
-        return _reason(error)
+def _nvcc() -> str:
+    toolchain = import_module("memflow_kernels.cuda.builder.toolchain")
+    path = toolchain.find_nvcc()
+    return f"{toolchain.nvcc_version(path)}, {path}"
 
 
 def _libx264() -> str | None:
-    try:
-        return (
-            None if "libx264" in import_module("av").codecs_available else "this build of PyAV has no libx264 encoder"
-        )
-    except Exception as error:  # as for torch
-        return _reason(error)
+    there = "libx264" in import_module("av").codecs_available
+    return None if there else "this build of PyAV has no libx264 encoder"
 
 
 def _reason(error: Exception) -> str:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from memflow.cli import Interrupt, shown
-from memflow.cli.live import Lines
 from memflow.cli.options import Request
 from memflow.cli.story import Job, jobs, settings
+from memflow.cli.terminal import Lines, bars, print_numbers, say
 from memflow.errors import MemFlowError
-from memflow.output.video import VideoWriter
-from memflow.parallel import Alone, joined
+from memflow.output.video import VideoWriter, marked
+from memflow.parallel import ALONE, Alone, launched
 
 
 @dataclass
@@ -54,15 +54,15 @@ class Film:
         return "; ".join(said)
 
     def save(self, stream, extra: dict[str, str]) -> None:
-        known = {"video_frames": str(self.video.frames), "video_checksum": str(self.video.checksum)}
-        stream.save(os.path.realpath(self.state), extra | known)  # a link stays one
+        stream.save(os.path.realpath(self.state), extra | self.video.mark)  # a link stays one
         self.saved = stream.position
 
 
 class Unseen:
     """The video in a process that makes a story with others and is not the one that writes it."""
 
-    frames = checksum = 0
+    frames = 0
+    mark: ClassVar[dict[str, str]] = {}
 
     def __init__(self, fps: float):
         self.fps = fps
@@ -79,7 +79,9 @@ class Unseen:
 
 def generate(request: Request) -> int:
     """Make the videos of `request`; returns the exit code, 0 or (after Ctrl-C) 130. MemFlowError says what is wrong."""
-    with joined(request.device) as ranks:
+    if launched():
+        from memflow.parallel.joining import meet  # and torch with it
+    with meet(request.device) if launched() else nullcontext(ALONE) as ranks:
         todo = ranks.from_first(lambda: jobs(request))
         console = Console(stderr=True, highlight=False, markup=False, quiet=not ranks.first)
         films: list[Film] = []
@@ -87,7 +89,7 @@ def generate(request: Request) -> int:
             with Interrupt(shared=ranks.size > 1) as interrupt:
                 _run(request, todo, films, console, interrupt, ranks)
         except KeyboardInterrupt as stopped:
-            _say(console, "; ".join(["stopped at once", *filter(None, stopped.args)]))
+            say(console, "; ".join(["stopped at once", *filter(None, stopped.args)]))
             if ranks.size > 1:  # the others wait for this one
                 raise SystemExit(130) from None
             return 130
@@ -121,7 +123,7 @@ def _run(
             try:
                 stream = _stream(pipe, job, request)
                 where = f"{ranks.size} x {device.type}" if ranks.size > 1 else device
-                _say(console, f"{title}: {model} on {where}, {dtype}", style="dim")
+                say(console, f"{title}: {model} on {where}, {dtype}", style="dim")
                 film = _film(stream, job, request, console)
                 _make(film, stream, request, extra, title, console, interrupt)
                 del stream  # its memory makes room for that of the next one
@@ -149,22 +151,14 @@ def _prepare(pipe, prompts: list[str]) -> None:
 
 
 def _stream(pipe, job: Job, request: Request):
-    from memflow.cli.loading import choose_memory
+    from memflow.cli.loading import size_and_memory
 
     if job.story is None:
         stream = pipe.resume(request.resume)
         if pipe.ranks.first:
             _prepare(pipe, [text for texts, _ in stream.plan.queue for text in texts])
         return stream
-    return pipe.stream(
-        job.story.prompts,
-        height=request.height,
-        width=request.width,
-        **settings(job.story, request),
-        memory=choose_memory(
-            request.memory, request.held, request.top_k, pipe.memory_config, **request.further_memory()
-        ),
-    )
+    return pipe.stream(job.story.prompts, **settings(job.story, request), **size_and_memory(request, pipe))
 
 
 def _film(stream, job: Job, request: Request, console: Console) -> Film:
@@ -175,10 +169,9 @@ def _film(stream, job: Job, request: Request, console: Console) -> Film:
         video = VideoWriter(job.output, stream.pipeline.fps)
         if job.story is None:
             rest = f"it will hold the rest alone, from chunk {stream.position + 1} on"
-            _say(console, f"{job.output} is not there: {rest}")
+            say(console, f"{job.output} is not there: {rest}")
     else:
-        frames, checksum = int(job.state["video_frames"]), int(job.state["video_checksum"])
-        video = VideoWriter.resume(job.output, stream.pipeline.fps, frames, checksum)
+        video = VideoWriter.resume(job.output, stream.pipeline.fps, *marked(job.state))
     stop = None if request.chunks is None else stream.position + request.chunks
     return Film(job, video, video.frames, stop, len(stream), request.save_state, position=stream.position)
 
@@ -199,8 +192,8 @@ def _make(
         stack.enter_context(video)
         if report is not None:
             stack.push(lambda kind, *_: _draw(report, film.job.report, kind is not None))
-        bar = stack.enter_context(_progress(console))
-        task = bar.add_task(shown(title), total=len(stream), completed=stream.position, rate="")
+        bar = stack.enter_context(bars(console))
+        task = bar.add_task(shown(title), total=len(stream), completed=stream.position, unit="chunks")
         interrupt.notify = lambda: bar.console.print("stopping after this chunk; once more stops at once")
         stack.callback(setattr, interrupt, "notify", None)
         begin = time.perf_counter()
@@ -216,7 +209,8 @@ def _make(
                 break
             writing.result()
             if chunk.switched:
-                line = Text(f"{_clock(video.frames / fps)}  {shown(' '.join(chunk.prompts[0].split()))}")
+                minutes, seconds = divmod(int(video.frames / fps), 60)
+                line = Text(f"{minutes}:{seconds:02d}  {shown(' '.join(chunk.prompts[0].split()))}")
                 line.truncate(bar.console.width, overflow="ellipsis")
                 bar.console.print(line, style="dim")
             writing = writer.submit(video.write, chunk.frames[0].numpy())
@@ -228,7 +222,7 @@ def _make(
                 writing.result()
                 film.save(stream, extra)
             rate = (video.frames - film.before) / (time.perf_counter() - begin)
-            bar.update(task, total=len(stream), completed=stream.position, rate=f"{rate:.1f} frames/s")
+            bar.update(task, total=len(stream), completed=stream.position, unit=f"chunks  {rate:.1f} frames/s")
         writing.result()
         film.length = len(stream)
         film.position, film.wall = stream.position, time.perf_counter() - begin
@@ -247,26 +241,8 @@ def _draw(report, path: Path, failed: bool) -> None:
             raise
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("chunks  {task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
-def _say(console: Console, text: str, style: str = "") -> None:
-    """One line. Long paths are not wrapped, so that they can be copied."""
-    console.print(Text(shown(text), style), soft_wrap=True)
-
-
 def _show(films: list[Film]) -> None:
     """The numbers, on stdout."""
-    console = Console(highlight=False, markup=False)
     for film in films:
         height, width = film.size
         count, fps = film.video.frames, float(film.video.fps)
@@ -282,11 +258,6 @@ def _show(films: list[Film]) -> None:
         if made:
             lines.append(("loop", f"{made / film.loop:.1f} frames/s in the denoising loop alone"))
             lines.append(("all", f"{made / film.wall:.1f} frames/s from text to file"))
-        for label, text in lines:
-            console.print(Text.assemble((f"{label:<8}", "dim"), shown(text)), soft_wrap=True)
+        print_numbers(lines)
         if film.interrupted:
-            console.print(f"stopped after chunk {film.position} of {film.length}")
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+            print(f"stopped after chunk {film.position} of {film.length}")

@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_WEIGHTS
 from safetensors import SafetensorError
 
-from memflow.cli.options import lasting
+from memflow.cli.options import Request, lasting
 from memflow.decoders import use_decoder
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
@@ -191,6 +191,16 @@ def choose_memory(
         blamed = next((name for name in named if str(error).startswith(name)), None)
         blamed = blamed or ("held" if held is not None else named[0] if named else "memory")
         raise MemFlowError(f"--{blamed.replace('_', '-')} {given[blamed]}: {error}") from None
+
+
+def size_and_memory(request: Request, pipeline: MemFlowPipeline) -> dict[str, Any]:
+    """What a request asks for, as `MemFlowPipeline.stream` takes it."""
+    asked = request.memory, request.held, request.top_k, pipeline.memory_config
+    return {
+        "height": request.height,
+        "width": request.width,
+        "memory": choose_memory(*asked, **request.further_memory()),
+    }
 
 
 @contextmanager

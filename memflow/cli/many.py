@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import TaskID
 
 from memflow.cli import Interrupt, shown
+from memflow.cli.checks import check_settings
 from memflow.cli.options import Request, lasting, with_whole_paths
-from memflow.cli.story import Story, check_settings, read_stories, settings
+from memflow.cli.story import Story, read_stories, settings
+from memflow.cli.terminal import bars, print_numbers, say
 from memflow.errors import MemFlowError
 from memflow.output import check_writable
 from memflow.output.video import check_output
@@ -117,12 +118,11 @@ def _carrier(request: Request, most: int) -> Iterator[tuple[Carrier, int]]:
     if request.ray is None:
         yield Processes(partial(_worker, request, request.jobs)), min(request.jobs, most)
         return
-    from memflow.tellers.actors import Actors, cluster
+    from memflow.tellers.actors import Actors, cluster, share
 
     with cluster(request.ray) as resources:
-        kind = "GPU" if resources.get("GPU") and request.device != "cpu" else "CPU"
-        count = request.jobs or max(1, int(resources.get(kind, 1)))
-        yield Actors(partial(_worker, request, 0), {f"num_{kind.lower()}s": 1}), min(count, most)
+        takes, fit = share(resources, request.device)
+        yield Actors(partial(_worker, request, 0), takes), min(request.jobs or fit, most)
 
 
 def _worker(request: Request, local: int, index: int) -> Worker:
@@ -140,15 +140,7 @@ class _Table:
         self._told: set[int] = set()
         self._went_on: set[int] = set()
         self.left = len(todo)  # neither told nor given up
-        self._progress = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._progress = bars(console)
         self._total = self._progress.add_task("all", total=len(todo), unit="films")
 
     def __enter__(self) -> None:
@@ -158,8 +150,8 @@ class _Table:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """One line. Long paths are not wrapped, so that they can be copied."""
-        self._progress.console.print(Text(shown(text)), soft_wrap=True)
+        """One line, above the table."""
+        say(self._progress.console, text)
 
     def show(self, event: Event) -> None:
         """Show what came of a story."""
@@ -211,6 +203,4 @@ class _Table:
         lines += [("failed", str(self.failed))] if self.failed else []
         lines += [("left", str(self.left))] if self.left else []
         lines += [("all", f"{made} frames in {seconds:.1f} s, {made / seconds:.1f} frames/s")] if made else []
-        console = Console(highlight=False, markup=False)
-        for label, text in lines:
-            console.print(Text.assemble((f"{label:<8}", "dim"), shown(text)), soft_wrap=True)
+        print_numbers(lines)

@@ -1,22 +1,19 @@
-"""Stories: lists of prompts, read from files; and the videos that a request makes of them, checked before anything that
-takes long."""
+"""Stories: lists of prompts, read from files and checked; and the videos that a request makes of them."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memflow.cli.options import MEMORIES, Request
+from memflow.cli.checks import check_files, check_settings
+from memflow.cli.options import Request
 from memflow.errors import MemFlowError
-from memflow.output import check_regular, check_writable
+from memflow.output import check_regular
 
 _FILE, _LINE = 4 * 2**20, 2**20  # bytes of a story file and of a line in it
 _TEXT, _LINES, _JSON, _YAML = (".txt", ".text", ""), (".jsonl", ".ndjson"), (".json",), (".yaml", ".yml")
@@ -131,21 +128,8 @@ def jobs(request: Request) -> list[Job]:
     if request.save_every is not None and request.save_state is None:
         raise MemFlowError("--save-every says how often the state is written, --save-state FILE where: it is missing")
     found = _resumed(request) if request.resume else _told(request)
-    _check_files(request, found)
+    check_files(request, found)
     return found
-
-
-def check_settings(request: Request) -> None:
-    """Raise MemFlowError for settings of the stories that can be seen to be wrong without a model."""
-    seconds = request.seconds_per_prompt
-    if seconds is not None and not (seconds > 0 and math.isfinite(seconds)):
-        raise MemFlowError(f"--seconds-per-prompt must be above 0, got {seconds}")
-    if request.memory == "reference":
-        raise MemFlowError("--memory reference is called --memory published now")
-    if request.memory not in (None, *MEMORIES):
-        raise MemFlowError(f"--memory {request.memory}: there is no such memory; there are {', '.join(MEMORIES)}")
-    if request.decoder is not None:
-        check_regular(request.decoder)
 
 
 def _resumed(request: Request) -> list[Job]:
@@ -188,64 +172,6 @@ def _told(request: Request) -> list[Job]:
 
 def _job(request: Request, story: Story | None, output: Path, state: dict[str, str] | None = None) -> Job:
     return Job(story, output, output.with_suffix(".png") if request.report else None, state or {})
-
-
-def _check_files(request: Request, jobs: list[Job]) -> None:
-    from memflow.output.video import check_output, is_ours
-
-    written = [path for job in jobs for path in (job.output, job.report) if path]
-    written += [request.save_state] if request.save_state else []
-    names = [os.path.realpath(path) for path in (request.story, request.decoder, *written) if path]
-    for path in written:
-        if names.count(os.path.realpath(path)) > 1:
-            raise MemFlowError(f"{path}: is named twice, and one of its contents would overwrite the other")
-    with made_folder(request.output) if len(jobs) > 1 else nullcontext():
-        for job in jobs:
-            check_output(job.output)
-            _keep_foreign(job.output, is_ours, request.overwrite or request.resume)
-            if job.report is not None:
-                check_writable(job.report)
-                _keep_foreign(job.report, _is_report, request.overwrite)
-        if request.save_state is not None:
-            check_writable(request.save_state)
-            _keep_foreign(request.save_state, _is_state, request.overwrite)
-
-
-@contextmanager
-def made_folder(path: Path) -> Iterator[None]:
-    """Make the folder, unless it is there; where the block fails it is as if nothing had been."""
-    try:
-        there = path.is_dir()
-        path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise MemFlowError(f"{path}: the folder cannot be made: {error.strerror}") from None
-    try:
-        yield
-    except MemFlowError:
-        if not there:
-            path.rmdir()
-        raise
-
-
-def _keep_foreign(path: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
-    if not overwrite and path.exists() and path.stat().st_size and not is_ours(path):
-        raise MemFlowError(f"{path}: is there and memflow did not make it; --overwrite replaces it")
-
-
-def _is_report(path: Path) -> bool:
-    from memflow.output.report import is_ours
-
-    return is_ours(path)
-
-
-def _is_state(path: Path) -> bool:
-    from memflow.stream.saved import read_header
-
-    try:
-        read_header(path, digest=False)
-    except MemFlowError:
-        return False
-    return True
 
 
 def _read(path: Path) -> str:

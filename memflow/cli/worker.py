@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import torch
 
-from memflow.cli.loading import backend, choose_memory, load
+from memflow.cli.loading import backend, load, size_and_memory
 from memflow.cli.options import Request
 from memflow.errors import MemFlowError
 from memflow.output.report import MemoryReport
-from memflow.output.video import VideoWriter
+from memflow.output.video import VideoWriter, marked
 from memflow.stream.saved import read_header
 from memflow.tellers.records import FOLDER, Task, begin, claimed, finish, is_done, sync
 from memflow.tellers.teller import Teller
@@ -70,7 +70,7 @@ class FilmWorker:
         if task.state.exists():
             try:
                 known = read_header(task.state, digest=False)["extra"]
-                video = VideoWriter.resume(task.film, fps, int(known["video_frames"]), int(known["video_checksum"]))
+                video = VideoWriter.resume(task.film, fps, *marked(known))
                 self._teller.resume(task.id)
                 return video
             except MemFlowError as error:
@@ -79,18 +79,8 @@ class FilmWorker:
                 if task.film.stat().st_size and not task.overwrite:
                     raise MemFlowError(f"{error}; --overwrite tells the story anew") from None
             task.state.unlink()
-        asked = self._request
-        self._teller.begin(
-            task.told["prompts"],
-            id=task.id,
-            seconds_per_prompt=task.told["seconds_per_prompt"],
-            seed=task.told["seed"],
-            height=asked.height,
-            width=asked.width,
-            memory=choose_memory(
-                asked.memory, asked.held, asked.top_k, self._pipeline.memory_config, **asked.further_memory()
-            ),
-        )
+        told = {name: task.told[name] for name in ("prompts", "seconds_per_prompt", "seed")}
+        self._teller.begin(id=task.id, **told, **size_and_memory(self._request, self._pipeline))
         return VideoWriter(task.film, fps)
 
     def _told(self, task: Task, video: VideoWriter, stopping: Callable[[], bool]) -> Iterator[dict]:
@@ -144,5 +134,4 @@ class FilmWorker:
 
     def _save(self, task: Task, video: VideoWriter) -> None:
         sync(task.film)
-        known = {"name": task.name, "video_frames": str(video.frames), "video_checksum": str(video.checksum)}
-        self._teller.save(task.id, self._about | known)
+        self._teller.save(task.id, self._about | {"name": task.name} | video.mark)

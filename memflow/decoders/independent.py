@@ -22,31 +22,23 @@ class IndependentCodec(ModelMixin, ConfigMixin):
 
 
 class IndependentDecoder:
-    """Decodes a stream with an `IndependentCodec`: there is no state.
-
-    Args:
-        codec: The model that decodes.
-    """
+    """The `StreamDecoder` of an `IndependentCodec`: there is no state."""
 
     def __init__(self, codec: IndependentCodec):
         self.codec = codec
         self.temporal_factor, self.spatial_factor = codec.temporal_factor, codec.spatial_factor
 
     def video_frames(self, latent_frames: int) -> int:
-        """Video frames that the next `latent_frames` latent frames decode to."""
         return latent_frames * self.temporal_factor
 
     @own_modes()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, F, h, w] -> uint8 [B, T, H, W, 3] on the CPU."""
         return self.codec.decode(latents).cpu()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing: every frame is decoded on its own."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError for the state of another kind of decoder, which is any."""
         if state:
             raise ValueError(f"{type(self.codec).__name__} has no decoder state, got {sorted(state)}")
 

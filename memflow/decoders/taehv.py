@@ -167,12 +167,10 @@ class TinyStreamDecoder(CausalDecoder):
         yield video[:, :, self.temporal_factor - 1 :] if first else video
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that a new decoder of the same model continues from."""
         state = {f"past.{i}": frame for i, frame in enumerate(self.past) if frame is not None}
         return state | {"frames": torch.tensor(self.frames)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue where `state_dict` was taken. Raises ValueError for the state of another kind of decoder."""
         blocks = [i for i, layer in enumerate(self.model.decoder) if isinstance(layer, MemoryBlock)]
         needed = {"frames", *(f"past.{i}" for i in blocks if int(state.get("frames", 0)))}
         if set(state) != needed:

@@ -27,20 +27,12 @@ class CausalDecoder:
         raise NotImplementedError
 
     def video_frames(self, latent_frames: int) -> int:
-        """Video frames that the next `latent_frames` latent frames of this stream decode to."""
         dropped = self.temporal_factor - 1 if latent_frames and not self.frames else 0
         return latent_frames * self.temporal_factor - dropped
 
     @own_modes()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes the next frames of the stream.
-
-        Args:
-            latents: [B, C, F, h, w], in the transformer's (normalised) units, any float dtype.
-
-        Returns:
-            uint8 [B, T, H, W, 3] on the CPU, where T is what `video_frames` says.
-        """
+        """As `StreamDecoder`; latents in the transformer's (normalised) units, of any float dtype."""
         return torch.cat([_to_uint8(part) for part in self._parts(latents)], dim=1)
 
     @own_modes()
@@ -94,14 +86,13 @@ class WanDecoder(CausalDecoder):
         return video.clamp(-1.0, 1.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that a new decoder of the same VAE continues from: `frames`, `repeat` and `cache.<convolution>`."""
+        """`frames`, `repeat` and `cache.<convolution>`."""
         state = {f"cache.{i}": entry.contiguous() for i, entry in enumerate(self.cache) if isinstance(entry, Tensor)}
         state["repeat"] = torch.tensor([i for i, entry in enumerate(self.cache) if isinstance(entry, str)]).long()
         state["frames"] = torch.tensor(self.frames)
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue where `state_dict` was taken. Raises ValueError for the state of another kind of decoder."""
         cache = self._empty_cache()
         try:
             for i in state["repeat"].tolist():

@@ -20,7 +20,7 @@ from memflow.memory.places import Places, Rotation, Unplaced, place_keys
 from memflow.memory.policies import POLICIES, Held
 from memflow.memory.scenes import passed_over
 from memflow.memory.slots import FramePool, RelativeFramePool, copy_exactly
-from memflow.parallel.alone import ALONE, Alone
+from memflow.parallel import ALONE, Alone
 from memflow.parallel.ranks import require_division
 from memflow_kernels import Pool, prompt_relevance
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memflow.memory.places import Rotation, Unplaced
-from memflow.parallel.alone import ALONE, Alone
+from memflow.parallel import ALONE, Alone
 from memflow_kernels import Pool, frame_means, replace_frame, rotate_keys_write
 
 

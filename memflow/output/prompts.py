@@ -1,10 +1,14 @@
-"""The prompts in the picture of a report: above their chunks where each has room, else numbered and listed below."""
+"""The prompts in the picture of a report: above their chunks where each has room, else numbered and listed below; and
+what each called for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import textwrap
+from collections.abc import Callable, Sequence
 
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from memflow.output.lettering import families, fit, longest_word
 
@@ -16,6 +20,9 @@ _LETTERS_PER_INCH = 14.5
 _INK = "#2b2d3a"
 _STYLE = {"fontsize": 8, "va": "top", "color": _INK, "linespacing": 1.25, "parse_math": False}
 _LINE, _GAP = 0.155, 0.06  # inches
+CALLED_HEIGHT = 1.75  # inches
+_FACE = 0.62  # from one frame to the next
+_ROWS = 2
 
 
 def size_in_inches(axes) -> tuple[float, float]:
@@ -77,6 +84,48 @@ class PromptList:
                 axes.text(left + 0.34, top + 0.01, str(number + 1), ha="right", **_STYLE)
                 axes.text(left + 0.42, top + 0.01, text, family=families(text), **_STYLE)
                 top += _height(text)
+
+
+def draw_called(
+    axes,
+    scenes: list[Scene],
+    called: dict[int, Sequence[tuple[int, str]]],
+    thumbnails: dict[int, bytes],
+    prompt_colour: Colour,
+) -> None:
+    """Draw below each prompt as many of the frames that it was shown as it began as there is room for, each underlined
+    in the colour of its own prompt, and the words that called for them.
+
+    Args:
+        axes: what it is drawn on; x is counted in chunks.
+        scenes: first chunk, end and prompt of each stretch.
+        called: chunks that the bank showed, and words, by chunk that was made.
+        thumbnails: JPEG, by chunk.
+        prompt_colour: of the prompt with this number.
+    """
+    limits = axes.get_xlim()
+    width, height = size_in_inches(axes)
+    per_inch, cell = (limits[1] - limits[0]) / width, height / _ROWS
+    for number, (start, stop, _) in enumerate(scenes):
+        shown = [(chunk, words) for chunk, words in called.get(start, ()) if chunk in thumbnails]
+        columns = int((stop - start) / per_inch / _FACE)
+        for place, (chunk, words) in enumerate(shown[: columns * _ROWS]):
+            left, upper = start + (place % columns * _FACE + 0.04) * per_inch, height - place // columns * cell
+            image = Image.open(io.BytesIO(thumbnails[chunk]))
+            size = min(_FACE - 0.08, (cell - 0.2) * image.width / image.height)
+            tall = size * image.height / image.width
+            extent = (left, left + size * per_inch, (upper - tall) / height, upper / height)
+            axes.imshow(image, extent=extent, aspect="auto")
+            of = next((n for n, (begin, end, _) in enumerate(scenes) if begin <= chunk < end), number)
+            axes.plot(extent[:2], (extent[2],) * 2, color=prompt_colour(of), linewidth=2.5, solid_capstyle="butt")
+            text = textwrap.shorten(words, int(_FACE * 20), placeholder="").rstrip(",")
+            style = {"fontsize": 6.5, "va": "top", "color": _INK, "parse_math": False, "family": families(text)}
+            axes.text(left, extent[2] - 0.03 / height, text, **style)
+    note = "as it began\nit was shown,\ncalled for by"
+    axes.text(-0.004, 0.5, note, transform=axes.transAxes, fontsize=8, color=_INK, ha="right", va="center")
+    axes.set_xlim(limits)
+    axes.set_ylim(0, 1)
+    axes.axis("off")
 
 
 def _height(text: str) -> float:

@@ -1,9 +1,9 @@
 """The picture of a `MemoryReport`.
 
-From top to bottom: the film; its prompts; the memory; where the bank's frames come from; what each prompt called for
-(called.py). In the memory both axes are time: along a row runs the life of one remembered chunk, in a column stands all
-that one new chunk could look back to, and faintly what was held besides and not recalled. Prompts too many to stand
-above their chunks are numbered there and listed below.
+From top to bottom: the film; its prompts; the memory; where the bank's frames come from; what each prompt called for.
+In the memory both axes are time: along a row runs the life of one remembered chunk, in a column stands all that one new
+chunk could look back to, and faintly what was held besides and not recalled. Prompts too many to stand above their
+chunks are numbered there and listed below.
 
 Every colour has one meaning: cold ones are prompts, warm ones relevance, greys the sink and the window.
 """
@@ -22,9 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from memflow.output.called import HEIGHT, draw_called
 from memflow.output.lettering import families
-from memflow.output.prompts import PromptList, Scene, draw_strip, fits, size_in_inches
+from memflow.output.prompts import CALLED_HEIGHT, PromptList, Scene, draw_called, draw_strip, fits, size_in_inches
 
 _PROMPT_COLOURS = (
     "#3f78b5", "#3aa68a", "#8a5fb0", "#5cbcd6", "#2c5d8a", "#8fae4a", "#b58fd0", "#1f7a6c", "#8aa2c8", "#5b4a9e",
@@ -74,7 +73,7 @@ class Timeline:
         """The whole picture."""
         strip, list_height = (0.3, self._list.height) if self._list else (1.0, 0.0)  # inches, as all here
         called = {entry.index: entry.called for entry in self._entries if entry.called}
-        called_height = HEIGHT if called else 0.0
+        called_height = CALLED_HEIGHT if called else 0.0
         height, below = 10.0 + strip + called_height + list_height, called_height + list_height
         figure = Figure(figsize=(13, height), facecolor="white")
         rows = figure.add_gridspec(

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -54,6 +54,11 @@ def is_ours(path: str | Path) -> bool:
     with open(path, "rb") as file:
         header = _read_header(file)
     return _duration_field(header) is not None
+
+
+def marked(state: dict[str, str]) -> tuple[int, int]:
+    """Frames and checksum, for `VideoWriter.resume`, from a state that keeps the writer's `mark`."""
+    return int(state["video_frames"]), int(state["video_checksum"])
 
 
 class VideoWriter:
@@ -117,6 +122,11 @@ class VideoWriter:
         return video
 
     @property
+    def mark(self) -> dict[str, str]:
+        """What a state keeps of the video, so that both go on together."""
+        return {"video_frames": str(self.frames), "video_checksum": str(self.checksum)}
+
+    @property
     def codec(self) -> str:
         """The codec as browsers and playlists name it (RFC 6381), "avc1.640028" for example; known after `write`."""
         record = self.header.index(b"avcC") + 4  # version, then profile, compatibility and level
@@ -172,14 +182,14 @@ class VideoWriter:
             raise MemFlowError(f"{self.path}: not a video that memflow wrote, it cannot be continued")
         self.header = header[: field.start] + bytes(8) + header[field.stop :]
         self._end = len(header)
-        for fragment in _fragments(file, self._end):
+        for start, end, count in _fragments(file, self._end):
             if self.frames >= frames:
                 break
-            file.seek(fragment.start)
-            self.checksum = zlib.crc32(file.read(fragment.end - fragment.start), self.checksum)
-            self.frames += fragment.frames
+            file.seek(start)
+            self.checksum = zlib.crc32(file.read(end - start), self.checksum)
+            self.frames += count
             self._fragments += 1
-            self._end = fragment.end
+            self._end = end
 
     def _encode(self, frames: np.ndarray) -> tuple[bytes, bytes, int]:
         """The header of a file with such frames, `frames` as fragments that continue it, and how many fragments."""
@@ -232,14 +242,6 @@ class VideoWriter:
             left = left[self._file.write(left) :]
 
 
-class _Fragment(NamedTuple):
-    """Bytes `start` to `end` of a file, the boxes moof and mdat with `frames` frames."""
-
-    start: int
-    end: int
-    frames: int
-
-
 def _boxes(file: BinaryIO, start: int = 0) -> Iterator[tuple[bytes, int, int]]:
     """Kind, start and end of the whole boxes from `start` on; ends where the file ends or the first box is cut off."""
     length = file.seek(0, os.SEEK_END)
@@ -262,8 +264,8 @@ def _read_header(file: BinaryIO) -> bytes:
     return file.read(found[1][1])
 
 
-def _fragments(file: BinaryIO, start: int) -> Iterator[_Fragment]:
-    """The whole fragments from `start` on."""
+def _fragments(file: BinaryIO, start: int) -> Iterator[tuple[int, int, int]]:
+    """Start, end and frames of the whole fragments, boxes moof and mdat, from `start` on."""
     moof = None
     for kind, begin, end in _boxes(file, start):
         if kind == b"moof":
@@ -272,7 +274,7 @@ def _fragments(file: BinaryIO, start: int) -> Iterator[_Fragment]:
             run = content.find(b"trun")  # one track, one run
             moof = (begin, int.from_bytes(content[run + 8 : run + 12], "big")) if run >= 0 else None
         elif kind == b"mdat" and moof is not None:
-            yield _Fragment(moof[0], end, moof[1])
+            yield moof[0], end, moof[1]
             moof = None
         else:
             return

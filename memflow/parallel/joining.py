@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from memflow.errors import MemFlowError, MemFlowWarning
-from memflow.parallel.alone import launched
+from memflow.parallel import launched
 from memflow.parallel.ranks import Ranks
 
 _BEAT, _SILENT = 1.0, 15.0  # seconds between signs of life, and without one until a process counts as lost

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memflow.errors import MemFlowError
-from memflow.parallel.alone import Alone, T
+from memflow.parallel import Alone, T
 
 
 class Ranks(Alone):

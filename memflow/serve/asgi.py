@@ -24,10 +24,9 @@ from memflow.memory.policies import POLICIES
 from memflow.serve import protocol
 from memflow.serve.film import remove
 from memflow.serve.gate import Gate
-from memflow.serve.session import Session
+from memflow.serve.session import Session, Words
 from memflow.serve.settings import Settings
 from memflow.serve.stories import Stories
-from memflow.serve.words import Words
 
 if TYPE_CHECKING:
     from memflow.stream.pipeline import MemFlowPipeline

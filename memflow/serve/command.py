@@ -20,8 +20,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from memflow.cli import Interrupt, loading
-from memflow.cli.options import with_whole_paths
-from memflow.cli.serving import Serving
+from memflow.cli.options import Serving, with_whole_paths
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.parallel import launched
 from memflow.serve.asgi import make_app
@@ -33,13 +32,7 @@ _GRACE = 120  # seconds for saving when the server is stopped
 
 
 def serve(request: Serving) -> int:
-    """Serve until Ctrl-C or SIGTERM; every story is saved then.
-
-    Args:
-        request: the options.
-
-    Returns:
-        0.
+    """Serve until Ctrl-C or SIGTERM; every story is saved then. Returns 0, the exit code.
 
     Raises:
         MemFlowError: an address that cannot be had or must not be open, a model that cannot be loaded, or several
@@ -69,16 +62,15 @@ def serve(request: Serving) -> int:
 def _serve_cluster(request: Serving, settings: Settings, free: socket.socket) -> int:
     """`serve` from a Ray cluster, at an address that is free here."""
     from memflow.serve.cluster import deployed
-    from memflow.tellers.actors import cluster
+    from memflow.tellers.actors import cluster, share
 
     host, port = free.getsockname()[:2]
     free.close()
     replicas, said = request.replicas or 1, sys.stdout
     address = {"host": host, "port": port, "connections": _connections(settings), "grace": _GRACE}
     with cluster(request.ray) as resources, Interrupt() as interrupt:
-        kind = "num_gpus" if resources.get("GPU") and request.device != "cpu" else "num_cpus"
-        make = partial(_app, with_whole_paths(request), settings)
-        with deployed(make, replicas, takes={kind: 1}, **address):
+        takes, _ = share(resources, request.device)
+        with deployed(partial(_app, with_whole_paths(request), settings), replicas, takes=takes, **address):
             interrupt.notify = lambda: None
             _announce(f"{replicas} x {settings.model}", settings, host, port, said)
             while not interrupt.requested:
@@ -102,12 +94,7 @@ def _connections(settings: Settings) -> int:
 
 
 def server(app: Starlette, settings: Settings) -> uvicorn.Server:
-    """`app` as uvicorn serves it, within the limits that are uvicorn's to keep.
-
-    Args:
-        app: of `make_app`.
-        settings: what it was made with.
-    """
+    """The app of `make_app` as uvicorn serves it, within the limits that are uvicorn's to keep."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -144,9 +131,6 @@ def _sessions(text: str) -> int:
 
 def settings_of(request: Serving) -> Settings:
     """What the options allow.
-
-    Args:
-        request: the options.
 
     Raises:
         MemFlowError: a token or an origin that cannot be, an address that is not one of this machine alone without a
@@ -188,15 +172,7 @@ def _is_local(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket for `server`, bound.
-
-    Args:
-        host: name or address.
-        port: 0: any that is free.
-
-    Raises:
-        MemFlowError: it cannot be had.
-    """
+    """A socket for `server`, bound to a free port if `port` is 0; MemFlowError where it cannot be had."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind)

@@ -16,13 +16,9 @@ import numpy as np
 from PIL import Image
 
 from memflow.errors import MemFlowError
+from memflow.files import claim
 from memflow.output.video import VideoWriter
 from memflow.tellers.teller import Turn
-
-try:
-    import fcntl
-except ImportError:  # Windows: two servers must not share a folder there
-    fcntl = None
 
 _THUMBNAIL = 128  # pixels, the longer side
 _SUFFIXES = (".mp4", ".jsonl", ".safetensors")
@@ -60,7 +56,8 @@ class Film:
         self.video: VideoWriter | None = None
         self._journal = open(self._journal_path, "r+b" if about is None else "x+b")  # noqa: SIM115 (close() closes it)
         try:
-            _lock(self._journal)
+            if not claim(self._journal):
+                raise BlockingIOError
             if about is not None:
                 self._write(about)
             self.about, self._entries = read_journal(self._journal_path)
@@ -73,16 +70,8 @@ class Film:
         self.video = VideoWriter(self.path, self.about["fps"])
 
     def resume(self, chunks: int, frames: int, checksum: int) -> None:
-        """Go on after what a state knows of; what came after it is made again.
-
-        Args:
-            chunks: of the story so far.
-            frames: of the video so far.
-            checksum: of them.
-
-        Raises:
-            MemFlowError: the film or the journal is not what was written.
-        """
+        """Go on after so many chunks, and frames with that checksum, as a state knows them; what came after is made
+        again. MemFlowError where film or journal are not what was written."""
         if len(self._entries) < chunks:
             raise MemFlowError(f"story {self.id}: its journal has {len(self._entries)} of {chunks} chunks")
         if frames:
@@ -138,10 +127,6 @@ class Film:
         mime = f'video/mp4; codecs="{self.video.codec}"'
         return [Part(header + data, len(frames), about | {"mime": mime})]
 
-    def extra(self) -> dict[str, str]:
-        """What a state must know of the film."""
-        return {"video_frames": str(self.video.frames), "video_checksum": str(self.video.checksum)}
-
     def close(self) -> None:
         """Let the files go."""
         self._journal.close()
@@ -186,11 +171,10 @@ def remove(folder: Path, id: str) -> bool:
     journal = folder / f"{id}.jsonl"
     with ExitStack() as stack:
         try:
-            _lock(stack.enter_context(open(journal, "r+b")))
+            if not claim(stack.enter_context(open(journal, "r+b"))):
+                return False
         except FileNotFoundError:  # only pieces are left, or somebody else removes it too
             pass
-        except BlockingIOError:
-            return False
         for suffix in _SUFFIXES:  # while nobody can begin to go on with it
             (folder / f"{id}{suffix}").unlink(missing_ok=True)
     return True
@@ -217,12 +201,6 @@ def memory_of(snapshot, frames_per_chunk: int) -> dict[str, Any]:
             }
         )
     return {"held": frames, "sink": [int(n) for n in snapshot.sink], "window": [int(n) for n in snapshot.window]}
-
-
-def _lock(file) -> None:
-    """Until the file is closed, or its process gone."""
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _thumbnail(frame: np.ndarray) -> bytes:

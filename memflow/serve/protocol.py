@@ -12,7 +12,7 @@ import sys
 import uuid
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from memflow.errors import MemFlowError
 from memflow.memory.policies import POLICIES
@@ -44,7 +44,6 @@ _OPTIONAL = ("held_frames", "top_k", "activated", "activation_block", "query_blo
 _MEMORY = ("policy", "bank_frames", "recall", "scene_frame", *_OPTIONAL)
 _USED = {"type", "prompt", "format", "model", "width", "height", "size", "fps", "num_frames", "seconds", "seed"}
 _USED |= {"video_params", "sampling_params", "streaming_buffer_seconds", "memflow"}
-
 _BEGINNING = {"width", "height", "size", "fps", "num_frames", "seconds", "seed"}  # what a story keeps when it goes on
 _SIZE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")
 
@@ -99,24 +98,8 @@ class Start:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-class Interaction(NamedTuple):
-    """The next scene: its id, which comes back with the chunk that it begins with, and its prompt."""
-
-    event_id: str
-    prompt: str
-
-
 def read(text: str | None, settings: Settings, what: str = "message") -> dict[str, Any]:
-    """A message as an object.
-
-    Args:
-        text: of the frame; None: it was binary.
-        settings: how long it may be.
-        what: its name in errors.
-
-    Raises:
-        Refused: too long, no JSON, or no object.
-    """
+    """The text of a frame (None: it was binary) as an object; Refused where it is too long, no JSON, or no object."""
     if text is None:
         raise Refused(f"{what}: a text frame is needed, a binary one came")
     if len(text) > settings.message_characters:
@@ -131,15 +114,7 @@ def read(text: str | None, settings: Settings, what: str = "message") -> dict[st
 
 
 def start(message: dict[str, Any], settings: Settings) -> Start:
-    """Check the first message.
-
-    Args:
-        message: as `read` gives it.
-        settings: the limits, and the model's name.
-
-    Raises:
-        Refused: it cannot be followed.
-    """
+    """What the first message asks for; Refused where it cannot be followed."""
     if message.get("type") != "session.start":
         raise Refused(f"the first message must be session.start, {_short(message.get('type'))} came")
     given = {name: value for name, value in message.items() if value is not None}
@@ -191,16 +166,9 @@ def start(message: dict[str, Any], settings: Settings) -> Start:
     return found
 
 
-def interaction(message: dict[str, Any], settings: Settings) -> Interaction:
-    """Check a session.interaction.
-
-    Args:
-        message: as `read` gives it.
-        settings: the limits.
-
-    Raises:
-        Refused: it cannot be followed.
-    """
+def interaction(message: dict[str, Any], settings: Settings) -> tuple[str, str]:
+    """The next scene of a session.interaction: its id, which comes back with the chunk that it begins with, and its
+    prompt; Refused where it cannot be followed."""
     body = message.get("interaction")
     if not isinstance(body, dict):
         raise Refused("session.interaction: an object `interaction` is needed")
@@ -233,7 +201,7 @@ def interaction(message: dict[str, Any], settings: Settings) -> Interaction:
         if chunks < 0:
             raise Refused("transition_chunks must be at least 0")
     check_prompt(event["prompt"], settings)
-    return Interaction(event_id, event["prompt"])
+    return event_id, event["prompt"]
 
 
 def position(message: dict[str, Any]) -> float:
@@ -260,11 +228,9 @@ def check_prompt(prompt: Any, settings: Settings) -> None:
 def _spread(given: dict[str, Any]) -> None:
     """Bring what the nested forms hold to the top, where that is free."""
     for name, value in _object(given, "sampling_params").items():
-        if value is None:
-            continue
-        if name in _USED or name in _FIELDS:
+        if value is not None and (name in _USED or name in _FIELDS):
             given.setdefault(name, value)
-        else:
+        elif value is not None:
             given.setdefault("extra_params", {})
             _object(given, "extra_params").setdefault(name, value)
     for name, value in _object(given, "video_params").items():

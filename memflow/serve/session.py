@@ -1,21 +1,26 @@
-"""One connection to `WS /v1/realtime/video`, from its first message to the code that it is closed with."""
+"""One connection to `WS /v1/realtime/video`, from its first message to the code that it is closed with; and what of a
+prompt does not reach the model, asked without waiting for the model."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from memflow.errors import MemFlowError
+from memflow.models.wan.text import unread
 from memflow.serve import protocol
 from memflow.serve.protocol import Refused
 
 if TYPE_CHECKING:
-    from memflow.serve.stories import Stories, Telling
-    from memflow.serve.words import Words
+    from memflow.serve.stories import Stories
+    from memflow.serve.telling import Telling
+    from memflow.stream.pipeline import MemFlowPipeline
 
 _CODES = {"busy": 1013, "bad_start": 1008, "not_found": 1008, "failed": 1011, "out_of_memory": 1011, "disk_full": 1011}
 
@@ -25,6 +30,27 @@ class _Ended(Exception):
 
     def __init__(self, message: dict[str, Any] | None, code: int = 1000):
         self.message, self.code = message, code
+
+
+class Words:
+    """Reads prompts with a tokenizer of its own: one that two threads use at once fails.
+
+    Args:
+        pipeline: whose tokenizer is copied.
+    """
+
+    def __init__(self, pipeline: MemFlowPipeline):
+        self._tokenizer, self._length = copy.deepcopy(pipeline.tokenizer), pipeline.config.text_length
+        self._thread = ThreadPoolExecutor(1, "words")
+
+    async def lost(self, prompt: str) -> dict[str, Any]:
+        """The words of `prompt` that the model does not know, and its end where that is cut off (None: it is not)."""
+
+        def ask() -> dict[str, Any]:
+            cut, unknown = unread(self._tokenizer, prompt, self._length)
+            return {"unknown": unknown, "cut": cut}
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, ask)
 
 
 class Session:

@@ -9,7 +9,7 @@ and every server drive a story through it.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,19 @@ from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
 from memflow.memory.frames import FrameMemory, MemorySnapshot, Pass, Prompt, make_memory
 from memflow.modes import own_modes
-from memflow.parallel.alone import ALONE
-from memflow.stream.given import check_latents, check_size, check_text, one_timestep
+from memflow.parallel import ALONE
+from memflow.stream import given
 
 if TYPE_CHECKING:
     from memflow.models.base import VideoModel
+
+
+class EncodedText(NamedTuple):
+    """embeds: [B, T, text_dim]. mask: [B, T]. prompt: what the model has made of them."""
+
+    embeds: Tensor
+    mask: Tensor
+    prompt: Prompt
 
 
 class ChunkDriver:
@@ -41,6 +49,8 @@ class ChunkDriver:
         position: chunks kept.
         memory: the `FrameMemory`, made by `open` or with the first chunk.
         history: the latents [B, C, F, h, w] that a prompt switch may encode again.
+        in_force: the text of the last chunk, or of the one in hand; None: there is none yet.
+        coming: the text from the next chunk on; None: no other.
 
     Raises:
         MemFlowError: `memory` is no MemoryConfig.
@@ -50,14 +60,17 @@ class ChunkDriver:
         if not isinstance(memory, MemoryConfig):
             raise MemFlowError(f"memory must be a MemoryConfig, got {type(memory).__name__}")
         self.model, self.config, self.seeds = model, memory, list(seeds)
+        self._forget()
+
+    def _forget(self) -> None:
+        """The beginning of a video: nothing is held, no size is fixed."""
         self.memory: FrameMemory | None = None
         self.history: Tensor | None = None
         self.position = 0
         self.size: tuple[int, int, int] | None = None
-        self._text: tuple[Tensor, Tensor] | None = None  # embeddings and mask in force
-        self._prompt: Prompt | None = None
-        self._next: tuple[tuple[Tensor, Tensor], Prompt] | None = None  # from the next chunk on
-        self._version: Hashable = None  # of the model that the prompts were encoded with
+        self.in_force: EncodedText | None = None
+        self.coming: EncodedText | None = None
+        self._version: Hashable = None  # of the model that has encoded them
         self._begun = self._ready = -1  # chunk whose preparation began, and the last that it ended for
         self._step: Pass | None = None
         self._unwritten: tuple[Tensor, Pass] | None = None  # the chunk whose clean pass is due
@@ -88,7 +101,7 @@ class ChunkDriver:
             return
         if self.size is not None:
             raise MemFlowError(f"latents: a stream keeps its size; it began with {self.size} (B, h, w), not {size}")
-        check_size(size)
+        given.check_size(size)
         batch, rows, columns = size = (int(batch), int(rows), int(columns))
         model = self.model
         try:
@@ -112,14 +125,13 @@ class ChunkDriver:
         Raises:
             MemFlowError: shapes that do not fit, or a chunk that has been begun and not kept.
         """
-        check_text(embeds, mask, self.model.text_dim, self.size and self.size[0])
+        given.check_embeds(embeds, mask, self.model.text_dim, self.size and self.size[0])
         if self.in_hand:
             raise MemFlowError(f"prompt: chunk {self.position} is under way under another one; keep it first")
         self.follow_model()
         with own_modes():
             mask = (embeds != 0).any(-1) if mask is None else mask.bool()
-            text = embeds.to(self.model.device, self.model.dtype, copy=True), mask.to(self.model.device, copy=True)
-            self._next = text, self.model.encode_prompt(*text)
+            self.coming = self._encoded(embeds, mask, copy=True)
 
     def denoise(self, latents: Tensor, timestep: float | Tensor) -> Tensor:
         """What the model predicts for the noisy chunk in hand.
@@ -134,8 +146,8 @@ class ChunkDriver:
         Raises:
             MemFlowError: no prompt yet, latents that do not fit, or a chunk that was interrupted.
         """
-        check_latents(latents)
-        timestep = one_timestep(timestep, latents.shape[0] if latents.ndim else 1)
+        given.check_latents(latents)
+        timestep = given.one_timestep(timestep, latents.shape[0] if latents.ndim else 1)
         self.begin(latents.shape)
         with own_modes():
             return self.model.denoise(self._input(latents), timestep, self._step).to(latents)
@@ -149,7 +161,7 @@ class ChunkDriver:
         Raises:
             MemFlowError: as `denoise`.
         """
-        check_latents(latents)
+        given.check_latents(latents)
         self.begin(latents.shape)
         with own_modes():
             latents = latents.detach().clone()  # the caller's, who may go on to write into them
@@ -165,26 +177,30 @@ class ChunkDriver:
         Args:
             shape: of the chunk's latents, where it has not been checked.
         """
+        channels, frames, text = self.model.channels, self.config.frames_per_chunk, self.coming or self.in_force
+        if text is None:
+            raise MemFlowError("which prompt? Call prompt(embeds) before the first chunk")
         if shape is not None:
-            self._check(list(shape))
+            batch = text.mask.shape[0]
+            if len(shape) != 5 or list(shape[:3]) != [batch, channels, frames]:
+                raise MemFlowError(f"latents must be [{batch}, {channels}, {frames}, h, w], got {list(shape)}")
+            self.open(batch, *shape[3:])
         if self._ready == self.position:
             return
         if self.in_hand:
             raise MemFlowError(f"chunk {self.position} was interrupted while it began; go on from a saved state")
-        if self._next is None and self._prompt is None:
-            raise MemFlowError("which prompt? Call prompt(embeds) before the first chunk")
         if self._unwritten is None:
             self.follow_model()
         self.settle()
         self._begun = self.position
-        start, frames = self.start_frame, self.config.frames_per_chunk
+        start = self.start_frame
         with own_modes():
-            if self._next is not None:
-                (self._text, self._prompt), self._next = self._next, None
-                self.memory.switch_prompt(start, self._prompt)
-                self._encode_again(start)
-            self.memory.update(start, self._prompt)
-            self._step = self.memory.pass_over(start, frames, self._prompt)
+            if self.coming is not None:
+                self.in_force, self.coming = self.coming, None
+                self.memory.switch_prompt(start, self.in_force.prompt)
+                self._encode_window_again(start)
+            self.memory.update(start, self.in_force.prompt)
+            self._step = self.memory.pass_over(start, frames, self.in_force.prompt)
         self._ready = self.position
 
     def settle(self) -> None:
@@ -202,7 +218,7 @@ class ChunkDriver:
         if self.position == 0:
             raise MemFlowError("snapshot: no chunk has been kept yet")
         with own_modes():
-            return self.memory.snapshot(self.start_frame, self._prompt)
+            return self.memory.snapshot(self.start_frame, self.in_force.prompt)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """All that `load_state_dict` needs to go on with identical results: tensors, and whole numbers by name.
@@ -218,11 +234,11 @@ class ChunkDriver:
         self.settle()
         tensors, counters = self.memory.state_dict()
         tensors = {f"memory.{name}": tensor for name, tensor in tensors.items()}
+        for name, text in (("text", self.in_force), ("next", self.coming)):
+            if text is not None:
+                tensors |= {f"{name}.embeds": text.embeds, f"{name}.mask": text.mask}
         if self.history is not None:
             tensors["history"] = self.history
-        for name, text in (("text", self._text), ("next", self._next and self._next[0])):
-            if text is not None:
-                tensors |= {f"{name}.embeds": text[0], f"{name}.mask": text[1]}
         return tensors, {"position": self.position, **counters}
 
     def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
@@ -242,9 +258,8 @@ class ChunkDriver:
             with own_modes():
                 self._load(tensors, counters)
         except BaseException:
-            size, self.size, self.memory = self.size, None, None  # the room of the old one before the new one is made
-            self.position, self.history, self._text, self._prompt, self._next = 0, None, None, None, None
-            self._settled()
+            size = self.size
+            self._forget()  # the room of the old one before the new one is made
             self.open(*size)
             raise
 
@@ -260,45 +275,24 @@ class ChunkDriver:
         if unknown:  # `memory` has lost what was loaded
             raise ValueError(f"unknown tensors: {', '.join(unknown)}")
         self.history = tensors["history"].to(self.model.device) if "history" in tensors else None
-        self._check_history()
+        kept = min(self.start_frame, self.config.sink_frames + self.config.window_frames)
+        given.check_saved_latents(self.history, (self.size[0], self.model.channels, kept, *self.size[1:]))
         texts = {}
         for name in ("text", "next"):
             if f"{name}.embeds" in tensors:
-                text = self._checked_text(name, tensors)
-                texts[name] = text, self.model.encode_prompt(*text)
+                text = tensors[f"{name}.embeds"], tensors[f"{name}.mask"]
+                given.check_saved_text(name, *text, self.size[0], self.model.text_dim, self.model.dtype)
+                texts[name] = self._encoded(*text)
         if position and "text" not in texts:
             raise ValueError("text.embeds is missing: the prompt of the last chunk")
         self._version = self.model.text_version()
-        self._text, self._prompt = texts.get("text", (None, None))
-        self._next = texts.get("next")
-        self._settled()
-
-    def _settled(self) -> None:
-        """No chunk is in hand, and no clean pass is due."""
-        self._begun = self._ready = self.position - 1
-        self._step = self._unwritten = None
+        self.in_force, self.coming = texts.get("text"), texts.get("next")
+        self._begun = self._ready = position - 1  # no chunk is in hand,
+        self._step = self._unwritten = None  # and no clean pass is due
 
     def _require_memory(self, name: str) -> None:
         if self.memory is None:
             raise MemFlowError(f"{name}: there is no memory yet; call open(batch, rows, columns) first")
-
-    def _checked_text(self, name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Embeddings and mask that were saved; ValueError where they are not those of this model."""
-        embeds, mask = tensors[f"{name}.embeds"], tensors[f"{name}.mask"]
-        shape, (batch, dim) = list(embeds.shape), (self.size[0], self.model.text_dim)
-        fits = len(shape) == 3 and shape == [batch, shape[1], dim] and list(mask.shape) == shape[:2]
-        if not fits or embeds.dtype != self.model.dtype or mask.dtype != torch.bool:
-            raise ValueError(f"{name}.embeds must be {self.model.dtype} [{batch}, T, {dim}] with a mask, got {shape}")
-        return embeds.to(self.model.device), mask.to(self.model.device)
-
-    def _check_history(self) -> None:
-        """ValueError where the latents that were loaded are not those of this stream."""
-        batch, rows, columns = self.size
-        frames = min(self.start_frame, self.config.sink_frames + self.config.window_frames)
-        needed = [batch, self.model.channels, frames, rows, columns] if frames else None
-        found = None if self.history is None else list(self.history.shape)
-        if found != needed:
-            raise ValueError(f"history must be {needed}, got {found}")
 
     def follow_model(self) -> None:
         """Encode the prompts again where the model has changed since: their keys and values are those of its weights.
@@ -313,54 +307,28 @@ class ChunkDriver:
             version = model.text_version()
             if self.memory is not None:
                 pool = self.memory.pool.key
-                if not _same_device(model.device, pool.device):
-                    raise MemFlowError(_changed("device", pool.device, model.device))
-                if version != self._version and model.dtype != pool.dtype:
-                    raise MemFlowError(_changed("dtype", pool.dtype, model.dtype))
+                given.check_unchanged("device", pool.device, model.device)
+                if version != self._version:
+                    given.check_unchanged("dtype", pool.dtype, model.dtype)
             if version == self._version:
                 return
-            if self._text is not None:
-                self._text, self._prompt = self._encoded(*self._text)
-            if self._next is not None:
-                self._next = self._encoded(*self._next[0])
+            self.in_force, self.coming = (text and self._encoded(*text[:2]) for text in (self.in_force, self.coming))
             if self._unwritten is not None:
                 latents, step = self._unwritten
-                self._unwritten = latents, step._replace(prompt=self._prompt)
+                self._unwritten = latents, step._replace(prompt=self.in_force.prompt)
         self._version = version
 
-    def _encoded(self, embeds: Tensor, mask: Tensor) -> tuple[tuple[Tensor, Tensor], Prompt]:
-        """A prompt's text as the model takes it, and its keys and values."""
-        text = embeds.to(self.model.device, self.model.dtype), mask.to(self.model.device)
-        return text, self.model.encode_prompt(*text)
+    def _encoded(self, embeds: Tensor, mask: Tensor, copy: bool = False) -> EncodedText:
+        text = embeds.to(self.model.device, self.model.dtype, copy=copy), mask.to(self.model.device, copy=copy)
+        return EncodedText(*text, self.model.encode_prompt(*text))
 
-    def _encode_again(self, start: int) -> None:
+    def _encode_window_again(self, start: int) -> None:
         """The frames that stay in the window, under the new prompt."""
         first, count = self.memory.recache_span(start)
         if count:
-            step = self.memory.pass_over(first, count, self._prompt)
+            step = self.memory.pass_over(first, count, self.in_force.prompt)
             self.model.write_clean(self._input(self.history[:, :, -count:]), step)
-
-    def _check(self, shape: list[int]) -> None:
-        channels, frames = self.model.channels, self.config.frames_per_chunk
-        text = self._next[0] if self._next else self._text
-        if text is None:
-            raise MemFlowError("which prompt? Call prompt(embeds) before the first chunk")
-        batch = text[1].shape[0]
-        if len(shape) != 5 or shape[:3] != [batch, channels, frames]:
-            raise MemFlowError(f"latents must be [{batch}, {channels}, {frames}, h, w], got {shape}")
-        self.open(batch, *shape[3:])
 
     def _input(self, latents: Tensor) -> Tensor:
         pool = self.memory.pool.key
         return latents.to(pool.device, pool.dtype)
-
-
-def _changed(name: str, before: object, now: object) -> str:
-    return (
-        f"the model's {name} has changed under a stream, from {before} to {now}: its memory keeps that of its first "
-        "chunk; change it back, or make the stream again"
-    )
-
-
-def _same_device(one: torch.device, other: torch.device) -> bool:
-    return one == other or (one.type == other.type and None in (one.index, other.index))

@@ -1,13 +1,32 @@
-"""What a `ChunkDriver` is given: sentences for what does not fit, before anything has happened."""
+"""What a pipeline and a `ChunkDriver` are given: sentences for what does not fit, before anything has happened."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+import torch
 from torch import Tensor
 
 from memflow.errors import MemFlowError
+
+
+def one_seed_each(seed: int | Sequence[int], batch: int) -> list[int]:
+    """A seed for each of `batch` stories: those that are given, or counted on from the one."""
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**63:
+            raise MemFlowError(f"seed must be a whole number from 0 to 2**63 - 1, got {value!r}")
+    if isinstance(seed, (list, tuple)) and len(seeds) != batch:
+        raise MemFlowError(f"seed must be one whole number or {batch} of them, one per story, got {len(seeds)}")
+    return [int(value) for value in seeds] if len(seeds) == batch else [int(seeds[0]) + row for row in range(batch)]
+
+
+def whole_pixels(name: str, pixels: object, step: int) -> int:
+    """A height or width that a model can make: a multiple of `step`."""
+    if isinstance(pixels, bool) or not isinstance(pixels, Integral) or pixels < step or pixels % step:
+        raise MemFlowError(f"{name} must be a positive multiple of {step} pixels for this model, got {pixels!r}")
+    return int(pixels)
 
 
 def check_size(size: Sequence[object]) -> None:
@@ -16,7 +35,7 @@ def check_size(size: Sequence[object]) -> None:
         raise MemFlowError(f"latents: B, h and w must be whole numbers of at least 1, got {tuple(size)}")
 
 
-def check_text(embeds: object, mask: object, dim: int, batch: int | None) -> None:
+def check_embeds(embeds: object, mask: object, dim: int, batch: int | None) -> None:
     """embeds [B, T, dim] and mask [B, T] or None, for `batch` stories where that is known."""
     if not isinstance(embeds, Tensor):
         raise MemFlowError(f"embeds must be a torch.Tensor [B, T, {dim}], got {type(embeds).__name__}")
@@ -53,3 +72,29 @@ def one_timestep(timestep: object, batch: int) -> float | Tensor:
     if not 0 <= timestep <= 1000:
         raise MemFlowError(f"timestep must be from 0 (clean) to 1000, got {timestep}")
     return float(timestep)
+
+
+def check_unchanged(name: str, before: torch.dtype | torch.device, now: torch.dtype | torch.device) -> None:
+    """The memory of a stream keeps the dtype and the device that its model had."""
+    if isinstance(before, torch.device) and before.type == now.type and None in (before.index, now.index):
+        return
+    if before != now:
+        raise MemFlowError(
+            f"the model's {name} has changed under a stream, from {before} to {now}: its memory keeps that of its "
+            "first chunk; change it back, or make the stream again"
+        )
+
+
+def check_saved_text(name: str, embeds: Tensor, mask: Tensor, batch: int, dim: int, dtype: torch.dtype) -> None:
+    """ValueError where the embeddings of a state are not those of this model."""
+    shape = list(embeds.shape)
+    fits = len(shape) == 3 and shape == [batch, shape[1], dim] and list(mask.shape) == shape[:2]
+    if not fits or embeds.dtype != dtype or mask.dtype != torch.bool:
+        raise ValueError(f"{name}.embeds must be {dtype} [{batch}, T, {dim}] with a mask, got {shape}")
+
+
+def check_saved_latents(latents: Tensor | None, needed: Sequence[int]) -> None:
+    """ValueError where the latents of a state are not `needed` [B, C, F, h, w]; none of them are None."""
+    found = None if latents is None else list(latents.shape)
+    if found != (list(needed) if needed[2] else None):
+        raise ValueError(f"history must be {list(needed) if needed[2] else None}, got {found}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from memflow.models.wan.published import PRESETS, find_preset
 from memflow.models.wan.text import PromptCache, encode_prompts, losses
 from memflow.models.weights import weights_digest
 from memflow.modes import own_modes
-from memflow.parallel.alone import ALONE, Alone
+from memflow.parallel import ALONE, Alone
 from memflow.parallel.ranks import Ranks
 from memflow.stream.chunks import ChunkDriver
-from memflow.stream.plan import Plan, check_text
+from memflow.stream.given import one_seed_each, whole_pixels
+from memflow.stream.plan import Plan, prompt_texts
 from memflow.stream.sampler import DistilledSchedule
 from memflow.stream.saved import load_stream
 from memflow.stream.stream import Stream
@@ -39,6 +40,7 @@ _GONE = {
     "noise": "the preset 'noise' has left memflow: memflow_bench.untrained.noise_pipeline() makes it",
 }
 _LONGEST = 1e7  # seconds of one prompt
+_UNTRIED = "its exchanges have not been tried in graphs"
 
 
 @dataclass
@@ -122,10 +124,8 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             MemFlowError: There is no model of this name in the package.
         """
         if name in PRESETS:
-            raise MemFlowError(
-                f"preset {name!r} says how a model is run; its weights are made into a folder with `memflow convert` "
-                "(docs/models.md)"
-            )
+            how = "its weights are made into a folder with `memflow convert` (docs/models.md)"
+            raise MemFlowError(f"preset {name!r} says how a model is run; {how}")
         if name != "storybook":
             raise MemFlowError(_GONE.get(name, f"there is no preset {name!r} in the package, only storybook"))
         return cls.from_pretrained(Path(__file__).parents[1] / "assets" / "storybook", dtype=dtype)
@@ -190,7 +190,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if graphs:
             require_gpu(self.transformer)
         if self.ranks.size > 1:
-            raise MemFlowError("compile: not with enable_parallelism; its exchanges have not been tried in graphs")
+            raise MemFlowError(f"compile: not with enable_parallelism; {_UNTRIED}")
         self.cuda_graphs = graphs
         self.transformer.compile_repeated_blocks(**{"fullgraph": True, "dynamic": True} | options)
 
@@ -207,16 +207,13 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 processes does not divide the heads; a stream is refused where it does not divide its tokens.
         """
         if not torch.distributed.is_initialized():
-            raise MemFlowError(
-                "enable_parallelism: torch.distributed.init_process_group comes first (torchrun starts such programs)"
-            )
+            first = "torch.distributed.init_process_group comes first (torchrun starts such programs)"
+            raise MemFlowError(f"enable_parallelism: {first}")
         ranks = Ranks()
         if ranks.size == 1 or self.ranks.size > 1:
             return
         if any(block._compiled_call_impl is not None for block in self.transformer.blocks):
-            raise MemFlowError(
-                "enable_parallelism: not on a compiled pipeline; its exchanges have not been tried in graphs"
-            )
+            raise MemFlowError(f"enable_parallelism: not on a compiled pipeline; {_UNTRIED}")
         share(self.transformer, ranks)
         self.ranks = ranks
 
@@ -257,30 +254,22 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if not isinstance(prompts, (list, tuple)) or not prompts:
             raise MemFlowError(f"prompts must be a list of at least one prompt, got {prompts!r}")
         batch = len(prompts[0]) if isinstance(prompts[0], (list, tuple)) else 1
-        texts = [self.check_prompt(prompt, batch) for prompt in prompts]
-        memory = self.memory_config if memory is None else memory
-        if not isinstance(memory, MemoryConfig):
-            raise MemFlowError(f"memory must be a MemoryConfig, got {type(memory).__name__}")
+        texts = [prompt_texts(prompt, batch) for prompt in prompts]
+        row, column = (self.spatial_factor * step for step in self.transformer.config.patch_size[1:])
         stream = Stream(
             self,
             plan=Plan(texts, self.chunks_for(seconds_per_prompt)),
-            config=memory,
-            seeds=_seeds(seed, batch),
-            height=self._check_size("height", self.config.height if height is None else height, 1),
-            width=self._check_size("width", self.config.width if width is None else width, 2),
+            config=self.memory_config if memory is None else memory,
+            seeds=one_seed_each(seed, batch),
+            height=whole_pixels("height", self.config.height if height is None else height, row),
+            width=whole_pixels("width", self.config.width if width is None else width, column),
         )
         self.warn_of_losses(text for row in texts for text in row)
         return stream
 
     def driver(self, memory: MemoryConfig, seeds: Sequence[int], height: int, width: int) -> ChunkDriver:
-        """The model and its memory for stories of one size, without text, sampler and video.
-
-        Args:
-            memory: what is remembered.
-            seeds: one per story of the batch.
-            height: of the video, pixels.
-            width: of the video, pixels.
-        """
+        """The model and its memory for stories of one size (pixels of the video) and of these seeds, one for each;
+        without text, sampler and video."""
         driver = ChunkDriver(WanModel(self.transformer, cuda_graphs=self.cuda_graphs), memory, seeds=seeds)
         driver.open(len(seeds), height // self.spatial_factor, width // self.spatial_factor)
         return driver
@@ -319,33 +308,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             latents=torch.cat([chunk.latents for chunk in chunks], dim=2),
         )
 
-    def check_prompt(self, prompt: str | Sequence[str], batch: int) -> tuple[str, ...]:
-        """`prompt` as one text per batch row, or an error that says what is wrong with it."""
-        texts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,) * batch
-        if not texts or len(texts) != batch:
-            raise MemFlowError(f"prompt must have one text per story ({batch}), got {len(texts)}")
-        for text in texts:
-            check_text(text)
-        return texts
-
     def warn_of_losses(self, prompts: Iterable[str]) -> None:
         """Warn, with a MemFlowWarning, of what does not reach the model: ends cut off, words it does not know."""
         for loss in losses(self.tokenizer, prompts, self.config.text_length):
             warnings.warn(loss, MemFlowWarning, stacklevel=3)
-
-    def _check_size(self, name: str, pixels: int, axis: int) -> int:
-        step = self.spatial_factor * self.transformer.config.patch_size[axis]
-        if isinstance(pixels, bool) or not isinstance(pixels, Integral) or pixels < step or pixels % step:
-            raise MemFlowError(f"{name} must be a positive multiple of {step} pixels for this model, got {pixels!r}")
-        return int(pixels)
-
-
-def _seeds(seed, batch: int) -> list[int]:
-    """One seed per story."""
-    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
-    for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**63:
-            raise MemFlowError(f"seed must be a whole number from 0 to 2**63 - 1, got {value!r}")
-    if isinstance(seed, (list, tuple)) and len(seeds) != batch:
-        raise MemFlowError(f"seed must be one whole number or {batch} of them, one per story, got {len(seeds)}")
-    return [int(value) for value in seeds] if len(seeds) == batch else [int(seed) + row for row in range(batch)]

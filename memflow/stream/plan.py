@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections import deque
+from collections.abc import Sequence
 
 from memflow.errors import MemFlowError
 
@@ -20,6 +21,16 @@ def check_text(text: object, name: str = "prompt") -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise MemFlowError(f"{name} must be valid Unicode, got {reprlib.repr(text)}: {error.reason}") from None
+
+
+def prompt_texts(prompt: str | Sequence[str], batch: int) -> tuple[str, ...]:
+    """A prompt as one text for each of `batch` stories."""
+    texts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,) * batch
+    if not texts or len(texts) != batch:
+        raise MemFlowError(f"prompt must have one text per story ({batch}), got {len(texts)}")
+    for text in texts:
+        check_text(text)
+    return texts
 
 
 class Plan:

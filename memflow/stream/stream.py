@@ -16,7 +16,7 @@ from torch import Tensor
 from memflow.errors import MemFlowError
 from memflow.models.wan.text import token_words
 from memflow.modes import own_modes
-from memflow.stream.plan import Plan
+from memflow.stream.plan import Plan, prompt_texts
 from memflow.stream.sampler import Noise, to_device
 from memflow.stream.words import called_by
 
@@ -112,7 +112,7 @@ class Stream(Iterator[Chunk]):
             try:
                 if switched:
                     with self._timed("text"):
-                        embeds, mask = self._encode(texts) if self.ranks.size == 1 else self._encoded_by_first(texts)
+                        embeds, mask = self._encode(texts)
                     with self._timed("loop"):
                         self.driver.prompt(embeds, mask)
                 with self._timed("loop"):
@@ -124,7 +124,10 @@ class Stream(Iterator[Chunk]):
             with self._timed("loop"):
                 latents = self._denoise()
             with self._timed("decode"):
-                frames = self.decoder.decode(latents) if self.ranks.first else self._no_frames()
+                if self.ranks.first:
+                    frames = self.decoder.decode(latents)
+                else:
+                    frames = torch.empty((len(self.seeds), 0, self.height, self.width, 3), dtype=torch.uint8)
             self.driver.keep(latents)
             return Chunk(self.position - 1, start, list(texts), switched, latents, frames)
 
@@ -138,7 +141,7 @@ class Stream(Iterator[Chunk]):
         Raises:
             MemFlowError: not a text, or a blank one.
         """
-        texts = self.pipeline.check_prompt(prompt, len(self.seeds))
+        texts = prompt_texts(prompt, len(self.seeds))
         if not self.ranks.first:
             raise MemFlowError(f"send: prompts are taken by the first process, not by number {self.ranks.rank}")
         self.plan.send(texts)
@@ -182,19 +185,19 @@ class Stream(Iterator[Chunk]):
             self.plan = Plan.from_dict(plan)
         return entry
 
-    def _encoded_by_first(self, texts: Sequence[str]) -> list[Tensor]:
-        """As `_encode`, on the CPU: devices have other numbers in other processes."""
-        return self.ranks.from_first(lambda: [part.cpu() for part in self._encode(texts)])
-
-    def _no_frames(self) -> Tensor:
-        return torch.empty((len(self.seeds), 0, self.height, self.width, 3), dtype=torch.uint8)
-
-    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt."""
+    def _encode(self, texts: Sequence[str]) -> Sequence[Tensor]:
+        """Text embeddings [B, T, text_dim] and mask [B, T] of one prompt, made by the first process for all."""
         pipe = self.pipeline
-        if pipe.prompts is not None:  # what is planned too, or every prompt would load the encoder again
-            pipe.prompts.prepare([*texts, *(text for planned, _ in self.plan.queue for text in planned)])
-        return pipe.encode(texts)
+
+        def encoded() -> tuple[Tensor, Tensor]:
+            if pipe.prompts is not None:  # what is planned too, or every prompt would load the encoder again
+                pipe.prompts.prepare([*texts, *(text for planned, _ in self.plan.queue for text in planned)])
+            return pipe.encode(texts)
+
+        if self.ranks.size == 1:
+            return encoded()
+        # On the CPU: devices have other numbers in other processes.
+        return self.ranks.from_first(lambda: [part.cpu() for part in encoded()])
 
     def _denoise(self) -> Tensor:
         """Clean latents of the chunk in hand, float32."""

@@ -47,6 +47,12 @@ def cluster(address: str) -> Iterator[dict[str, float]]:
         ray.shutdown()
 
 
+def share(resources: dict[str, float], device: str | None) -> tuple[dict[str, float], int]:
+    """What one model takes of a cluster, a GPU where there are any, in Ray's words; and how many models fit."""
+    kind = "GPU" if resources.get("GPU") and device != "cpu" else "CPU"
+    return {f"num_{kind.lower()}s": 1}, max(1, int(resources.get(kind, 1)))
+
+
 def _reach(address: str) -> None:
     """Raise MemFlowError where nobody answers at HOST:PORT: Ray itself tries for minutes."""
     host, _, port = address.rpartition(":")

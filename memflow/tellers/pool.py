@@ -7,14 +7,13 @@ import multiprocessing
 import signal
 import threading
 import traceback
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple, Protocol
 
-from memflow.errors import MemFlowError, MemFlowWarning
+from memflow.errors import MemFlowError, warned
 
 _LIVES = 3  # workers that a story may take with it, and workers that may die in a row before any is ready
 
@@ -136,12 +135,7 @@ def steps(worker: Worker, task: Any, stopping: Callable[[], bool]) -> Iterator[t
     """(kind, content) of a story while it is told, for a carrier to hand on: what fails becomes a sentence, and what is
     warned of is said."""
     said: list[str] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", MemFlowWarning)
-        usual = warnings.showwarning
-        warnings.showwarning = lambda message, category, *rest: (
-            said.append(str(message)) if issubclass(category, MemFlowWarning) else usual(message, category, *rest)
-        )
+    with warned(said.append):
         try:
             for step in worker.tell(task, stopping):
                 yield from (("said", sentence) for sentence in dict.fromkeys(said))

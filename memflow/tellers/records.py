@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memflow.errors import MemFlowError
-from memflow.files import write_whole
+from memflow.files import claim, write_whole
 from memflow.output.video import VideoWriter
 
 FOLDER = ".memflow"
@@ -114,7 +114,7 @@ def claimed(task: Task) -> Iterator[None]:
         except OSError as error:
             raise MemFlowError(f"{task.film}: cannot be written: {error.strerror}") from None
         with file:
-            if _locked(file) and _is_still(file, task.film):
+            if claim(file) and _is_still(file, task.film):
                 try:
                     yield
                 finally:
@@ -124,20 +124,6 @@ def claimed(task: Task) -> Iterator[None]:
         if time.monotonic() > deadline:
             raise MemFlowError(f"{task.film}: another run is making it")
         time.sleep(0.1)
-
-
-def _locked(file) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not Unix: two runs on one folder are not told apart there
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def _is_still(file, path: Path) -> bool:

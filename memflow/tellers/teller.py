@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from memflow.errors import MemFlowError
+from memflow.stream.plan import prompt_texts
 
 if TYPE_CHECKING:
     from memflow.memory.frames import MemorySnapshot
@@ -58,7 +59,8 @@ class Teller:
     """One model, and the stories it tells by turns.
 
     `turn` makes one chunk, of the story that has waited longest. One thread calls it (and `begin` and `resume`, which
-    use the model too); the other methods may be called from any. What fails ends one story and not the teller.
+    use the model too); the other methods may be called from any. What fails ends one story and not the teller. Of a
+    story that is not being told, methods that take its `id` raise a MemFlowError.
 
     Args:
         pipeline: the model, a `MemFlowPipeline`.
@@ -89,11 +91,6 @@ class Teller:
     def __len__(self) -> int:
         """Stories that are being told."""
         return len(self._stories)
-
-    @property
-    def ids(self) -> list[str]:
-        """Of the stories that are being told."""
-        return list(self._stories)
 
     @property
     def waiting(self) -> int:
@@ -135,56 +132,26 @@ class Teller:
         return self._enter(id, stop, lambda: self.pipeline.resume(self.path(id)))
 
     def path(self, id: str) -> Path:
-        """The file of a story's state.
-
-        Args:
-            id: of the story.
-
-        Raises:
-            MemFlowError: `id` is no id, or there is no folder.
-        """
+        """The file of a story's state, told or not; MemFlowError where `id` is no id, or there is no folder."""
         check_id(id)
         if self.folder is None:
             raise MemFlowError("this teller has no folder, so that no story can be saved or resumed")
         return self.folder / f"{id}.safetensors"
 
     def stream(self, id: str) -> Stream:
-        """The stream of a story, to be read from; `send` and `save` are the teller's.
-
-        Args:
-            id: of the story.
-
-        Raises:
-            MemFlowError: it is not being told.
-        """
+        """The stream of a story, to be read from; `send` and `save` are the teller's."""
         return self._story(id).stream
 
     def send(self, id: str, prompt: str, tag: str | None = None) -> None:
-        """Let a story go on under another prompt from its next turn on. Of several sent until then the last counts.
-
-        Args:
-            id: of the story.
-            prompt: the text.
-            tag: comes back in the `Turn` that the prompt begins with.
-
-        Raises:
-            MemFlowError: the story is not being told, or no prompt.
-        """
-        self.pipeline.check_prompt(prompt, 1)
+        """Let a story go on under another prompt from its next turn on. Of several sent until then the last counts; its
+        `tag` comes back in the `Turn` that it begins with. MemFlowError for what is no prompt."""
+        prompt_texts(prompt, 1)
         story = self._story(id)
         with self._lock:
             story.sent.append((prompt, tag))
 
     def pause(self, id: str, paused: bool = True) -> None:
-        """Leave a story out of the turns, or take it in again.
-
-        Args:
-            id: of the story.
-            paused: False: it goes on.
-
-        Raises:
-            MemFlowError: it is not being told.
-        """
+        """Leave a story out of the turns, or (False) take it in again."""
         self._story(id).paused = paused
 
     def turn(self) -> Turn | None:
@@ -216,10 +183,7 @@ class Teller:
             extra: texts of the caller's own that come back as `stream(id).extra`.
 
         Returns:
-            The file.
-
-        Raises:
-            MemFlowError: the story is not being told, or the file cannot be written.
+            The file; MemFlowError where it cannot be written.
         """
         path, story = self.path(id), self._story(id)
         with story.busy:
@@ -229,29 +193,9 @@ class Teller:
         return path
 
     def end(self, id: str) -> None:
-        """Let a story go, and what it remembers; a state that was saved stays. No error where it is not being told.
-
-        Args:
-            id: of the story.
-        """
+        """Let a story go, and what it remembers; a state that was saved stays. No error where it is not being told."""
         with self._lock:
             self._stories.pop(id, None)
-
-    def drain(self) -> dict[str, Exception | None]:
-        """Save every story, and let it go.
-
-        Returns:
-            By id: None where it was saved, else the error.
-        """
-        found: dict[str, Exception | None] = {}
-        for id in self.ids:
-            try:
-                self.save(id)
-                found[id] = None
-            except Exception as error:
-                found[id] = _plain(error, len(self))
-            self.end(id)
-        return found
 
     def _enter(self, id: str, stop: int | None, make) -> str:
         check_id(id)

@@ -75,9 +75,9 @@ def test_the_compiler_is_asked_for_its_release(monkeypatch, tmp_path):
     nvcc.chmod(0o755)
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert doctor._nvcc() == f"13.0.88, {nvcc}"
+    assert doctor.collect()["nvcc"] == f"13.0.88, {nvcc}"
     nvcc.write_text("#!/bin/sh\nexit 1\n")
-    assert doctor._nvcc() is None
+    assert doctor.collect()["nvcc"] is None
 
 
 WHERE = """

@@ -14,8 +14,8 @@ import av
 import pytest
 
 from memflow.cli import main
-from memflow.cli.live import Lines
 from memflow.cli.story import read_stories
+from memflow.cli.terminal import Lines
 from memflow.errors import MemFlowError
 
 FIRST = ["-p", "bo, a red ball, jumps.", "--seconds-per-prompt", "0.75"]  # 2 chunks

@@ -50,7 +50,7 @@ def test_exact_parts_are_what_a_stream_holds(model, found):
     assert found.vae == nbytes(pipe.vae.parameters())
     assert found.text_encoder == nbytes(pipe.prompts._load_encoder().parameters())
     assert found.pool == nbytes(stream.memory.pool.state_dict().values())
-    assert found.prompt == nbytes(stream.driver._prompt[:2])
+    assert found.prompt == nbytes(stream.driver.in_force.prompt[:2])
     assert found.vae_cache == nbytes(t for t in stream.decoder.cache if isinstance(t, torch.Tensor))
     converted = [pipe.transformer.get_submodule(name).weight for name in float8_linears(pipe.transformer)]
     # A byte for each number, and torchao's float32 scale for each row.
@@ -63,7 +63,7 @@ def test_the_estimates_are_the_tensors_of_the_real_pass(model, found):
     stream = pipe.stream(["a fox runs"], seconds_per_prompt=4, height=32, width=48)
     for _ in range(5):  # sink and window are full
         next(stream)
-    step = stream.memory.pass_over(15, 3, stream.driver._prompt)
+    step = stream.memory.pass_over(15, 3, stream.driver.in_force.prompt)
     with torch.no_grad(), _Peak() as peak:
         stream.driver.model.denoise(torch.zeros(1, 16, 3, 4, 6, dtype=torch.bfloat16), 937.5, step)
     # The attention of the CPU reference makes tensors of its own, inside one operator of the fake run.

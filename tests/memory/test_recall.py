@@ -159,7 +159,7 @@ def test_policies_see_means_at_place_zero_with_absolute_positions_too(toy):
     for _ in stream:
         pass
     memory, tokens = stream.memory, stream.memory.pool.tokens_per_frame
-    means = memory._held(stream.driver._prompt).frame_mean()
+    means = memory._held(stream.driver.in_force.prompt).frame_mean()
     for slot, frame in enumerate(memory.held[1, 0].tolist()):
         key = memory.pool.key[1, :, slot * tokens : (slot + 1) * tokens]
         flat = turned(key.double(), -frame, memory.grid, rows_and_columns=False).mean(1)

@@ -43,7 +43,7 @@ def lora(tmp_path_factory):
 
 def current_prompt(driver):
     """Keys and values of the prompt in force as the model's weights have them now."""
-    return driver.model.encode_prompt(*driver._text)
+    return driver.model.encode_prompt(*driver.in_force[:2])
 
 
 def fuse_and_forget(pipe, lora):
@@ -90,10 +90,10 @@ CHANGES = {
 def test_the_prompt_is_that_of_the_weights_in_force(pipe, lora, change):
     stream = pipe.stream(STORY[:1], **SMALL)
     next(stream)
-    old = stream.driver._prompt
+    old = stream.driver.in_force.prompt
     change(pipe, lora)
     latents = next(stream).latents
-    new = stream.driver._prompt
+    new = stream.driver.in_force.prompt
     assert not torch.equal(torch.cat([new.key, new.value]), torch.cat([old.key, old.value]))
     for made, expected in zip(new, current_prompt(stream.driver), strict=True):
         assert torch.equal(made, expected)
@@ -111,12 +111,12 @@ def test_adapters_that_come_and_go(pipe, lora):
         lambda: pipe.enable_lora(),
         lambda: pipe.unload_lora_weights(),
     ]
-    keys = [driver._next[1].key]
+    keys = [driver.coming.prompt.key]
     for step in steps:
         step()
         driver.follow_model()
-        keys.append(driver._next[1].key)
-        assert torch.equal(keys[-1], driver.model.encode_prompt(*driver._next[0]).key)
+        keys.append(driver.coming.prompt.key)
+        assert torch.equal(keys[-1], driver.model.encode_prompt(*driver.coming[:2]).key)
     same = [(a, b) for a in range(6) for b in range(a) if torch.equal(keys[a], keys[b])]
     assert same == [(3, 0), (4, 2), (5, 0), (5, 3)]
 
@@ -184,10 +184,10 @@ def test_the_digest_takes_any_buffer():
 def test_nothing_is_made_anew_where_nothing_changed(pipe):
     stream = pipe.stream(STORY[:1], **SMALL)
     next(stream)
-    prompt = stream.driver._prompt
+    prompt = stream.driver.in_force.prompt
     pipe.transformer.eval().requires_grad_(False)
     next(stream)
-    assert stream.driver._prompt is prompt
+    assert stream.driver.in_force.prompt is prompt
 
 
 def test_fused_projections_between_chunks(pipe, toy):
@@ -196,7 +196,7 @@ def test_fused_projections_between_chunks(pipe, toy):
     torch.testing.assert_close(next(stream).latents, plain[0])
     pipe.transformer.fuse_qkv_projections()
     torch.testing.assert_close(next(stream).latents, plain[1], rtol=0, atol=1e-5)
-    assert all(map(torch.equal, stream.driver._prompt, current_prompt(stream.driver)))
+    assert all(map(torch.equal, stream.driver.in_force.prompt, current_prompt(stream.driver)))
 
 
 def test_compiled_after_the_start(pipe, toy):
@@ -225,10 +225,10 @@ def test_layerwise_casting_between_chunks(pipe):
     next(stream)
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     assert next(stream).latents.isfinite().all()
-    prompt = stream.driver._prompt
+    prompt = stream.driver.in_force.prompt
     assert all(map(torch.equal, prompt, current_prompt(stream.driver)))
     next(stream)
-    assert stream.driver._prompt is prompt, "casting to and fro is no change"
+    assert stream.driver.in_force.prompt is prompt, "casting to and fro is no change"
 
 
 def test_another_dtype_is_refused_and_the_stream_goes_on_in_its_own(pipe, tmp_path):

@@ -15,7 +15,7 @@ from websockets.sync.client import connect
 
 from memflow import MemFlowPipeline
 from memflow.cli import main
-from memflow.cli.serving import Serving
+from memflow.cli.options import Serving
 from memflow.output.video import VideoWriter
 from memflow.serve.command import _app, listen
 from memflow.serve.settings import Settings

@@ -83,7 +83,7 @@ def test_a_token(serve):
 
 
 def test_nobody_else_may_reach_a_server_without_a_token():
-    from memflow.cli.serving import Serving
+    from memflow.cli.options import Serving
 
     for host in ("0.0.0.0", "::", "192.168.1.7", "example.org", "127.0.0.1.example.org"):
         with pytest.raises(MemFlowError, match="--token SECRET is needed"):
@@ -114,7 +114,7 @@ def test_nobody_else_may_reach_a_server_without_a_token():
     ],
 )
 def test_options_that_cannot_work(given, message):
-    from memflow.cli.serving import Serving
+    from memflow.cli.options import Serving
 
     with pytest.raises(MemFlowError, match=message):
         settings_of(Serving(**given))
@@ -303,7 +303,7 @@ def test_tokens_are_compared_in_constant_time(monkeypatch):
 
 
 def test_a_launcher_of_one_story_is_refused(monkeypatch):
-    from memflow.cli.serving import Serving
+    from memflow.cli.options import Serving
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MemFlowError, match="serve: not under torchrun"):

@@ -126,7 +126,7 @@ def test_an_interaction_that_cannot_be_followed(message, code):
 def test_what_an_interaction_may_say():
     assert interaction(event_id="a", transition_chunks=2.0) == ("a", "bo")
     first, second = interaction(), interaction(event_id=None, transition_chunks=0)
-    assert len(first.event_id) == 32 and first.event_id != second.event_id
+    assert len(first[0]) == 32 and first[0] != second[0]
 
 
 @pytest.mark.parametrize("bad", [None, "1", -1, float("nan"), float("inf"), 10**400, True])

@@ -19,7 +19,7 @@ from memflow import MemFlowPipeline
 from memflow.errors import MemFlowError
 from memflow.serve.command import app_of_environment
 from memflow.serve.film import memory_of
-from memflow.serve.words import Words
+from memflow.serve.session import Words
 from tests.serve.conftest import PROMPTS
 
 

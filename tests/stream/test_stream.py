@@ -291,7 +291,7 @@ def test_autocast_does_not_reach_the_memory(toy):
 def test_a_transformer_that_is_busy_says_so(toy):
     stream = toy.stream(STORY, seconds_per_prompt=CHUNK_SECONDS)
     next(stream)
-    step = stream.memory.pass_over(3, 3, stream.driver._prompt)
+    step = stream.memory.pass_over(3, 3, stream.driver.in_force.prompt)
     with toy.transformer.rope.during(step), pytest.raises(MemFlowError, match="can only take turns"):
         next(toy.stream(STORY, seconds_per_prompt=CHUNK_SECONDS))
 

@@ -42,7 +42,7 @@ def test_the_mask_is_where_the_embeds_are_not_zero(toy):
     embeds = torch.randn(1, 5, toy.transformer.config.text_dim)
     embeds[:, 3:] = 0
     streaming.prompt(embeds)
-    assert streaming._next[1].mask.tolist() == [[True, True, True, False, False]]
+    assert streaming.coming.prompt.mask.tolist() == [[True, True, True, False, False]]
 
 
 def test_remove_gives_the_transformer_its_attention_back():

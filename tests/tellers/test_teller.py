@@ -142,7 +142,7 @@ def test_a_story_that_finds_no_memory_does_not_begin(teller, monkeypatch):
     assert len(teller) == 0
 
 
-def test_drain_saves_all(teller, toy):
+def test_a_story_that_cannot_be_saved_keeps_no_other_from_it(teller, toy):
     names = [teller.begin([PROMPTS[0]], seed=n) for n in range(3)]
     for _ in range(5):
         teller.turn()
@@ -150,10 +150,11 @@ def test_drain_saves_all(teller, toy):
     broken = teller.stream(names[1])
     broken.driver.begin()  # interrupted in a chunk
     del broken
-    found = teller.drain()
-    assert len(teller) == 0 and {name: error is None for name, error in found.items()} == dict(
-        zip(names, [True, False, True], strict=True)
-    )
+    with pytest.raises(MemFlowError, match="interrupted"):
+        teller.save(names[1])
+    for name in (names[0], names[2]):
+        assert teller.save(name).exists()
+    assert len(teller) == 3 and not teller.path(names[1]).exists()
     other = Teller(toy, teller.folder)
     for name in (names[0], names[2]):
         assert other.stream(other.resume(name)).position == positions[name]

@@ -22,7 +22,7 @@ from memflow.errors import MemFlowError
 from memflow.memory.attention import attend
 from memflow.memory.places import Unplaced
 from memflow.models.wan.changes import FETCHED, refuse_hooks
-from memflow.parallel.alone import ALONE, Alone
+from memflow.parallel import ALONE, Alone
 from memflow_kernels import Pool, memory_attention, qk_norm_rope, qk_norm_rope_write
 
 if TYPE_CHECKING:

@@ -1,19 +1,49 @@
-"""`memflow generate --live`: lines that are typed, or piped in, while the film is made; each is the next scene."""
+"""What the command says in a terminal, and the lines that are typed there meanwhile, each the next scene (`--live`)."""
 
 from __future__ import annotations
 
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from memflow.cli import shown
 from memflow.errors import MemFlowError
 
 if TYPE_CHECKING:
     from memflow.stream.stream import Stream
 
 _BLINK = 0.2  # seconds between two looks whether Ctrl-C was pressed
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """One line. Long paths are not wrapped, so that they can be copied."""
+    console.print(Text(shown(text), style), soft_wrap=True)
+
+
+def bars(console: Console) -> Progress:
+    """Bars with a field `unit`; drawn in a terminal alone."""
+    return Progress(
+        TextColumn("{task.description}", style="bold", markup=False),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def print_numbers(lines: Iterable[tuple[str, str]]) -> None:
+    """(label, text) in two columns, on stdout."""
+    console = Console(highlight=False, markup=False)
+    for label, text in lines:
+        console.print(Text.assemble((f"{label:<8}", "dim"), shown(text)), soft_wrap=True)
 
 
 class Lines:
