@@ -2,7 +2,7 @@
 
 Each side is a process of its own and both are started twice, because a process draws where its memory lies, and keeps
 it. All that compiles has compiled before the first sample counts. Samples are taken in blocks A B B A or B A A B, by
-lot. A launch ends when its interval is as narrow as PRECISION, never because of what the interval says.
+lot. A launch ends when its interval is as narrow as PRECISION, never because of where it lies.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .verdict import Comparison, compare_blocks
 LAUNCHES = 2
 LEAST, MOST = 10, 200  # blocks of a launch
 PRECISION = 0.01  # half width of an interval that is narrow enough
-SAMPLE = 0.03  # seconds, with changing inputs and emptying caches: short calls are timed several at a time
-CALLS = 16  # at most
+SAMPLE = 0.02  # seconds, with changing inputs and emptying caches: short calls are timed several at a time
+CALLS = 4  # at most: more of them make a sample steadier, but more samples make the result so
 
 
 class Block(NamedTuple):
@@ -37,10 +37,6 @@ class Block(NamedTuple):
 
     other: tuple[float, float]
     this: tuple[float, float]
-
-    @property
-    def log_ratio(self) -> float:
-        return (sum(map(math.log, self.other)) - sum(map(math.log, self.this))) / 2
 
 
 class Measured(NamedTuple):
@@ -124,17 +120,19 @@ def measure(
             pair = [Process(side, folder / str(number)) for number, side in enumerate(sides)]
             for process in pair:
                 stack.callback(process.close)
-            seconds = [
-                p.ask({"prepare": wish | {"provider": side.provider}}) for p, side in zip(pair, sides, strict=True)
-            ]
+            for process, side in zip(pair, sides, strict=True):  # at once: who waits long has its memory taken away
+                process.tell({"prepare": wish | {"provider": side.provider}})
+            seconds = [process.hear() for process in pair]
             calls = max(1, min(CALLS, math.ceil(SAMPLE / max(seconds))))
             for share, found in zip(slower, launches, strict=True):
                 found.append(_blocks(pair, calls, share, lots, experiment.budget / LAUNCHES))
-    return [Measured(found, compare_blocks([[b.log_ratio for b in blocks] for blocks in found])) for found in launches]
+    return [Measured(found, compare_blocks(found)) for found in launches]
 
 
 def _blocks(pair: list[Process], calls: int, slower: float, lots: random.Random, budget: float) -> list[Block]:
     wishes = {"sample": {"calls": calls}}, {"sample": {"calls": calls, "slower": slower}}
+    for process, wish in zip(pair, wishes, strict=True):
+        process.ask(wish)  # the first after a pause says nothing
     blocks: list[Block] = []
     begin = time.perf_counter()
     while len(blocks) < LEAST or time.perf_counter() - begin < budget:
@@ -143,10 +141,7 @@ def _blocks(pair: list[Process], calls: int, slower: float, lots: random.Random,
         for number in (first, 1 - first, 1 - first, first):
             taken[number].append(pair[number].ask(wishes[number]))
         blocks.append(Block(*map(tuple, taken)))
-        if len(blocks) == MOST:
+        narrow = len(blocks) >= LEAST and len(blocks) % 10 == 0 and compare_blocks([blocks]).half_width < PRECISION
+        if len(blocks) == MOST or narrow:
             break
-        if len(blocks) >= LEAST and len(blocks) % 5 == 0:
-            found = compare_blocks([[block.log_ratio for block in blocks]])
-            if found.half_width < PRECISION:
-                break
     return blocks

@@ -29,9 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return options.action(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        print("stopped", flush=True)  # what was being done is in the line above
+        return 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     cases.set_defaults(action=show_cases)
 
     test = actions.add_parser("selftest", help="is --against right on this machine? a build against itself, and slowed")
-    test.add_argument("--comparisons", type=int, default=20, help="default: 20, some four minutes on a quiet machine")
+    test.add_argument("--comparisons", type=int, default=20, help="default: 20, some seven minutes on a quiet machine")
     test.add_argument("--threads", type=int, default=1, help="default: 1, which ends in time on a busy machine too")
     test.set_defaults(action=run_selftest)
     return top
@@ -82,6 +85,10 @@ def run_suite(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     experiments = selected(options, device)
+    if options.output:
+        if options.output.is_dir():
+            raise ValueError(f"--output {options.output} is a folder; needed: a file")
+        options.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after
     if options.against:
         return run_against(options, experiments, device)
     providers = chosen_providers(options.providers)
@@ -117,7 +124,7 @@ def run_suite(options: argparse.Namespace) -> int:
     keep()
     print()
     print(markdown(facts, limits, rows))
-    return 0
+    return int(bool(options.providers) and any(row.status in ("wrong", "failed") for row in rows))
 
 
 def run_whole(experiment: AnyExperiment, device: torch.device) -> list[Row]:

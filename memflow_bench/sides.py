@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,13 +88,17 @@ class Process:
         )  # fmt: skip
 
     def ask(self, question: dict) -> float:
-        """Raises RuntimeError, with the side's name, where the worker has died or could not do it."""
-        try:
+        self.tell(question)
+        return self.hear()
+
+    def tell(self, question: dict) -> None:
+        with suppress(BrokenPipeError):  # it has died: `hear` says so
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+
+    def hear(self) -> float:
+        """Raises RuntimeError, with the side's name, where the worker has died or could not do it."""
+        line = self.process.stdout.readline()
         if not line:
             self.process.wait()  # it has let go of its pipe: it ends
             raise RuntimeError(f"{self.name}: its process died (exit code {self.process.returncode})")
@@ -103,5 +108,6 @@ class Process:
         return answer["seconds"]
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # what it was told last it has not read
+            self.process.stdin.close()
         self.process.wait()

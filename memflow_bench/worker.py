@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
+from collections.abc import Callable
 
 from .pinning import pin_threads
 
@@ -16,10 +18,13 @@ import torch  # noqa: E402 (before anything else that brings an OpenMP runtime)
 from .cases import Case  # noqa: E402
 from .experiments import DTYPES  # noqa: E402
 from .providers.choice import provider_named  # noqa: E402
+from .runner import in_a_line  # noqa: E402
 from .timing import Flush, sample  # noqa: E402
 from .workloads import WORKLOADS  # noqa: E402
 
 WARM = 3  # calls before the first that counts
+MEASURED = 15  # samples
+UNIT = 20_000  # numbers added
 PATIENCE = 0.001  # seconds: the other side's threads spin for a while after their last call
 
 
@@ -37,8 +42,8 @@ def main() -> None:
                 answer = {"seconds": side.warm()}
             else:
                 answer = {"seconds": side.sample(**wish["sample"])}
-        except Exception as error:  # the other side reports it and goes on
-            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        except (Exception, SystemExit) as error:  # the other side reports it and goes on
+            answer = {"error": in_a_line(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -70,6 +75,7 @@ class Side:
         if self.run is None:
             raise ValueError(f"{chosen.name} has no method {workload!r}")
         self.flush = Flush(self.device) if cold else None
+        self.slowed: dict[float, Callable[[], object]] = {}
 
     def warm(self) -> float:
         """Seconds that a call takes with all that goes before it, after the first few; every one is checked."""
@@ -87,10 +93,10 @@ class Side:
         """Seconds of one call, the fastest of `calls`, each with other inputs than the one before; the last is checked.
 
         What other work does to a call only makes it longer, so that the fastest says most about the call itself.
-        slower: adds this share to every call.
+        slower: this share of work more in every call.
         """
         time.sleep(PATIENCE)
-        run = self.run if not slower else lambda: _slowed(self.run, slower)
+        run = self.run if not slower else self.with_more_work(slower, calls)
         taken, returned = [], None
         for _ in range(calls):
             self.workload.turn()
@@ -100,19 +106,31 @@ class Side:
             self.check(returned)
         return min(taken)
 
+    def with_more_work(self, share: float, calls: int) -> Callable[[], object]:
+        """`run` and, in the same call, work of a fixed size on the host: once measured here to take `share` of it."""
+        if share not in self.slowed:
+            usual = statistics.median(self.sample(calls) for _ in range(MEASURED))
+            unit = statistics.median(
+                min(sample(_unit, self.device, None)[0] for _ in range(calls)) for _ in range(MEASURED)
+            )
+            turns = range(round(UNIT * share * usual / unit))
+
+            def run() -> object:
+                returned = self.run()
+                sum(turns)
+                return returned
+
+            self.slowed[share] = run
+        return self.slowed[share]
+
     def check(self, returned: object) -> None:
         verdict = self.workload.check(returned)
         if not verdict.right:
             raise ValueError(f"wrong: relative error {verdict.error:.2g}, allowed {verdict.allowed:.2g}")
 
 
-def _slowed(run, share: float) -> object:
-    begin = time.perf_counter()
-    returned = run()
-    end = begin + (time.perf_counter() - begin) * (1 + share)
-    while time.perf_counter() < end:
-        pass
-    return returned
+def _unit() -> None:
+    sum(range(UNIT))
 
 
 if __name__ == "__main__":
