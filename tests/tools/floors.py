@@ -35,8 +35,8 @@ PROBE = (
     "tests/models/test_text.py",
     "tests/convert/test_lora.py",
 )
-# The tests' own `kernels`, which the extra `model` does not bring: older transformers import it where it is there, and know
-# its older releases only.
+# The tests' own `kernels`, which the extra `model` does not bring: older transformers import it where it is there, and
+# know its older releases only.
 HIDDEN = "import sys; sys.modules['kernels'] = None"
 TOLERANCE = 1e-3  # relative, of all latents
 STORY = """
