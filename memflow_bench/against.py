@@ -24,6 +24,7 @@ from .sides import Process, Side, two_sides
 from .table import duration
 from .timing import spread
 from .verdict import Comparison, compare_blocks
+from .workloads import WORKLOADS
 
 LAUNCHES = 2
 LEAST, MOST = 10, 200  # blocks of a launch
@@ -61,7 +62,14 @@ def compare(against: str, provider: str, experiments: list, device: torch.device
 
     header: machine, software and load, in words.
     """
-    planned = [(e, activated) for e in experiments if isinstance(e, Experiment) for activated in e.modes]
+    kinds = [e for e in experiments if isinstance(e, Experiment)]
+    if whole := [e.title for e in experiments if e not in kinds]:
+        print(f"left out, as providers take no part in them: {', '.join(whole)}", flush=True)
+    planned = [
+        (e, activated) for e in kinds for activated in (e.modes if WORKLOADS[e.workload].takes_top_k else (False,))
+    ]
+    if not planned:
+        raise ValueError("--against: there is nothing that two sides could be compared in")
     measured: dict[str, Measured | str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch, "tree")

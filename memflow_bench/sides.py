@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 INSTALLED = Path(memflow_kernels.__file__).parents[1]  # the folder of the packages in use
 PACKAGES = ("memflow", "memflow_kernels")
 SOURCES = "csrc"
+PATIENCE = 10  # seconds that a worker has to end
 
 
 class Side(NamedTuple):
@@ -56,7 +57,9 @@ def two_sides(against: str, provider: str, scratch: Path) -> tuple[Side, Side]:
 def unpack(revision: str, folder: Path) -> None:
     """The packages as they were at `revision`."""
     git = ["git", "-C", str(INSTALLED)]
-    listed = subprocess.run([*git, "ls-tree", "--name-only", revision], capture_output=True, text=True)
+    listed = subprocess.run(
+        [*git, "ls-tree", "--name-only", "--end-of-options", revision], capture_output=True, text=True
+    )
     if listed.returncode:
         raise ValueError(
             f"--against {revision}: neither FILE.py:Name, nor a folder that holds {PACKAGES[1]}, nor a commit here: "
@@ -110,4 +113,8 @@ class Process:
     def close(self) -> None:
         with suppress(BrokenPipeError):  # what it was told last it has not read
             self.process.stdin.close()
-        self.process.wait()
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:  # it hangs in a call
+            self.process.kill()
+            self.process.wait()

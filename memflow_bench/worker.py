@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -29,6 +30,7 @@ PATIENCE = 0.001  # seconds: the other side's threads spin for a while after the
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is answered by the process that started this one
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what anything else prints does not get between the answers
     torch.set_grad_enabled(False)

@@ -131,6 +131,13 @@ def test_a_file_that_cannot_be_written_is_refused_before_minutes_of_measuring(tm
         assert message in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wish", [["--threads", "0"], ["--threads", "-3"], ["--threads", "two"]])
+def test_a_number_of_threads_that_is_none_is_refused(wish, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["run", *wish])
+    assert "is no number from 1 on" in capsys.readouterr().err
+
+
 def test_who_hangs_can_be_stopped(tmp_path):
     """By Ctrl-C: the last line says what was running, and no traceback follows."""
     (tmp_path / "mine.py").write_text(

@@ -10,8 +10,8 @@ COMPARISONS = 100
 
 
 def launches(generator, faster=0.0, noise=0.04, start=0.004, follows=0.5, spoiled=0.02, blocks=40):
-    """Two launches of blocks of two samples a side: a bias from start to start, a machine whose speed changes, noise, and
-    samples that other work has spoiled."""
+    """Two launches of blocks of two samples a side: a bias from start to start, a machine whose speed changes, noise,
+    and samples that other work has spoiled."""
     found = []
     for _ in range(2):
         bias, speed, taken = generator.normal(0, start), 0.0, []
