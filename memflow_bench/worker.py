@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from .pinning import pin_threads
 
@@ -24,8 +24,6 @@ from .timing import Flush, sample  # noqa: E402
 from .workloads import WORKLOADS  # noqa: E402
 
 WARM = 3  # calls before the first that counts
-MEASURED = 15  # samples
-UNIT = 20_000  # numbers added
 PATIENCE = 0.001  # seconds: the other side's threads spin for a while after their last call
 
 
@@ -77,7 +75,6 @@ class Side:
         if self.run is None:
             raise ValueError(f"{chosen.name} has no method {workload!r}")
         self.flush = Flush(self.device) if cold else None
-        self.slowed: dict[float, Callable[[], object]] = {}
 
     def warm(self) -> float:
         """Seconds that a call takes with all that goes before it, after the first few; every one is checked."""
@@ -95,10 +92,10 @@ class Side:
         """Seconds of one call, the fastest of `calls`, each with other inputs than the one before; the last is checked.
 
         What other work does to a call only makes it longer, so that the fastest says most about the call itself.
-        slower: this share of work more in every call.
+        slower: holds up every call by this share of its time.
         """
         time.sleep(PATIENCE)
-        run = self.run if not slower else self.with_more_work(slower, calls)
+        run = self.run if not slower else partial(_slowed, self.run, slower)
         taken, returned = [], None
         for _ in range(calls):
             self.workload.turn()
@@ -108,31 +105,21 @@ class Side:
             self.check(returned)
         return min(taken)
 
-    def with_more_work(self, share: float, calls: int) -> Callable[[], object]:
-        """`run` and, in the same call, work of a fixed size on the host: once measured here to take `share` of it."""
-        if share not in self.slowed:
-            usual = statistics.median(self.sample(calls) for _ in range(MEASURED))
-            unit = statistics.median(
-                min(sample(_unit, self.device, None)[0] for _ in range(calls)) for _ in range(MEASURED)
-            )
-            turns = range(round(UNIT * share * usual / unit))
-
-            def run() -> object:
-                returned = self.run()
-                sum(turns)
-                return returned
-
-            self.slowed[share] = run
-        return self.slowed[share]
-
     def check(self, returned: object) -> None:
         verdict = self.workload.check(returned)
         if not verdict.right:
             raise ValueError(f"wrong: relative error {verdict.error:.2g}, allowed {verdict.allowed:.2g}")
 
 
-def _unit() -> None:
-    sum(range(UNIT))
+def _slowed(run: Callable[[], object], share: float) -> object:
+    """`run`, held up for this share of the time that it took, by a loop that keeps the core busy. Work of a fixed size
+    would have to be measured first: meant to be 5 %, it was 5 to 7, as caches and other work would have it."""
+    begin = time.perf_counter()
+    returned = run()
+    end = begin + (time.perf_counter() - begin) * (1 + share)
+    while time.perf_counter() < end:
+        pass
+    return returned
 
 
 if __name__ == "__main__":
