@@ -91,17 +91,13 @@ class Process:
         )  # fmt: skip
 
     def ask(self, question: dict) -> float:
-        self.tell(question)
-        return self.hear()
-
-    def tell(self, question: dict) -> None:
-        with suppress(BrokenPipeError):  # it has died: `hear` says so
+        """Raises RuntimeError, with the side's name, where the worker has died or could not do it."""
+        try:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
-
-    def hear(self) -> float:
-        """Raises RuntimeError, with the side's name, where the worker has died or could not do it."""
-        line = self.process.stdout.readline()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
             self.process.wait()  # it has let go of its pipe: it ends
             raise RuntimeError(f"{self.name}: its process died (exit code {self.process.returncode})")

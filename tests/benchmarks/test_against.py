@@ -114,11 +114,10 @@ def test_what_is_no_side_is_refused(capsys):
 def test_a_side_that_hangs_is_ended(monkeypatch, tmp_path):
     """Ctrl-C reaches the process that waits for it."""
     monkeypatch.setattr(sides, "PATIENCE", 1)
-    process = sides.Process(sides.Side("this", INSTALLED, "mine.py:Hangs"), tmp_path / "side")
+    process = sides.Process(sides.Side("this", INSTALLED, "ours"), tmp_path / "side")
     wish = {"workload": "attention", "case": vars(case("toy")), "dtype": "float32", "activated": False}
-    process.tell(
-        {"prepare": wish | {"device": "cpu", "threads": 1, "cold": False, "provider": str(tmp_path / "mine.py:Hangs")}}
-    )
+    wish |= {"device": "cpu", "threads": 1, "cold": False, "provider": str(tmp_path / "mine.py:Hangs")}
+    process.process.stdin.write(json.dumps({"prepare": wish}) + "\n")
     process.close()
     assert process.process.returncode == -9
 
