@@ -41,10 +41,11 @@ def two_sides(against: str, provider: str, scratch: Path) -> tuple[Side, Side]:
     Raises:
         ValueError: None of these.
     """
+    name = "this" if provider == OURS else provider
     if is_own(provider):
         own_provider(provider)
         provider = _absolute(provider)
-    this = Side("this" if provider == OURS else provider, INSTALLED, provider)
+    this = Side(name, INSTALLED, provider)
     if is_own(against):
         own_provider(against)
         return Side(against, INSTALLED, _absolute(against)), this

@@ -87,7 +87,9 @@ def test_a_folder_and_two_providers_of_a_file(capsys):
     other, this = two_sides(str(INSTALLED), "ours", None)
     assert (other.packages, this.packages, other.provider) == (INSTALLED, INSTALLED, "ours")
     assert compare("mine.py:Old", "mine.py:New") == 0
-    assert re.search(r"\) \| faster \|", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"\) \| faster \|", out)
+    assert "| what | mine.py:Old | mine.py:New |" in out
 
 
 @pytest.mark.parametrize(
