@@ -2,7 +2,7 @@
 
 Each side is a process of its own and both are started twice, because a process draws where its memory lies, and keeps
 it. All that compiles has compiled before the first sample counts. Samples are taken in blocks A B B A or B A A B, by
-lot. A launch ends when its interval is as narrow as PRECISION, never because of what the interval says.
+lot. A launch ends when its interval is as narrow as PRECISION, never because of where it lies.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from .sides import Process, Side, two_sides
 from .table import duration
 from .timing import spread
 from .verdict import Comparison, compare_blocks
+from .workloads import WORKLOADS
 
 LAUNCHES = 2
 LEAST, MOST = 10, 200  # blocks of a launch
 PRECISION = 0.01  # half width of an interval that is narrow enough
-SAMPLE = 0.03  # seconds, with changing inputs and emptying caches: short calls are timed several at a time
-CALLS = 16  # at most
+SAMPLE = 0.02  # seconds, with changing inputs and emptying caches: short calls are timed several at a time
+CALLS = 4  # at most: more of them make a sample steadier, but more samples make the result so
 
 
 class Block(NamedTuple):
@@ -37,10 +38,6 @@ class Block(NamedTuple):
 
     other: tuple[float, float]
     this: tuple[float, float]
-
-    @property
-    def log_ratio(self) -> float:
-        return (sum(map(math.log, self.other)) - sum(map(math.log, self.this))) / 2
 
 
 class Measured(NamedTuple):
@@ -65,7 +62,14 @@ def compare(against: str, provider: str, experiments: list, device: torch.device
 
     header: machine, software and load, in words.
     """
-    planned = [(e, activated) for e in experiments if isinstance(e, Experiment) for activated in e.modes]
+    kinds = [e for e in experiments if isinstance(e, Experiment)]
+    if whole := [e.title for e in experiments if e not in kinds]:
+        print(f"left out, as providers take no part in them: {', '.join(whole)}", flush=True)
+    planned = [
+        (e, activated) for e in kinds for activated in (e.modes if WORKLOADS[e.workload].takes_top_k else (False,))
+    ]
+    if not planned:
+        raise ValueError("--against: there is nothing that two sides could be compared in")
     measured: dict[str, Measured | str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch, "tree")
@@ -130,11 +134,13 @@ def measure(
             calls = max(1, min(CALLS, math.ceil(SAMPLE / max(seconds))))
             for share, found in zip(slower, launches, strict=True):
                 found.append(_blocks(pair, calls, share, lots, experiment.budget / LAUNCHES))
-    return [Measured(found, compare_blocks([[b.log_ratio for b in blocks] for blocks in found])) for found in launches]
+    return [Measured(found, compare_blocks(found)) for found in launches]
 
 
 def _blocks(pair: list[Process], calls: int, slower: float, lots: random.Random, budget: float) -> list[Block]:
     wishes = {"sample": {"calls": calls}}, {"sample": {"calls": calls, "slower": slower}}
+    for number in (0, 1, 0, 1):
+        pair[number].ask(wishes[number])  # the first after a pause says nothing
     blocks: list[Block] = []
     begin = time.perf_counter()
     while len(blocks) < LEAST or time.perf_counter() - begin < budget:
@@ -143,10 +149,7 @@ def _blocks(pair: list[Process], calls: int, slower: float, lots: random.Random,
         for number in (first, 1 - first, 1 - first, first):
             taken[number].append(pair[number].ask(wishes[number]))
         blocks.append(Block(*map(tuple, taken)))
-        if len(blocks) == MOST:
+        narrow = len(blocks) >= LEAST and len(blocks) % 10 == 0 and compare_blocks([blocks]).half_width < PRECISION
+        if len(blocks) == MOST or narrow:
             break
-        if len(blocks) >= LEAST and len(blocks) % 5 == 0:
-            found = compare_blocks([[block.log_ratio for block in blocks]])
-            if found.half_width < PRECISION:
-                break
     return blocks

@@ -100,8 +100,8 @@ def read_cases(file: Path, known: dict[str, Case]) -> dict[str, Case]:
         ValueError: With the file, the case and the field.
     """
     try:
-        entries = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        entries = json.loads(file.read_text(), object_pairs_hook=_each_once)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as cases: {error}") from error
     if not isinstance(entries, dict) or not entries or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError(f'{file} needs the form {{"name of a case": {{"like": "quarter", "bank": 6}}, ...}}')
@@ -109,8 +109,8 @@ def read_cases(file: Path, known: dict[str, Case]) -> dict[str, Case]:
     def full(name: str, asking: tuple[str, ...] = ()) -> dict:
         if name in asking:
             raise ValueError(f"{file}: {' is like '.join((*asking, name))}, without an end")
-        if name not in entries:
-            if name in known:
+        if not isinstance(name, str) or name not in entries:
+            if isinstance(name, str) and name in known:
                 return asdict(known[name])
             there = ", ".join((*entries, *known))
             raise ValueError(f"{file}: {asking[-1]} is like {name!r}, which is no case; cases: {there}")
@@ -122,6 +122,19 @@ def read_cases(file: Path, known: dict[str, Case]) -> dict[str, Case]:
     return {name: _checked(file, name, full(name)) for name in entries}
 
 
+def is_line(value: object) -> bool:
+    """Whether this is text that stands in one cell of a table."""
+    return isinstance(value, str) and value.isprintable() and "|" not in value
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict:
+    names = [name for name, _ in pairs]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"{', '.join(sorted(twice))} stands there twice")
+    return dict(pairs)
+
+
 def _checked(file: Path, name: str, entry: dict) -> Case:
     where = f"{file}, case {name!r}"
     unknown = sorted(set(entry) - set(SIZES) - set(OPTIONAL) - set(TEXTS[1:]))
@@ -129,6 +142,10 @@ def _checked(file: Path, name: str, entry: dict) -> Case:
     if unknown or missing:
         wrong = f"no field {', '.join(unknown)}" if unknown else f'needs {", ".join(missing)}, or "like": another case'
         raise ValueError(f"{where}: {wrong}; fields: {', '.join((*SIZES, *OPTIONAL, *TEXTS[1:]))}")
+    for text in ("name", *TEXTS[1:]):
+        value = name if text == "name" else entry.get(text, "")
+        if not is_line(value) or (text == "name" and not value.strip()):
+            raise ValueError(f"{where}: {text} is {value!r}; needed: text without a line break or |, for tables")
     for size in SIZES:
         value = list(entry[size]) if isinstance(entry[size], tuple) else entry[size]
         numbers = value if size == "grid" else [value]
@@ -137,6 +154,8 @@ def _checked(file: Path, name: str, entry: dict) -> Case:
         if not shaped or not all(type(number) is int and number >= least for number in numbers):
             needed = "[rows, columns], whole numbers" if size == "grid" else "a whole number"
             raise ValueError(f"{where}: {size} is {value!r}; needed: {needed} from {least} on")
+    if entry["head_dim"] % 2:
+        raise ValueError(f"{where}: head_dim is {entry['head_dim']}; needed: an even number, as channels turn in pairs")
     if entry.get("sweep") and (entry["sweep"] not in SWEEPS or "like" not in entry):
         raise ValueError(
             f"{where}: sweep is {entry['sweep']!r}; needed: one of {', '.join(SWEEPS)}, and what it is like"

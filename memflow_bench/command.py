@@ -29,9 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return options.action(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        print("stopped", flush=True)  # what was being done is in the line above
+        return 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "holds memflow_kernels, or FILE.py:Name",
     )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    run.add_argument("--threads", type=int, help="CPU threads; default: one per core")
+    run.add_argument("--threads", type=_count, help="CPU threads; default: one per core")
     run.add_argument("--warm", action="store_true", help="leave the caches as the last sample left them")
     run.add_argument("-o", "--output", type=Path, help="result file (JSON)")
     run.set_defaults(action=run_suite)
@@ -71,18 +74,32 @@ def parser() -> argparse.ArgumentParser:
     cases.set_defaults(action=show_cases)
 
     test = actions.add_parser("selftest", help="is --against right on this machine? a build against itself, and slowed")
-    test.add_argument("--comparisons", type=int, default=20, help="default: 20, some four minutes on a quiet machine")
-    test.add_argument("--threads", type=int, default=1, help="default: 1, which ends in time on a busy machine too")
+    test.add_argument(
+        "--comparisons", type=_count, default=20, help="default: 20, some seven minutes on a quiet machine"
+    )
+    test.add_argument("--threads", type=_count, default=1, help="default: 1, which ends in time on a busy machine too")
     test.set_defaults(action=run_selftest)
     return top
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 def run_suite(options: argparse.Namespace) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
     if options.threads:
         torch.set_num_threads(options.threads)
     experiments = selected(options, device)
-    if options.against:
+    if options.output:
+        if options.output.is_dir():
+            raise ValueError(f"--output {options.output} is a folder; needed: a file")
+        options.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after
+    if options.against is not None:
         return run_against(options, experiments, device)
     providers = chosen_providers(options.providers)
     facts = facts_of(device)
@@ -117,7 +134,7 @@ def run_suite(options: argparse.Namespace) -> int:
     keep()
     print()
     print(markdown(facts, limits, rows))
-    return 0
+    return int(bool(options.providers) and any(row.status in ("wrong", "failed") for row in rows))
 
 
 def run_whole(experiment: AnyExperiment, device: torch.device) -> list[Row]:

@@ -75,9 +75,9 @@ def held_for_chunk(state: LayerState, updated: bool) -> tuple[Tensor, Tensor]:
     """K and V [B, tokens, H, D] float64 of bank, sink and what is left of the window when the chunk has its place."""
     case = state.case
     parts = []
-    for held, bank in zip((state.held_key, state.held_value), updated_bank(state), strict=True):
+    banks = updated_bank(state) if updated else (x[:, : case.bank].double() for x in (state.held_key, state.held_value))
+    for held, bank in zip((state.held_key, state.held_value), banks, strict=True):
         held = held.double()
-        bank = bank if updated else held[:, : case.bank]
         sink, window = held[:, case.bank : case.candidates], held[:, case.candidates + case.chunk :]
         parts.append(torch.cat([bank, sink, window], dim=1).flatten(1, 2))
     return tuple(parts)

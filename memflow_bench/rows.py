@@ -70,14 +70,27 @@ def write(path: Path, result: Result) -> None:
 
 
 def read(path: Path) -> Result:
-    """Raises ValueError for another kind of file. A file of before cases were kept has those of the package."""
+    """Raises ValueError for another kind of file, or a damaged one. A file of before cases were kept has those of the
+    package."""
     try:
         data = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a benchmark result: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"{path} is not a benchmark result of the format {FORMAT}")
+    try:
+        result = _result(data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if lost := {row.case for row in result.rows} - set(result.cases):
+        raise ValueError(f"{path} is damaged: it does not hold the case {', '.join(sorted(lost))} of its rows")
+    return result
+
+
+def _result(data: dict) -> Result:
     rows = [Row(**row | {"provider": row["provider"].replace(OLD_NAME, NAME)}) for row in data["rows"]]
+    for row in rows:
+        sum(row.seconds + row.graph_seconds)  # numbers
     kept = data.get("cases")
     cases = {name: Case(**entry | {"grid": tuple(entry["grid"])}) for name, entry in (kept or {}).items()}
     return Result(data["environment"], data["ceilings"], rows, cases if kept is not None else load_cases())

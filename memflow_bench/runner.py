@@ -41,8 +41,10 @@ def run_experiment(
             there = [provider for provider in there if hasattr(provider, experiment.workload)]
             try:
                 workload = kind(experiment.case, activated, dtype, device)
-            except ModuleNotFoundError as error:
-                reason = f"the module {error.name} is not installed"
+            except Exception as error:  # a package is missing, the machine is too small, the case has no such thing
+                missing = isinstance(error, ModuleNotFoundError)
+                reason = f"the module {error.name} is not installed" if missing else in_a_line(error)
+                say(f"  missing {reason}")
                 rows += [_row(experiment, activated, p, device, "missing", reason) for p in there]
                 continue
             for provider in there:
@@ -72,14 +74,17 @@ def _checked(
     try:
         reason = provider.missing(device, workload.dtype)
         if reason is not None:
-            row.status, row.reason = "missing", reason
+            row.status, row.reason = "missing", str(reason)
             return row, None
-        run = provider.prepare(experiment.workload, workload.state)
-        if workload.warm_first:
-            run()
-        returned, row.peak_bytes = peak_bytes(run, device)
+        with workload.inputs_kept():
+            run = provider.prepare(experiment.workload, workload.state)
+            if not callable(run):
+                raise TypeError(f"{experiment.workload}(state) returned {type(run).__name__}, needed a callable")
+            if workload.warm_first:
+                run()
+            returned, row.peak_bytes = peak_bytes(run, device)
         judge(row, workload, returned)
-    except Exception as error:  # whatever a peer does wrong: it is reported, and the others go on
+    except (Exception, SystemExit) as error:  # whatever a peer does wrong: it is reported, and the others go on
         judge(row, workload, error)
     return row, run
 
@@ -90,11 +95,11 @@ def judge(row: Row, workload: Workload, returned: object, later: bool = False) -
     later: the result is that of a timed call, after the inputs have changed.
     """
     try:
-        if isinstance(returned, Exception):
+        if isinstance(returned, BaseException):
             raise returned
         verdict = workload.check(returned)
-    except Exception as error:
-        row.status, row.reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    except (Exception, SystemExit) as error:
+        row.status, row.reason = "failed", in_a_line(error)
     else:
         row.error, row.allowed = max(row.error or 0.0, verdict.error), verdict.allowed
         if verdict.right:
@@ -105,6 +110,10 @@ def judge(row: Row, workload: Workload, returned: object, later: bool = False) -
             row.reason += "; its first result was right: it does not follow inputs that change in place"
     row.seconds, row.graph_seconds = [], []
     return False
+
+
+def in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300].replace("|", "/")
 
 
 def _time(rows: list[Row], timed: Timed, experiment: Experiment, device: torch.device, cold: bool) -> None:
@@ -139,7 +148,7 @@ def _rounds(rows: list[Row], timed: Timed, runs: dict[int, Run], device, cold: b
 
     def right(index: int, returned: object) -> bool:
         workload = timed[index][1]
-        if isinstance(returned, Exception) or workload.turns:
+        if isinstance(returned, BaseException) or workload.turns:
             return judge(rows[index], workload, returned, later=True)
         return True  # its calls change the state, so that only the first has a known result
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ HERE = Path(__file__).parent
 INSTALLED = Path(memflow_kernels.__file__).parents[1]  # the folder of the packages in use
 PACKAGES = ("memflow", "memflow_kernels")
 SOURCES = "csrc"
+PATIENCE = 10  # seconds that a worker has to end
 
 
 class Side(NamedTuple):
@@ -39,10 +41,11 @@ def two_sides(against: str, provider: str, scratch: Path) -> tuple[Side, Side]:
     Raises:
         ValueError: None of these.
     """
+    name = "this" if provider == OURS else provider
     if is_own(provider):
         own_provider(provider)
         provider = _absolute(provider)
-    this = Side("this" if provider == OURS else provider, INSTALLED, provider)
+    this = Side(name, INSTALLED, provider)
     if is_own(against):
         own_provider(against)
         return Side(against, INSTALLED, _absolute(against)), this
@@ -55,7 +58,9 @@ def two_sides(against: str, provider: str, scratch: Path) -> tuple[Side, Side]:
 def unpack(revision: str, folder: Path) -> None:
     """The packages as they were at `revision`."""
     git = ["git", "-C", str(INSTALLED)]
-    listed = subprocess.run([*git, "ls-tree", "--name-only", revision], capture_output=True, text=True)
+    listed = subprocess.run(
+        [*git, "ls-tree", "--name-only", "--end-of-options", revision], capture_output=True, text=True
+    )
     if listed.returncode:
         raise ValueError(
             f"--against {revision}: neither FILE.py:Name, nor a folder that holds {PACKAGES[1]}, nor a commit here: "
@@ -103,5 +108,10 @@ class Process:
         return answer["seconds"]
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        with suppress(BrokenPipeError):  # what it was told last it has not read
+            self.process.stdin.close()
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:  # it hangs in a call
+            self.process.kill()
+            self.process.wait()

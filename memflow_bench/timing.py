@@ -72,7 +72,7 @@ def in_turns(
         for name in names:
             try:
                 taken[name], returned = sample(runs[name], device, flush)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if judge is None:
                     raise
                 returned = error

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 from .pinning import pin_threads
 
@@ -16,6 +19,7 @@ import torch  # noqa: E402 (before anything else that brings an OpenMP runtime)
 from .cases import Case  # noqa: E402
 from .experiments import DTYPES  # noqa: E402
 from .providers.choice import provider_named  # noqa: E402
+from .runner import in_a_line  # noqa: E402
 from .timing import Flush, sample  # noqa: E402
 from .workloads import WORKLOADS  # noqa: E402
 
@@ -24,6 +28,7 @@ PATIENCE = 0.001  # seconds: the other side's threads spin for a while after the
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is answered by the process that started this one
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what anything else prints does not get between the answers
     torch.set_grad_enabled(False)
@@ -37,8 +42,8 @@ def main() -> None:
                 answer = {"seconds": side.warm()}
             else:
                 answer = {"seconds": side.sample(**wish["sample"])}
-        except Exception as error:  # the other side reports it and goes on
-            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        except (Exception, SystemExit) as error:  # the other side reports it and goes on
+            answer = {"error": in_a_line(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -87,10 +92,10 @@ class Side:
         """Seconds of one call, the fastest of `calls`, each with other inputs than the one before; the last is checked.
 
         What other work does to a call only makes it longer, so that the fastest says most about the call itself.
-        slower: adds this share to every call.
+        slower: holds up every call by this share of its time.
         """
         time.sleep(PATIENCE)
-        run = self.run if not slower else lambda: _slowed(self.run, slower)
+        run = self.run if not slower else partial(_slowed, self.run, slower)
         taken, returned = [], None
         for _ in range(calls):
             self.workload.turn()
@@ -106,7 +111,9 @@ class Side:
             raise ValueError(f"wrong: relative error {verdict.error:.2g}, allowed {verdict.allowed:.2g}")
 
 
-def _slowed(run, share: float) -> object:
+def _slowed(run: Callable[[], object], share: float) -> object:
+    """`run`, held up for this share of the time that it took, by a loop that keeps the core busy. Work of a fixed size
+    would have to be measured first: meant to be 5 %, it was 5 to 7, as caches and other work would have it."""
     begin = time.perf_counter()
     returned = run()
     end = begin + (time.perf_counter() - begin) * (1 + share)

@@ -7,28 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line.partition(" #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
-]
-# Commands that the test below does not run, and why.
-ELSEWHERE = {
-    r"git clone |cd ": "the address is a placeholder",
-    r"pip (install|wheel) ": "tests/test_wheel.py, and the set-up of these tests",
-    r"make ": "test_make_targets; `make test` runs these tests",
-    r"memflow (download|convert) |.* --model memflow-1.3b": "needs 20 GB of published files; test_options reads them",
-    r"memflow-bench run ": "minutes, or a kernel of the reader's own; tests/benchmarks",
-    r"memflow serve": "runs until it is stopped; tests/serve",
-}
+from readme import COMMANDS, ELSEWHERE, EXAMPLES, MEASURING, README, ROOT, elsewhere, in_words, write_kernels
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=[str(i) for i in range(len(EXAMPLES))])
@@ -37,29 +18,49 @@ def test_example(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})
 
 
-def in_words(command: str) -> list[str]:
-    """The command as arguments; the programs are those of this Python."""
-    words = shlex.split(command)
-    programs = {"python": [sys.executable], "memflow": [sys.executable, "-m", "memflow"]}
-    programs["memflow-bench"] = [sys.executable, "-m", "memflow_bench"]
-    return programs.get(words[0], [words[0]]) + words[1:]
-
-
 def test_commands(tmp_path):
     """In their order, in a folder that has what a clone has; with the words of the embedded model alone."""
     for name in ("examples", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
-    ran = [command for command in COMMANDS if not any(re.match(known, command) for known in ELSEWHERE)]
+    ran = [command for command in COMMANDS if not elsewhere(command) and MEASURING not in command]
     assert len(ran) >= 5
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     environment["OMP_NUM_THREADS"] = "1"  # threads that wait for one another are slow on a machine that has other work
     for command in ran:
-        done = subprocess.run(in_words(command), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            in_words(command, sys.executable), cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert "does not know" not in done.stderr, f"{command}\n{done.stderr}"
     written = {word for command in ran for word in re.findall(r"-o (\S+)|--save-state (\S+)", command) for word in word}
     assert all((tmp_path / name).stat().st_size > 10_000 for name in written if name)
     assert (tmp_path / "friends.png").exists()  # --report
+
+
+@pytest.mark.slow
+def test_commands_that_measure(tmp_path):
+    """Some seven minutes; with the kernels and cases of docs/benchmarks.md as the reader's own."""
+    write_kernels(tmp_path)
+    measured = [command for command in COMMANDS if MEASURING in command]
+    assert len(measured) >= 3
+    for command in measured:
+        words = in_words(command, sys.executable)
+        done = subprocess.run(
+            words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr}"
+    assert (tmp_path / "quick.json").stat().st_size > 10_000
+
+
+def test_every_command_is_run_or_has_a_reason():
+    """Those that are run are programs of this project, and no pattern of ELSEWHERE has outlived its command."""
+    assert {command.split()[0] for command in COMMANDS if not elsewhere(command)} <= {
+        "memflow",
+        "memflow-bench",
+        "python",
+    }
+    for known in ELSEWHERE:
+        assert any(re.match(known, command) for command in COMMANDS), known
 
 
 def test_options():

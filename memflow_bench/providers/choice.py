@@ -11,6 +11,7 @@ import torch
 
 from memflow_kernels.backends import current_backend
 
+from ..cases import is_line
 from ..workloads import WORKLOADS
 from . import PROVIDERS
 from .base import Provider
@@ -65,13 +66,14 @@ def own_provider(spec: str) -> Provider:
     try:
         found = getattr(_module(file), name, None)
         provider = found() if isinstance(found, type) else found
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"--providers {spec}: {file} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(provider, Provider):
         what = "no such name in it" if found is None else f"{name} is not a memflow_bench.providers.Provider"
         raise ValueError(f"--providers {spec}: {what}")
-    if not isinstance(getattr(provider, "name", None), str) or not provider.name.strip():
-        raise ValueError(f"--providers {spec}: {name} needs a `name`, the text of its row")
+    label = getattr(provider, "name", None)
+    if not is_line(label) or not label.strip():
+        raise ValueError(f"--providers {spec}: {name} needs a `name`, the text of its row, in one line without |")
     if not any(hasattr(provider, workload) for workload in WORKLOADS):
         raise ValueError(f"--providers {spec}: {name} has no method named after a workload: {', '.join(WORKLOADS)}")
     return provider

@@ -74,11 +74,6 @@ class PublishedLayer:
             self.held = held
         return *cache, held
 
-    def clear(self) -> None:
-        """A prompt switch without global sink: K and V are zeroed, the counters stay."""
-        self.key.zero_()
-        self.value.zero_()
-
 
 def activate(query: Tensor, key: Tensor, value: Tensor, tokens: int, top_k: int) -> tuple[Tensor, Tensor]:
     """K and V [B, k*F, H, D] of the candidate frames that each head chooses, in ascending order, gathered."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -67,6 +69,20 @@ class Workload(ABC):
         """The tensors of a state that a stream has anew in every call."""
         return []
 
+    @contextmanager
+    def inputs_kept(self) -> Iterator[None]:
+        """For a first call: ValueError where it wrote into the inputs, which all others share; they are put back."""
+        inputs = self.changing(self.state)
+        kept = [x.clone() for x in inputs]
+        try:
+            yield
+        finally:
+            written = [not torch.equal(x, before) for x, before in zip(inputs, kept, strict=True)]
+            for x, before in zip(inputs, kept, strict=True):
+                x.copy_(before)
+        if any(written):
+            raise ValueError(f"wrote into {sum(written)} of its {len(inputs)} inputs, which the next call needs")
+
     @abstractmethod
     def make_state(self, seed: int):
         """What the providers get."""
@@ -87,9 +103,19 @@ class Workload(ABC):
 
     def check(self, returned: object) -> Verdict:
         errors = []
-        for actual, expected in zip(self.results(returned), self.expected, strict=True):
-            if actual.shape != expected.shape:
+        results = self.results(returned)
+        if len(results) != len(self.expected):
+            raise ValueError(f"returned {len(results)} tensors, needed {len(self.expected)}")
+        for actual, expected in zip(results, self.expected, strict=True):
+            if tensor(actual).shape != expected.shape:
                 raise ValueError(f"returned shape {list(actual.shape)}, needed {list(expected.shape)}")
             errors.append(relative_error(actual, expected))
         worst = next((error for error in errors if error != error), max(errors))  # NaN first
         return Verdict(worst, budget(self.dtype, self.roundings))
+
+
+def tensor(returned: object) -> Tensor:
+    """What was returned, if it is one."""
+    if not isinstance(returned, Tensor):
+        raise TypeError(f"returned {type(returned).__name__}, needed a tensor")
+    return returned

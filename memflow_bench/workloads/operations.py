@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import counts, oracle
 from ..states import attention_state, layer_state
-from .base import Verdict, Workload
+from .base import Verdict, Workload, tensor
 
 
 class Attention(Workload):
@@ -25,7 +25,7 @@ class Attention(Workload):
         return [oracle.attention_rows(self.state)]
 
     def results(self, returned):
-        return [sampled(returned, self.case.queries)]
+        return [sampled(returned, self.case.queries, self.dtype)]
 
     def flops(self):
         return counts.attention_flops(self.case, self.activated)
@@ -90,13 +90,15 @@ class Update(Workload):
         return self.case.layers if self.device.type == "cuda" else 1
 
     def make_state(self, seed):
+        if not self.case.bank:
+            raise ValueError("the case has no bank")
         return layer_state(self.case, False, self.dtype, self.device, seed)
 
     def expect(self):
         return [oracle.by_content(oracle.updated_bank(self.state)[0])]
 
     def results(self, returned):
-        return [oracle.by_content(returned)]
+        return [oracle.by_content(tensor(returned))]
 
     def check(self, returned):
         return Verdict(super().check(returned).error, 0.0)  # frames are moved, not computed
@@ -105,11 +107,13 @@ class Update(Workload):
         return counts.update_bytes(self.case, self.size, self.layers)
 
 
-def sampled(x: Tensor, queries: int) -> Tensor:
-    """The rows of x [B, queries, ...] that are checked; an error where x has another length, or anything not finite: a
-    sample of rows does not see what was never written."""
-    if x.shape[1] != queries:
+def sampled(x: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
+    """The rows of x [B, queries, ...] that are checked; an error where x has another length or dtype, or anything not
+    finite: a sample of rows does not see what was never written."""
+    if tensor(x).ndim < 2 or x.shape[1] != queries:
         raise ValueError(f"returned shape {list(x.shape)}, needed {queries} tokens")
+    if x.dtype != dtype:
+        raise ValueError(f"returned {x.dtype}, needed {dtype}")
     if not torch.isfinite(x).all():
         raise ValueError("the result holds NaN or infinity")
     return x[:, oracle.sample_rows(queries)]

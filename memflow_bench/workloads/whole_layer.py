@@ -34,7 +34,7 @@ class Layer(Workload):
         return [oracle.layer_rows(self.state)]
 
     def results(self, returned):
-        return [sampled(returned, self.case.queries)]
+        return [sampled(returned, self.case.queries, self.dtype)]
 
     def flops(self):
         return counts.attention_flops(self.case, self.activated)
@@ -78,7 +78,7 @@ class Chunk(Workload):
         return [torch.nn.functional.linear(attended, linear.weight.double(), linear.bias.double())]
 
     def results(self, returned):
-        return [sampled(returned, self.case.queries)]
+        return [sampled(returned, self.case.queries, self.dtype)]
 
     def flops(self):
         passes = PASSES + 1

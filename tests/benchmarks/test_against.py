@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from memflow_bench import against, command, selftest
+from memflow_bench import against, command, selftest, sides
 from memflow_bench.cases import case
 from memflow_bench.experiments import Experiment
 from memflow_bench.sides import INSTALLED, two_sides
@@ -43,6 +43,11 @@ class Stale(Old):
         kept = []
         run = super().attention(state)
         return lambda: kept[0] if kept else kept.append(run()) or kept[0]
+
+class Hangs(Old):
+    name = "hangs"
+    def attention(self, state):
+        time.sleep(600)
 
 class Dies(Old):
     name = "dies"
@@ -82,7 +87,9 @@ def test_a_folder_and_two_providers_of_a_file(capsys):
     other, this = two_sides(str(INSTALLED), "ours", None)
     assert (other.packages, this.packages, other.provider) == (INSTALLED, INSTALLED, "ours")
     assert compare("mine.py:Old", "mine.py:New") == 0
-    assert re.search(r"\) \| faster \|", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"\) \| faster \|", out)
+    assert "| what | mine.py:Old | mine.py:New |" in out
 
 
 @pytest.mark.parametrize(
@@ -99,10 +106,27 @@ def test_what_is_no_side_is_refused(capsys):
     assert "--against no-such-commit: neither FILE.py:Name" in capsys.readouterr().out
     assert command.main([*wish, "HEAD", "--providers", "ours", "SDPA"]) == 2
     assert "name one" in capsys.readouterr().out
+    assert command.main([*wish, ""]) == 2
+    assert command.main([*wish[:3], "--suite", "realtime", "--against", str(INSTALLED)]) == 2
+    out = capsys.readouterr().out
+    assert "left out, as providers take no part in them: realtime quarter float32" in out
+    assert "nothing that two sides could be compared in" in out
 
 
-def test_the_selftest_goes_through(capsys):
+def test_a_side_that_hangs_is_ended(monkeypatch, tmp_path):
+    """Ctrl-C reaches the process that waits for it."""
+    monkeypatch.setattr(sides, "PATIENCE", 1)
+    process = sides.Process(sides.Side("this", INSTALLED, "ours"), tmp_path / "side")
+    wish = {"workload": "attention", "case": vars(case("toy")), "dtype": "float32", "activated": False}
+    wish |= {"device": "cpu", "threads": 1, "cold": False, "provider": str(tmp_path / "mine.py:Hangs")}
+    process.process.stdin.write(json.dumps({"prepare": wish}) + "\n")
+    process.close()
+    assert process.process.returncode == -9
+
+
+def test_the_selftest_goes_through(monkeypatch, capsys):
     """Its short form: the processes and the lines. What it finds depends on the machine."""
+    monkeypatch.setattr(selftest, "BUDGET", 0.2)
     selftest.selftest(1, "the machine")
     out = capsys.readouterr().out
     assert re.search(r"1 attention +itself \S+x .* \| 5 % slower \S+x", out)

@@ -95,7 +95,7 @@ def test_a_case_without_a_sweep_runs_with_the_defaults(folder, capsys):
 
 def test_who_is_wrong_or_took_part_in_nothing_is_named(folder, capsys):
     wish = ["--providers", "broken.py:Broken", "broken.py:Elsewhere", "ours (torch)", "--workloads", "attention"]
-    assert command.main(["run", "--device", "cpu", *wish, "--cases", "cases.json", "-o", "out.json"]) == 0
+    assert command.main(["run", "--device", "cpu", *wish, "--cases", "cases.json", "-o", "out.json"]) == 1
     out = capsys.readouterr().out
     assert re.search(r"\* broken - wrong: relative error", out)
     assert re.search(r"Took part in nothing.*: elsewhere", out)
@@ -143,10 +143,26 @@ def test_all_and_parts_of_names(folder):
         ({"a": {"like": "toy", "grid": [4]}}, "grid is [4]; needed: [rows, columns]"),
         ({"a": {"like": "toy", "sweep": "colour"}}, "sweep is 'colour'; needed: one of memory, window"),
         ({"a": {"like": "toy", "window": 1}}, "window is 1; needed: at least the chunk, 3"),
+        ({"a": {"like": ["toy"]}}, "a is like ['toy'], which is no case"),
+        ({"a": {"like": "toy", "sweep": ["memory"]}}, "sweep is ['memory']; needed: text"),
+        ({"a": {"like": "toy", "about": 3}}, "about is 3; needed: text"),
+        ({"a|b": {"like": "toy"}}, "name is 'a|b'; needed: text without a line break or |"),
+        ({"a": {"like": "toy", "head_dim": 7}}, "head_dim is 7; needed: an even number"),
     ],
 )
 def test_a_wrong_case_is_named(tmp_path, entries, message):
     file = tmp_path / "cases.json"
     file.write_text(json.dumps(entries))
     with pytest.raises(ValueError, match=re.escape(message)):
+        read_cases(file, load_cases())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"a": {"like": "toy"}, "a": {}}', "a stands there twice"), ("[" * 100_000, "recursion"), ("{", "")],
+)
+def test_a_file_that_holds_no_cases_is_named(tmp_path, text, message):
+    file = tmp_path / "cases.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"cases.json cannot be read as cases: .*{message}"):
         read_cases(file, load_cases())

@@ -1,6 +1,7 @@
 """Result files, tables, plots, targets."""
 
 import csv
+import json
 
 import pytest
 
@@ -109,7 +110,7 @@ def test_a_result_file_becomes_a_table_a_csv_and_plots(tmp_path):
 
 def test_a_file_with_the_old_name_of_the_published_path_is_read(tmp_path):
     rows = [row("ours (torch)", [0.2]), row("reference path", [0.5]), row("reference path, no bank", [0.4])]
-    write(tmp_path / "old.json", Result(FACTS, CEILINGS, rows, {}))
+    write(tmp_path / "old.json", Result(FACTS, CEILINGS, rows, load_cases()))
     found = read(tmp_path / "old.json").rows
     assert [line.provider for line in found] == ["ours (torch)", "published path", "published path, no bank"]
     assert "2.50x" in markdown(FACTS, CEILINGS, found)
@@ -122,6 +123,29 @@ def test_another_file_is_refused(tmp_path, capsys):
     assert "not a benchmark result" in capsys.readouterr().out
     with pytest.raises(ValueError, match="cannot be read"):
         read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.pop("rows"),
+        lambda data: data.pop("environment"),
+        lambda data: data["rows"][0].pop("workload"),
+        lambda data: data["rows"][0].update(unknown=1),
+        lambda data: data["rows"][0].update(seconds="fast"),
+        lambda data: data["rows"].append("row"),
+        lambda data: data["cases"].clear(),
+        lambda data: data["cases"]["toy"].update(grid=3),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, capsys, damage):
+    file = tmp_path / "result.json"
+    write(file, Result(FACTS, CEILINGS, [row("ours (torch)", [1.0], case="toy")], {"toy": load_cases()["toy"]}))
+    data = json.loads(file.read_text())
+    damage(data)
+    file.write_text(json.dumps(data))
+    assert main(["report", str(file)]) == 2
+    assert "result.json is damaged: " in capsys.readouterr().out
 
 
 def test_like_for_like_and_dense_are_two_columns():

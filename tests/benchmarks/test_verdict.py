@@ -9,14 +9,19 @@ from memflow_bench.verdict import compare_blocks, compare_rounds
 COMPARISONS = 100
 
 
-def launches(generator, faster=0.0, noise=0.01, start=0.004, follows=0.5, tails=False, blocks=12):
-    """Two launches of log ratios: a bias from start to start, blocks that follow their neighbours, outliers."""
+def launches(generator, faster=0.0, noise=0.04, start=0.004, follows=0.5, spoiled=0.02, blocks=40):
+    """Two launches of blocks of two samples a side: a bias from start to start, a machine whose speed changes, noise,
+    and samples that other work has spoiled."""
     found = []
     for _ in range(2):
-        steps = generator.standard_t(2, blocks) if tails else generator.normal(size=blocks)
-        for i in range(1, blocks):
-            steps[i] = follows * steps[i - 1] + (1 - follows**2) ** 0.5 * steps[i]
-        found.append(list(faster + generator.normal(0, start) + noise * steps))
+        bias, speed, taken = generator.normal(0, start), 0.0, []
+        for _ in range(blocks):
+            speed = follows * speed + (1 - follows**2) ** 0.5 * generator.normal(0, 0.1)
+            logs = speed + noise * generator.gumbel(size=(2, 2))
+            logs += (generator.random((2, 2)) < spoiled) * generator.exponential(2.0, (2, 2))
+            logs[0] += faster + bias
+            taken.append(tuple(np.exp(logs)))
+        found.append(taken)
     return found
 
 
@@ -25,9 +30,10 @@ def verdicts(**how):
     return [compare_blocks(launches(generator, **how)).verdict for _ in range(COMPARISONS)]
 
 
-@pytest.mark.parametrize(
-    "how", [{}, {"noise": 0.3, "tails": True, "blocks": 10}, {"noise": 0.05, "follows": 0.8}, {"start": 0.01}]
-)
+BUSY = {"noise": 0.2, "spoiled": 0.3, "blocks": 10}
+
+
+@pytest.mark.parametrize("how", [{}, BUSY, BUSY | {"blocks": 20}, {"follows": 0.95}, {"start": 0.01}, {"blocks": 10}])
 def test_the_same_is_no_difference(how):
     assert verdicts(**how).count("no difference") >= 0.95 * COMPARISONS
 
@@ -37,15 +43,24 @@ def test_five_percent_are_found_on_a_quiet_machine(faster, verdict):
     assert verdicts(faster=faster).count(verdict) >= 0.9 * COMPARISONS
 
 
+def alike(*ratios):
+    return [([ratio, ratio], [1.0, 1.0]) for ratio in ratios]
+
+
 def test_launches_that_disagree_are_no_difference():
-    assert compare_blocks([[0.2] * 10, [0.0] * 10]).verdict == "no difference"
+    assert compare_blocks([alike(*[1.2] * 10), alike(*[1.0] * 10)]).verdict == "no difference"
 
 
 def test_the_interval_is_of_the_ratio():
-    found = compare_blocks([[0.1, 0.11, 0.09, 0.1, 0.1, 0.105]] * 2)
+    found = compare_blocks([alike(1.1, 1.11, 1.09, 1.1, 1.1, 1.105)] * 2)
     assert found.low <= found.faster <= found.high
-    assert found.faster == pytest.approx(1.105, abs=0.002)
+    assert found.faster == pytest.approx(1.1, abs=0.01)
     assert found.half_width < 0.02
+
+
+def test_samples_that_other_work_has_spoiled_move_nothing():
+    blocks = [([1.05, 1.05 if n % 3 else 30.0], [1.0 if n % 2 else 20.0, 1.0]) for n in range(12)]
+    assert compare_blocks([blocks] * 2).faster == pytest.approx(1.05)
 
 
 def test_too_few_rounds_have_no_interval():
