@@ -102,6 +102,13 @@ EQUIVALENT = [  # (file, part of its line, how the change begins, why no test ca
     ("memflow_kernels/reference/selection.py", "PRODUCTS = 2**22", "22", SPEED),
     ("memflow_kernels/reference/relevance.py", "// (heads * head_dim)", "1 -> 2", SPEED),
     ("memflow_kernels/reference/attend.py", "KEYS_PER_BLOCK = 2048", "", SPEED),
+    ("memflow_kernels/reference/shown.py", "RUNS = 3", "", SPEED),
+    (
+        "memflow_kernels/reference/shown.py",
+        "dense != 1",
+        "",
+        "ops take dense last dimensions alone, and this is a shorter way",
+    ),
     ("csrc/combine.cu", "COMBINE_THREADS = 256", "constexpr", SPEED),
 ]
 SECONDS = 60.0  # and six times as long as without a fault: then a mutant does not end, which is seen as well
