@@ -11,15 +11,17 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch import _C, Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from ..backends import dispatch
 from ..operators import NAMESPACE, OPERATORS
+from ._checks import VALUES
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 REGISTERED: dict[str, Registered] = {}
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 class Registered:
@@ -31,8 +33,11 @@ class Registered:
         self.name, operator = name, OPERATORS[name]
         _LIBRARY.define(name + operator.schema, tags=torch.Tag.pt2_compliant_tag)
         self.operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self.defaults = [x.default_value for x in self.operator._schema.arguments if x.has_default_value()]
+        self.needed = len(operator.arguments) - len(self.defaults)
         written = [place for place, kind in enumerate(operator.arguments.values()) if "!" in kind]
-        _LIBRARY.impl(name, _kernel(name, written), "CompositeExplicitAutograd")
+        self.kernel = _kernel(name, written)
+        _LIBRARY.impl(name, self.kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         if not written:
             setup, formula = backward or (derived if f"{name}_backward" in OPERATORS else _refused)(name)
@@ -41,13 +46,20 @@ class Registered:
         REGISTERED[name] = self
 
     def __call__(self, *arguments):
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # autograd records nothing here
+        if torch.compiler.is_compiling():
+            return self.operator(*arguments)
+        if _unobserved(arguments):
+            stop = len(arguments)
+            while stop > self.needed and arguments[stop - 1] == self.defaults[stop - 1 - self.needed]:
+                stop -= 1  # as the dispatcher leaves them out, which backends go by
+            return self.kernel(*arguments[:stop])
+        if torch.is_inference_mode_enabled():  # autograd records nothing here
             return self.operator(*arguments)
         graded = False
         for x in arguments:
             if isinstance(x, Tensor):
                 graded = graded or x.requires_grad
-                if unpack_dual(x).tangent is not None:
+                if forward_ad.unpack_dual(x).tangent is not None:
                     raise _no_tangents(self.name)
         if graded and torch.is_grad_enabled():
             return self._function.apply(*arguments)
@@ -56,6 +68,27 @@ class Registered:
     def recorded(self, *arguments):
         """The call where a gradient may be wanted although no argument says so: of a backward inside torch.func."""
         return self.operator(*arguments) if torch.compiler.is_compiling() else self._function.apply(*arguments)
+
+
+def _unobserved(arguments: tuple) -> bool:
+    """Whether nobody wants to know of a call but its kernel: no gradient, transform, mode, subclass or profiler, as in
+    every call of a stream. The way through torch's dispatcher would take as long as a small model's attention."""
+    if (
+        _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._functorch.peek_interpreter_stack() is not None
+        or _C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for x in arguments:
+        if type(x) in _PLAIN:
+            if grad and x.requires_grad:
+                return False
+        elif type(x) not in VALUES and type(x) is not list:
+            return False
+    return not arguments[0].is_meta
 
 
 def _kernel(name: str, written: list[int]) -> Callable:

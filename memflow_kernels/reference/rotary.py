@@ -81,11 +81,12 @@ def rotation_table(
 
 def as_pairs(x: Tensor) -> Tensor | None:
     """The channel pairs (2i, 2i+1) of x [..., D] as a complex view [..., D/2]; None where memory does not allow it."""
-    if x.dtype not in (torch.float32, torch.float64) or x.stride(-1) != 1 or x.storage_offset() % 2:
+    if x.dtype not in (torch.float32, torch.float64):
         return None
-    if any(stride % 2 for stride in x.stride()[:-1]):
+    try:
+        return x.view(torch.complex128 if x.dtype == torch.float64 else torch.complex64)
+    except RuntimeError:  # odd strides, or an odd beginning
         return None
-    return x.view(torch.complex128 if x.dtype == torch.float64 else torch.complex64)
 
 
 def rotate(x: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
