@@ -5,7 +5,9 @@ model is run no checkpoint says. MemFlow: the published code and configurations,
 LongLive: its window of 12 latent frames and sink of 3 (https://arxiv.org/abs/2509.22622), no bank. Self-Forcing: 21
 latent frames are kept (https://arxiv.org/abs/2506.08009), neither sink nor bank. Causal Forcing (framewise, four
 steps): the same, a frame at a time (https://arxiv.org/abs/2602.02214). Krea Realtime: three frames are kept besides the
-chunk of three; its configuration does not shift the timesteps.
+chunk of three; its configuration does not shift the timesteps. LongLive 2 (https://arxiv.org/abs/2605.18739):
+Wan 2.2 5B, chunks of 8 latent frames, 32 of them seen, 8 as the sink, sampled as in its distillation (its demo takes a
+multistep solver, and another sink for every shot: neither is served).
 
 Neither torch nor diffusers is imported before it is needed: help texts and completion list these names.
 """
@@ -74,7 +76,29 @@ class Preset:
 
 
 _1_3B = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
+_5B = {"num_attention_heads": 24, "attention_head_dim": 128, "ffn_dim": 14336, "num_layers": 30} | dict.fromkeys(
+    ("in_channels", "out_channels"), 48
+)
 _14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+# fmt: off
+WAN_2_2_VAE = {  # mean and deviation of its latents: Wan-Video/Wan2.2, wan/modules/vae2_2.py
+    "base_dim": 160, "decoder_base_dim": 256,
+    "is_residual": True, "z_dim": 48, "in_channels": 12, "out_channels": 12, "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [
+        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.157,
+        -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322,
+        0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.123, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.052,
+        0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+    ],
+    "latents_std": [
+        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165,
+        0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917,
+        0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06,
+        0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+    ],
+}
+# fmt: on
 _UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 
 
@@ -85,12 +109,13 @@ class PublishedModel:
     repositories: tuple[Repository, ...]
     preset: Preset | None = None  # how it is run; None = a base model: diffusers runs it, it is no few-step generator
     # Configurations, where they differ from the library's defaults.
-    transformer: Mapping[str, int] = field(default_factory=_1_3B.copy)
+    transformer: Mapping[str, object] = field(default_factory=_1_3B.copy)
     text_encoder: Mapping[str, int] = field(default_factory=_UMT5_XXL.copy)
-    vae: Mapping[str, int] = field(default_factory=dict)
+    vae: Mapping[str, object] = field(default_factory=dict)
 
 
-_PARTS = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/*")  # the same for both sizes
+_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
+_PARTS = (_TEXT, "Wan2.1_VAE.pth", "google/umt5-xxl/*")  # the same for both sizes
 _WAN = Repository("Wan-AI/Wan2.1-T2V-1.3B", _PARTS, "Apache-2.0")
 _WHOLE = ("diffusion_pytorch_model*.safetensors", *_PARTS)
 _NONCOMMERCIAL = "CC BY-NC-SA 4.0: no commercial use"
@@ -128,6 +153,21 @@ MODELS: Mapping[str, PublishedModel] = {
             {"policy": "none", "sink_frames": 0, "window_frames": 6}, denoising_steps=(1000, 937, 833, 625), shift=1.0
         ),
         transformer=_14B,
+    ),
+    "longlive2-5b": PublishedModel(
+        (
+            Repository("Wan-AI/Wan2.2-TI2V-5B", (_TEXT, "Wan2.2_VAE.pth", "google/umt5-xxl/*"), "Apache-2.0"),
+            Repository("Efficient-Large-Model/LongLive-2.0-5B", ("model_bf16.pt",), _UNKNOWN),
+        ),
+        Preset(
+            {"policy": "none", "frames_per_chunk": 8, "sink_frames": 8, "window_frames": 24},
+            weights="generator",
+            fps=24.0,
+            size=(704, 1280),
+            lora=(128, 128.0),
+        ),
+        transformer=_5B,
+        vae=WAN_2_2_VAE,
     ),
     "wan2.1-t2v-1.3b": PublishedModel((Repository("Wan-AI/Wan2.1-T2V-1.3B", _WHOLE, "Apache-2.0"),)),
     "wan2.1-t2v-14b": PublishedModel((Repository("Wan-AI/Wan2.1-T2V-14B", _WHOLE, "Apache-2.0"),), transformer=_14B),
