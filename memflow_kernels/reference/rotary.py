@@ -91,7 +91,9 @@ def as_pairs(x: Tensor) -> Tensor | None:
 
 def rotate(x: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
     """x [B, L, H, D] turned by table [L, 1, D/2], in the precision of the table; written to `out`, which may be x."""
-    wide = x.to(torch.float64 if table.dtype == torch.complex128 else torch.float32)
+    wide, dtype = x, torch.float64 if table.dtype == torch.complex128 else torch.float32
+    if x.dtype != dtype:
+        wide = x.to(dtype)
     pairs = as_pairs(wide)
     if pairs is None:
         pairs = torch.view_as_complex(wide.contiguous().unflatten(-1, (-1, 2)))
