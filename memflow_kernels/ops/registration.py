@@ -1,7 +1,7 @@
 """The operators of torch.ops.memflow, registered with torch.library: schema, fake, kernel, derivative.
 
-Public parts of torch alone. Plain calls, torch.compile, torch.export, vmap, modes and tensor subclasses go through the
-registered operator. Where a gradient is wanted, a call goes through a torch.autograd.Function, which the transforms of
+torch.compile, torch.export, vmap, modes, profilers and tensor subclasses go through the registered operator; a call that
+nobody observes goes to its kernel at once. Where a gradient is wanted, a call goes through a torch.autograd.Function, which the transforms of
 torch.func know as well; a compiler, and whoever calls torch.ops.memflow directly, is given the same formula.
 """
 
