@@ -1,8 +1,9 @@
 """The operators of torch.ops.memflow, registered with torch.library: schema, fake, kernel, derivative.
 
-torch.compile, torch.export, vmap, modes, profilers and tensor subclasses go through the registered operator; a call that
-nobody observes goes to its kernel at once. Where a gradient is wanted, a call goes through a torch.autograd.Function, which the transforms of
-torch.func know as well; a compiler, and whoever calls torch.ops.memflow directly, is given the same formula.
+torch.compile, torch.export, vmap, modes, profilers and tensor subclasses go through the registered operator; a call
+that nobody observes goes to its kernel at once. Where a gradient is wanted, a call goes through a
+torch.autograd.Function, which the transforms of torch.func know as well; a compiler, and whoever calls
+torch.ops.memflow directly, is given the same formula.
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ from ._checks import VALUES
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 REGISTERED: dict[str, Registered] = {}
 _PLAIN = {Tensor, torch.nn.Parameter}
+try:  # modes, transforms of torch.func, a profiler; torch has no public question for any of them
+    _OBSERVERS = (
+        _C._len_torch_dispatch_stack,
+        _C._len_torch_function_stack,
+        _C._functorch.peek_interpreter_stack,
+        _C._autograd._profiler_enabled,
+    )
+except AttributeError:  # a torch without them: every call goes through the dispatcher
+    _OBSERVERS = (lambda: True,)
 
 
 class Registered:
@@ -73,13 +83,10 @@ class Registered:
 def _unobserved(arguments: tuple) -> bool:
     """Whether nobody wants to know of a call but its kernel: no gradient, transform, mode, subclass or profiler, as in
     every call of a stream. The way through torch's dispatcher would take as long as a small model's attention."""
-    if (
-        _C._len_torch_dispatch_stack()
-        or _C._len_torch_function_stack()
-        or _C._functorch.peek_interpreter_stack() is not None
-        or _C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-    ):
+    for observer in _OBSERVERS:
+        if observer():
+            return False
+    if getattr(forward_ad, "_current_level", 0) >= 0:
         return False
     grad = torch.is_grad_enabled()
     for x in arguments:
