@@ -9,7 +9,7 @@ from written import LISTS, umt5_name, vae_2_2_names, vae_table
 
 from memflow.errors import MemFlowError
 from memflow.models.wan.checkpoints import layout_of
-from memflow.models.wan.published import WAN_2_2_VAE
+from memflow.models.wan.sizes import WAN_2_2_VAE
 
 TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
 
