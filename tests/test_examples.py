@@ -11,6 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
     "causal_training.py": "the same as a mask per token: True\nteacher forcing: loss 1.",
+    "diffusers_dispatch.py": "the bank holds [12, 6, 3]: the same to 1e-5: True",
     "diffusers_loop.py": "chunk 5: latents of std",
     "own_engine.py": "attention of [1, 45, 4, 24]; held frames by layer: [[",
     "own_model.py": "window [27, 28, 29, 30, 31, 32, 33, 34, 35]",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from memflow.integrations.settings import Settings
 
 JOIN_BELOW = 1 << 17  # numbers of the keys
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Planned(NamedTuple):
@@ -143,21 +143,37 @@ class CallerAttention:
     def _attend(
         self, planned: Planned, query: Tensor, query_mean: Tensor | None, scores: list[Tensor] | None
     ) -> Tensor:
-        """Attention over cache and bank, two buffers that are never joined: each gives its part of the softmax."""
+        """Attention over cache and bank, two buffers that are joined only where they are small."""
         tokens, sink, seen = planned.cache.tokens, planned.sink, planned.seen
         cache, bank, held = planned.call.kv_cache, planned.call.kv_bank, len(planned.step.frames)
         bank_part = [_frames(bank, 0, seen, tokens)] if seen else []
         if not planned.chooses:
             return _attention_over([*bank_part, _frames(cache, planned.first, held, tokens)], query, tokens)
-        choice = self._choose(planned, query_mean, scores)
+        means, top_k = self._means(planned), planned.settings.top_k
+        if scores is not None:
+            scores.append(torch.einsum("bhd,bfhd->bhf", query_mean, means))
+        states = _frames(cache, 0, held, tokens)
+        if _small(states[0]):
+            parts = zip(*bank_part, states, strict=True)  # copied so that a head's tokens follow one another
+            states = [torch.cat([x.transpose(1, 2) for x in part], dim=2).transpose(1, 2) for part in parts]
+            return memory_attention(
+                query,
+                *states,
+                tokens_per_frame=tokens,
+                candidate_frames=seen + sink,
+                top_k=top_k,
+                frame_mean=means,
+                query_mean=query_mean,
+            )
+        choice = select_frames(query_mean.unsqueeze(1), means, top_k)
         if query.device.type == "cpu":  # what was chosen is known here: nothing but that is attended to
-            sources = [_frames(cache, 0, sink, tokens), *bank_part]
-            window = [_frames(cache, sink, held, tokens)] if held > sink else []
-            if window and _small(window[0][0]):
-                return _attention_over([_gather_joined(choice, [*sources, *window], tokens)], query, tokens)
-            return _attention_over([_gather(choice, sources, tokens), *window], query, tokens)
+            sources = [*bank_part, _frames(cache, 0, sink, tokens)]
+            window = _frames(cache, sink, held, tokens) if held > sink else None
+            if window is None or query.dtype in HALF:  # where a second call of torch's kernel costs more than the copy
+                return _attention_over([_gather(choice, sources, tokens, window)], query, tokens)
+            return _attention_over([_gather(choice, sources, tokens), window], query, tokens)
         parts = []
-        for entries, first, frames, candidates in ((cache, 0, held, sink), (bank, sink, seen, seen)):
+        for entries, first, frames, candidates in ((bank, 0, seen, seen), (cache, seen, held, sink)):
             if frames:
                 inside = (choice >= first) & (choice < first + candidates)
                 table = (choice - first).masked_fill(~inside, -1)
@@ -166,14 +182,12 @@ class CallerAttention:
                 parts.append(memory_attention(query, *states, tokens_per_frame=tokens, return_lse=True, **activation))
         return parts[0][0] if len(parts) == 1 else merge_attention(*parts[0], *parts[1])[0]
 
-    def _choose(self, planned: Planned, query_mean: Tensor, scores: list[Tensor] | None) -> Tensor:
-        """[B, H, top_k]: what each head keeps of the sink's frames and, numbered on from them, the bank's."""
+    def _means(self, planned: Planned) -> Tensor:
+        """[B, candidates, H, D]: mean keys of the frames that heads choose among, the bank's and then the sink's."""
         means = planned.cache.frame_mean[:, : planned.sink]
-        if planned.seen:
-            means = torch.cat([means, planned.bank.frame_means(planned.call.kv_bank, planned.seen)], dim=1)
-        if scores is not None:
-            scores.append(torch.einsum("bhd,bfhd->bhf", query_mean, means))
-        return select_frames(query_mean.unsqueeze(1), means, planned.settings.top_k)
+        if not planned.seen:
+            return means
+        return torch.cat([planned.bank.frame_means(planned.call.kv_bank, planned.seen), means], dim=1)
 
 
 def _frames(entries: dict, first: int, stop: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -197,9 +211,11 @@ def _attention_over(parts: list[tuple[Tensor, Tensor]], query: Tensor, tokens: i
     return merge_attention(*outs[0], *outs[1])[0]
 
 
-def _gather(choice: Tensor, sources: list[tuple[Tensor, Tensor]], tokens: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, k * N, H, D] of the frames in choice [B, H, k], which counts on through the sources; each is
-    copied once. A head's tokens follow one another."""
+def _gather(
+    choice: Tensor, sources: list[tuple[Tensor, Tensor]], tokens: int, rest: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, k * N (+ rest), H, D] of the frames in choice [B, H, k], which counts on through the sources,
+    and of the rest behind them; each is copied once. A head's tokens follow one another."""
     table = choice.tolist()
     gathered = []
     for part in (0, 1):
@@ -208,29 +224,7 @@ def _gather(choice: Tensor, sources: list[tuple[Tensor, Tensor]], tokens: int) -
             for head, numbers in enumerate(heads):
                 frames = [frame for source in sources for frame in source[part][row, :, head].split(tokens)]
                 chosen += [frames[number] for number in numbers]
+                chosen += [] if rest is None else [rest[part][row, :, head]]
         shape = (len(table), len(table[0]), -1, chosen[0].shape[-1])
         gathered.append(torch.cat(chosen).view(shape).transpose(1, 2))
     return tuple(gathered)
-
-
-def _gather_joined(choice: Tensor, sources: list[tuple[Tensor, Tensor]], tokens: int) -> tuple[Tensor, Tensor]:
-    """The same and, behind what was chosen, the last source whole; in few calls, with one more copy of everything."""
-    whole = sources[-1][0].shape[1] // tokens
-    candidates = sum(source[0].shape[1] for source in sources[:-1]) // tokens
-    rows, columns, last = _index(choice.shape[0], choice.shape[1], candidates, whole)
-    index = torch.cat([choice, last], dim=2)
-    gathered = []
-    for states in zip(*sources, strict=True):
-        frames = torch.cat(states, dim=1).unflatten(1, (-1, tokens)).permute(0, 3, 1, 2, 4)  # [B, H, F, N, D]
-        gathered.append(frames[rows, columns, index].flatten(2, 3).transpose(1, 2))
-    return tuple(gathered)
-
-
-@functools.lru_cache(maxsize=16)
-def _index(batch: int, heads: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every row, of every head, and of the frames from `first` on, for each of both."""
-    last, rows, columns = (
-        torch.arange(begin, end, dtype=dtype, device="cpu")
-        for begin, end, dtype in ((first, first + count, torch.int32), (0, batch, torch.int64), (0, heads, torch.int64))
-    )
-    return rows[:, None, None], columns[:, None], last.expand(batch, heads, -1)

@@ -243,19 +243,21 @@ class StoreMode:
             signature = _signature(module)
             kinds = {parameter.kind for parameter in signature.parameters.values()}
             if "update_cache" in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds:
-                hook = partial(self._read, signature)
+                hook = partial(self._read, tuple(signature.parameters.values()))
                 self.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _begin(self, module, args) -> None:
         self.stores = True
 
-    def _read(self, signature: inspect.Signature, module, args, kwargs) -> None:
-        if "update_cache" in signature.parameters:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            self.stores = bool(bound.arguments["update_cache"])
-        elif "update_cache" in kwargs:
+    def _read(self, parameters: tuple[inspect.Parameter, ...], module, args, kwargs) -> None:
+        """parameters: of the module's forward, which says itself what is wrong with its arguments."""
+        if "update_cache" in kwargs:
             self.stores = bool(kwargs["update_cache"])
+            return
+        for index, parameter in enumerate(parameters):
+            if parameter.name == "update_cache":
+                given = args[index] if index < len(args) else parameter.default
+                self.stores = given is not parameter.empty and bool(given)
 
     def remove(self) -> None:
         for hook in self.hooks:

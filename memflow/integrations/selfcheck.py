@@ -17,10 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memflow.integrations.attention import CallerAttention, Planned
+from memflow.integrations.attention import HALF, CallerAttention, Planned
 from memflow.integrations.cache import INDICES, Held
 
-HALF = (torch.bfloat16, torch.float16)
 ROLLS_CHECKED = 3  # how often a cache must have rolled before another roll is nothing new
 
 

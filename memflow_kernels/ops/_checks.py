@@ -163,13 +163,14 @@ def no_gradients(op_name: str, *tensors: Tensor) -> None:
         )
 
 
+VALUES = {int, float, bool, str, type(None)}
 _MOST_KINDS = 512  # that a check remembers
 
 
 def once_per_kind(check: Callable[..., None]) -> Callable[..., None]:
     """Run `check(*arguments)` only for arguments unlike all that it let through before.
 
-    Alike are tensors of one type, shape, dtype, device, layout and strides, and equal values of one type. The check may
+    Alike are tensors of one type, shape, dtype, device and strides, and equal values of one type. The check may
     read nothing else, neither a tensor's numbers nor the state of the process. A stream calls an op with arguments of
     the same kind over and over, and recognising a kind costs a fraction of checking it.
     """
@@ -198,10 +199,13 @@ def _kinds(arguments: tuple) -> tuple:
     """In one row: the type of each argument says how much of the row is about it."""
     found = []
     for x in arguments:
-        if isinstance(x, Tensor):
-            found += (type(x), x.shape, x.dtype, x.device, x.layout, x.stride())
+        kind = type(x)
+        if kind in VALUES:
+            found += (kind, x)
+        elif isinstance(x, Tensor):
+            found += (kind, x.shape, x.dtype, x.device, x.stride())  # only a strided layout has strides
         elif isinstance(x, tuple):
-            found += (type(x), _kinds(x))
+            found += (kind, _kinds(x))
         else:
-            found += (type(x), x)
+            found += (kind, x)
     return tuple(found)

@@ -32,8 +32,7 @@ Registered("qk_norm_rope_backward", _fake_backward)
 _qk_norm_rope_write = Registered("qk_norm_rope_write", _fake_write)
 
 
-@_checks.once_per_kind
-def _check(
+def _check_each(
     query: Tensor,
     key: Tensor,
     weight_q: Tensor,
@@ -71,6 +70,9 @@ def _check(
         raise ValueError(f"query has {tokens} tokens, not a multiple of rows * cols = {rows} * {cols}")
 
 
+_check = _checks.once_per_kind(_check_each)
+
+
 def _check_norm(query: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float, together: int, meaning: str) -> None:
     for name, weight in (("weight_q", weight_q), ("weight_k", weight_k)):
         _checks.of_dtype(name, weight, *SUPPORTED)
@@ -83,7 +85,9 @@ def _check_norm(query: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float, t
 
 
 @_checks.once_per_kind
-def _check_written(query: Tensor, value: Tensor, grid: tuple[int, int], pool: Pool, slots: Tensor, query_mean: bool):
+def _check_write(value: Tensor, pool: Pool, slots: Tensor, query_mean: bool, query: Tensor, *others) -> None:
+    _check_each(query, *others)
+    grid = others[4]
     _checks.states("value", value, "[B, L, H, D]")
     _checks.shape("value", value, tuple(query.shape), "[B, L, H, D] like query")
     _checks.same_kind("value", value, "query", query)
@@ -112,6 +116,8 @@ def _start(start_frame: int | Tensor, query: Tensor) -> tuple[int, Tensor | None
 
 def _turns(axes: tuple | None, theta: float, norm_scope: str, head_dim: int) -> tuple[list[int] | None, float, bool]:
     """axes, theta and per_head as the operators take them; what Wan has is left to the default."""
+    if axes is None:
+        return None, float(theta), norm_scope == "head"
     axes = _checks.axes(axes, head_dim)
     return None if axes == _checks.axes(None, head_dim) else list(axes), float(theta), norm_scope == "head"
 
@@ -253,8 +259,8 @@ def qk_norm_rope_write(
             "weight_q, weight_k and eps go together: all of them, or none for heads that are normed already; "
             f"got {', '.join(name for name, x in given.items() if x is not None)}"
         )
-    _check(query, key, weight_q, weight_k, eps, grid, axes, theta, norm_scope, normed)
-    _check_written(query, value, grid, pool, slots, query_mean)
+    places = (value, pool, slots, query_mean)
+    _check_write(*places, query, key, weight_q, weight_k, eps, grid, axes, theta, norm_scope, normed)
     first, start = _start(start_frame, query)
     weights = (weight_q, weight_k) if eps is not None else ()
     _checks.no_gradients("qk_norm_rope_write", query, key, value, *weights, *pool)

@@ -177,9 +177,12 @@ def qk_norm_rope_write(
     places = slots.tolist()
     _check_slots(places, pool_frame_mean.shape[1])
     for frame, slot, count in _runs(places):
-        source = slice(frame * tokens, (frame + count) * tokens)
+        new_key, new_value, turns = normed_key, value, table
+        if count < len(places):
+            source = slice(frame * tokens, (frame + count) * tokens)
+            new_key, new_value, turns = normed_key[:, source], value[:, source], table[source]
         target = pool_key[:, slot * tokens : (slot + count) * tokens]
-        rotate(normed_key[:, source], table[source], out=target)
-        pool_value[:, slot * tokens : (slot + count) * tokens].copy_(value[:, source])
+        rotate(new_key, turns, out=target)
+        pool_value[:, slot * tokens : (slot + count) * tokens].copy_(new_value)
         pool_frame_mean[:, slot : slot + count].copy_(frame_means(target, tokens))
     return _turned_query(normed_query, table, query_mean)

@@ -81,16 +81,19 @@ def rotation_table(
 
 def as_pairs(x: Tensor) -> Tensor | None:
     """The channel pairs (2i, 2i+1) of x [..., D] as a complex view [..., D/2]; None where memory does not allow it."""
-    if x.dtype not in (torch.float32, torch.float64) or x.stride(-1) != 1 or x.storage_offset() % 2:
+    if x.dtype not in (torch.float32, torch.float64):
         return None
-    if any(stride % 2 for stride in x.stride()[:-1]):
+    try:
+        return x.view(torch.complex128 if x.dtype == torch.float64 else torch.complex64)
+    except RuntimeError:  # odd strides, or an odd beginning
         return None
-    return x.view(torch.complex128 if x.dtype == torch.float64 else torch.complex64)
 
 
 def rotate(x: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
     """x [B, L, H, D] turned by table [L, 1, D/2], in the precision of the table; written to `out`, which may be x."""
-    wide = x.to(torch.float64 if table.dtype == torch.complex128 else torch.float32)
+    wide, dtype = x, torch.float64 if table.dtype == torch.complex128 else torch.float32
+    if x.dtype != dtype:
+        wide = x.to(dtype)
     pairs = as_pairs(wide)
     if pairs is None:
         pairs = torch.view_as_complex(wide.contiguous().unflatten(-1, (-1, 2)))

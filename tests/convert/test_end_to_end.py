@@ -11,12 +11,13 @@ import transformers
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from test_convert import convert
-from written import HEADS, lora
+from written import HEADS, lora, random, text_encoder, tokenizer, transformer, vae_2_2_names
 
 from memflow import MemFlowPipeline, MemoryConfig
 from memflow.cli import main
 from memflow.cli.loading import load_pipeline
 from memflow.models.wan.published import PRESETS
+from memflow.models.wan.sizes import WAN_2_2_VAE
 
 STORY = ["-p", "a fox runs", "-p", "the owl sleeps"]
 SMALL = ["--device", "cpu", "--height", "32", "--width", "48", "--seconds-per-prompt", "1"]  # one chunk each
@@ -193,3 +194,27 @@ def test_convert_tells_what_it_did(wan, tmp_path, capsys):
     code, told, _ = convert(capsys, wan, "-o", tmp_path / "out", "--heads", HEADS)
     assert code == 0
     assert "transformer   69 tensors" in told and "no preset recorded" in told and str(tmp_path / "out") in told
+
+
+def test_wan_2_2_becomes_a_pipeline_of_its_own_chunks(tmp_path, cache, capsys):
+    """48 latent channels, a VAE of 16 pixels a side, chunks of 8 latent frames."""
+    source, noise = tmp_path / "source", torch.Generator().manual_seed(5)
+    source.mkdir()
+    with torch.device("meta"):
+        shapes = AutoencoderKLWan(**{**WAN_2_2_VAE, "base_dim": 4, "decoder_base_dim": 4}).state_dict()
+    torch.save(
+        {old: random(shapes[new].shape, noise) for old, new in vae_2_2_names().items()}, source / "Wan2.2_VAE.pth"
+    )
+    wide = {"patch_embedding.weight": [48, 48, 1, 2, 2], "head.head.weight": [192, 48], "head.head.bias": [192]}
+    save_file(
+        transformer() | {name: random(shape, noise) for name, shape in wide.items()}, source / "model.safetensors"
+    )
+    torch.save(text_encoder(), source / "models_t5.pth")
+    tokenizer(source / "umt5-xxl")
+    options = ("-o", tmp_path / "model", "--heads", HEADS, "--preset", "longlive2-5b")
+    assert main(["convert", str(source), *map(str, options)]) == 0
+    found = AutoencoderKLWan.from_pretrained(tmp_path / "model" / "vae")
+    assert (found.config.z_dim, found.config.patch_size, found.config.scale_factor_spatial) == (48, 2, 16)
+    size = ("--device", "cpu", "--height", 32, "--width", 64, "--seconds-per-prompt", 1)
+    assert generate("-p", "a fox runs", "-o", tmp_path / "a.mp4", "--model", tmp_path / "model", *size) == 0
+    assert decode(tmp_path / "a.mp4").shape == (29, 32, 64, 3)

@@ -173,6 +173,8 @@ def test_presets_are_those_of_the_published_system():
     assert frames(infinity) == (3, 9, 0) and infinity.memory_config.positions == "relative"
     assert frames(framewise) == (0, 21, 0) and framewise.memory_config.frames_per_chunk == 1
     assert frames(krea) == (0, 6, 0) and krea.denoising_steps == (1000, 937, 833, 625) and krea.shift == 1.0
+    second = PRESETS["longlive2-5b"]
+    assert frames(second) == (8, 24, 0) and second.memory_config.frames_per_chunk == 8 and second.fps == 24
     for preset in PRESETS.values():
         from memflow.stream.sampler import DistilledSchedule
 

@@ -5,10 +5,11 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
-from written import LISTS, umt5_name, vae_table
+from written import LISTS, umt5_name, vae_2_2_names, vae_table
 
 from memflow.errors import MemFlowError
 from memflow.models.wan.checkpoints import layout_of
+from memflow.models.wan.sizes import WAN_2_2_VAE
 
 TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
 
@@ -44,6 +45,18 @@ def test_the_vae_maps_one_to_one():
     assert {k: v for k, v in layout.model.config.items() if k[0] != "_"} == {
         k: v for k, v in reference.config.items() if k[0] != "_"
     }
+
+
+def test_the_vae_of_wan_2_2_maps_one_to_one():
+    names = vae_2_2_names()
+    with init_empty_weights():
+        reference = AutoencoderKLWan(**WAN_2_2_VAE)
+    shapes = {name: tensor.shape for name, tensor in reference.state_dict().items()}
+    tensors = meta({old: shapes[new] for old, new in names.items()})
+    layout = layout_of("vae", tensors, source="file")
+    assert len(tensors) == len(shapes) == 196
+    assert_one_to_one(layout, tensors, names.get, reference)
+    assert {**layout.model.config} == {**reference.config}
 
 
 def test_the_text_encoder_maps_one_to_one():
@@ -96,6 +109,6 @@ def test_what_tells_the_size_is_needed_even_of_a_part():
 
 
 def test_another_vae_is_refused():
-    shapes = {name: [48 if size == 16 else size for size in shape] for name, (_, shape) in vae_table().items()}
-    with pytest.raises(MemFlowError, match=r"a VAE of 48 latent channels; that of Wan 2\.1 has 16"):
+    shapes = {name: [24 if size == 16 else size for size in shape] for name, (_, shape) in vae_table().items()}
+    with pytest.raises(MemFlowError, match=r"a VAE of 24 latent channels; that of Wan 2\.1 has 16"):
         layout_of("vae", meta(shapes), source="f")

@@ -131,6 +131,33 @@ def vae(seed: int = 2) -> dict[str, torch.Tensor]:
     }
 
 
+def vae_2_2_names() -> dict[str, str]:
+    """Original names to diffusers' names of the Wan 2.2 VAE: as Wan 2.1's, but for its stages of blocks."""
+    names = {old: new for old, (new, _) in vae_table().items() if "samples." not in old}
+
+    def conv(old, new):
+        names.update({f"{old}.{part}": f"{new}.{part}" for part in ("weight", "bias")})
+
+    for side, way, blocks, wider, timed in (
+        ("encoder", "down", 2, (1, 2), (1, 2)),
+        ("decoder", "up", 3, (2, 3), (0, 1)),
+    ):
+        for stage in range(4):
+            old, new = f"{side}.{way}samples.{stage}.{way}samples", f"{side}.{way}_blocks.{stage}"
+            for block in range(blocks):
+                for at, norm in ((0, "norm1"), (3, "norm2")):
+                    names[f"{old}.{block}.residual.{at}.gamma"] = f"{new}.resnets.{block}.{norm}.gamma"
+                conv(f"{old}.{block}.residual.2", f"{new}.resnets.{block}.conv1")
+                conv(f"{old}.{block}.residual.6", f"{new}.resnets.{block}.conv2")
+            if stage in wider:
+                conv(f"{old}.0.shortcut", f"{new}.resnets.0.conv_shortcut")
+            if stage < 3:
+                conv(f"{old}.{blocks}.resample.1", f"{new}.{way}sampler.resample.1")
+            if stage in timed:
+                conv(f"{old}.{blocks}.time_conv", f"{new}.{way}sampler.time_conv")
+    return names
+
+
 def lora(rank: int = 3, seed: int = 3, modules=("self_attn.q", "self_attn.v", "cross_attn.o", "ffn.0", "ffn.2")):
     """Factors for some modules of `transformer()`, by their plain names."""
     generator, base, tensors = torch.Generator().manual_seed(seed), transformer(), {}

@@ -22,6 +22,7 @@ from memflow_kernels import (
 )
 from memflow_kernels.cuda.coverage import LIMITS
 from memflow_kernels.operators import OPERATORS
+from memflow_kernels.ops import registration
 from memflow_kernels.ops.registration import REGISTERED
 from memflow_kernels.ops.relevance import AGGREGATES
 from memflow_kernels.testing import states
@@ -208,3 +209,21 @@ def test_a_direct_call_of_the_operator_has_the_same_gradient():
     out, _ = torch.ops.memflow.memory_attention(x, x, x, None, 2, 0, 0.5, None)
     grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (out, memory_attention(x, x, x, tokens_per_frame=2))]
     torch.testing.assert_close(*grads)
+
+
+def test_a_plain_call_reaches_the_kernel_as_the_operator_would(monkeypatch):
+    """Past the dispatcher, with the same arguments: backends go by how many there are."""
+    reached, dispatch = [], registration.dispatch
+    kernel = lambda name, device: lambda *arguments: (reached.append(arguments), dispatch(name, device)(*arguments))[1]  # noqa: E731
+    monkeypatch.setattr(registration, "dispatch", kernel)
+    query, weight = torch.randn(1, 6, 2, 8), torch.ones(16)
+    place = {"weight_q": weight, "weight_k": weight, "eps": 1e-6, "grid": (2, 3), "start_frame": 1}
+    for options in ({}, {"theta": 500.0}, {"axes": (2, 2, 4)}):
+        reached.clear()
+        direct = memflow_kernels.qk_norm_rope(query, query, **place, **options)
+        with torch.profiler.profile() as seen:
+            observed = memflow_kernels.qk_norm_rope(query, query, **place, **options)
+        assert "memflow::qk_norm_rope" in {event.key for event in seen.key_averages()}
+        assert [len(arguments) for arguments in reached] == [len(reached[0])] * 2
+        assert all(torch.equal(a, b) for a, b in zip(direct, observed, strict=True))
+    assert len(reached[0]) == 10  # of twelve: theta and per_head are left out

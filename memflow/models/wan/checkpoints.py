@@ -1,7 +1,6 @@
 """Checkpoints in the layouts of the original repositories, and the models of diffusers and transformers that they make.
 
-A file is recognised by the names of its tensors. diffusers maps the names of transformer and VAE; those of the UMT5
-encoder are from Wan-Video/Wan2.1 (wan/modules/t5.py) and transformers.
+A file is recognised by the names of its tensors.
 """
 
 from __future__ import annotations
@@ -9,20 +8,20 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedModel
 
 from memflow.errors import MemFlowError
+from memflow.models.wan.layouts import KINDS
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 # Top-level keys of training checkpoints: the averaged weights and those trained; a whole model, an adapter.
@@ -36,19 +35,6 @@ _SIGNS = {
     "text_encoder": r"blocks\.\d+\.(attn|pos_embedding)\.|token_embedding\.",
     "vae": r"(encoder|decoder)\.(middle|downsamples|upsamples)\.",
 }
-_UMT5 = {
-    "token_embedding": "shared",
-    "norm": "encoder.final_layer_norm",
-    "blocks": "encoder.block",
-    "norm1": "layer.0.layer_norm",
-    "attn": "layer.0.SelfAttention",
-    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
-    "norm2": "layer.1.layer_norm",
-    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
-    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
-    "ffn.fc2": "layer.1.DenseReluDense.wo",
-}
-_VAE_CHANNELS = 16  # of the latents; their published mean and deviation are in AutoencoderKLWan's defaults
 _LONGEST_NAME = 10_000  # characters of a tensor's name
 _MOST_TENSORS = 50_000  # of a file; the published ones hold some thousand
 _MOST_LAYERS = 1000
@@ -124,7 +110,7 @@ def read_checkpoint(path: str | Path, weights: str = GENERATORS[0]) -> Checkpoin
         if any(re.search(sign, name) for name in tensors):
             return Checkpoint(kind, path, tensors, generators)
     raise MemFlowError(
-        f"{path}: neither a Wan 2.1 transformer, VAE or UMT5 encoder in the original layout nor a LoRA; its "
+        f"{path}: neither a Wan transformer, VAE or UMT5 encoder in the original layout nor a LoRA; its "
         f"{len(tensors)} tensors are {listed(list(tensors))}"
     )
 
@@ -140,7 +126,7 @@ def layout_of(
     """The model that tensors make up. Only names and shapes are looked at.
 
     Args:
-        kind: "transformer" (text to video), "vae" (that of Wan 2.1, of any width) or "text_encoder" (a UMT5 encoder).
+        kind: "transformer" (text to video), "vae" (of Wan 2.1 or 2.2, any width) or "text_encoder" (a UMT5 encoder).
         tensors: By their original names.
         source: What messages call the file.
         num_attention_heads: Of a transformer; None = of 128 channels each.
@@ -149,7 +135,7 @@ def layout_of(
     Raises:
         MemFlowError: Tensors are missing (by the library's names), unexpected or misshapen (by the file's).
     """
-    rename, build = _KINDS[kind]
+    rename, build = KINDS[kind]
     notes: list[str] = []
 
     def refuse(what: str, names: list[str]) -> None:
@@ -276,65 +262,3 @@ def _layers(tensors: Mapping[str, Tensor], source: str) -> int:
     if len(longest) > len(str(_MOST_LAYERS - 1)):
         raise MemFlowError(f"{source}: blocks.{longest:.20}: a model has at most {_MOST_LAYERS} blocks here")
     return 1 + max(map(int, numbers), default=0)
-
-
-def _transformer(shape: Callable, source: str, layers: int, heads: int | None) -> WanTransformer3DModel:
-    dim, in_channels, *patch = shape("patch_embedding.weight", 5)
-    if heads is None:
-        if dim % 128:
-            raise MemFlowError(f"{source}: {dim} channels are no multiple of the usual 128: pass num_attention_heads")
-        heads = dim // 128
-    if heads < 1 or dim % heads:
-        raise MemFlowError(f"{source}: num_attention_heads={heads} does not divide the {dim} channels")
-    return WanTransformer3DModel(
-        patch_size=tuple(patch),
-        num_attention_heads=heads,
-        attention_head_dim=dim // heads,
-        in_channels=in_channels,
-        out_channels=shape("head.head.weight", 2)[0] // math.prod(patch),
-        text_dim=shape("text_embedding.0.weight", 2)[1],
-        freq_dim=shape("time_embedding.0.weight", 2)[1],
-        ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
-        num_layers=layers,
-    )
-
-
-def _vae(shape: Callable, source: str, layers: int, heads: None) -> AutoencoderKLWan:
-    channels = shape("conv2.weight", 5)[0]
-    if channels != _VAE_CHANNELS:
-        raise MemFlowError(f"{source}: a VAE of {channels} latent channels; that of Wan 2.1 has {_VAE_CHANNELS}")
-    return AutoencoderKLWan(base_dim=shape("encoder.conv1.weight", 5)[0])
-
-
-def _text_encoder(shape: Callable, source: str, layers: int, heads: None) -> UMT5EncoderModel:
-    vocabulary, dim = shape("token_embedding.weight", 2)
-    buckets, heads = shape("blocks.0.pos_embedding.embedding.weight", 2)
-    config = UMT5Config(
-        vocab_size=vocabulary,
-        d_model=dim,
-        d_kv=shape("blocks.0.attn.q.weight", 2)[0] // heads,
-        d_ff=shape("blocks.0.ffn.fc1.weight", 2)[0],
-        num_layers=layers,
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        architectures=["UMT5EncoderModel"],
-    )
-    return UMT5EncoderModel(config)
-
-
-def _umt5_names(tensors: Mapping[str, str]) -> dict[str, str]:
-    """`tensors` by their names in transformers."""
-    renamed = {}
-    for name, content in tensors.items():
-        new = f".{name}"
-        for old_part, new_part in _UMT5.items():
-            new = new.replace(f".{old_part}.", f".{new_part}.")
-        renamed[new.removeprefix(".")] = content
-    return renamed
-
-
-_KINDS: dict[str, tuple[Callable, Callable]] = {
-    "transformer": (convert_wan_transformer_to_diffusers, _transformer),
-    "vae": (convert_wan_vae_to_diffusers, _vae),
-    "text_encoder": (_umt5_names, _text_encoder),
-}

@@ -5,7 +5,9 @@ model is run no checkpoint says. MemFlow: the published code and configurations,
 LongLive: its window of 12 latent frames and sink of 3 (https://arxiv.org/abs/2509.22622), no bank. Self-Forcing: 21
 latent frames are kept (https://arxiv.org/abs/2506.08009), neither sink nor bank. Causal Forcing (framewise, four
 steps): the same, a frame at a time (https://arxiv.org/abs/2602.02214). Krea Realtime: three frames are kept besides the
-chunk of three; its configuration does not shift the timesteps.
+chunk of three; its configuration does not shift the timesteps. LongLive 2 (https://arxiv.org/abs/2605.18739):
+Wan 2.2 5B, chunks of 8 latent frames, 32 of them seen, 8 as the sink, sampled as in its distillation (its demo takes a
+multistep solver, and another sink for every shot: neither is served).
 
 Neither torch nor diffusers is imported before it is needed: help texts and completion list these names.
 """
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from memflow.errors import MemFlowError
+from memflow.models.wan.sizes import WAN_2_2_VAE
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -74,6 +77,9 @@ class Preset:
 
 
 _1_3B = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
+_5B = {"num_attention_heads": 24, "attention_head_dim": 128, "ffn_dim": 14336, "num_layers": 30} | dict.fromkeys(
+    ("in_channels", "out_channels"), 48
+)
 _14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
 _UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 
@@ -85,12 +91,13 @@ class PublishedModel:
     repositories: tuple[Repository, ...]
     preset: Preset | None = None  # how it is run; None = a base model: diffusers runs it, it is no few-step generator
     # Configurations, where they differ from the library's defaults.
-    transformer: Mapping[str, int] = field(default_factory=_1_3B.copy)
+    transformer: Mapping[str, object] = field(default_factory=_1_3B.copy)
     text_encoder: Mapping[str, int] = field(default_factory=_UMT5_XXL.copy)
-    vae: Mapping[str, int] = field(default_factory=dict)
+    vae: Mapping[str, object] = field(default_factory=dict)
 
 
-_PARTS = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/*")  # the same for both sizes
+_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
+_PARTS = (_TEXT, "Wan2.1_VAE.pth", "google/umt5-xxl/*")  # the same for both sizes
 _WAN = Repository("Wan-AI/Wan2.1-T2V-1.3B", _PARTS, "Apache-2.0")
 _WHOLE = ("diffusion_pytorch_model*.safetensors", *_PARTS)
 _NONCOMMERCIAL = "CC BY-NC-SA 4.0: no commercial use"
@@ -128,6 +135,21 @@ MODELS: Mapping[str, PublishedModel] = {
             {"policy": "none", "sink_frames": 0, "window_frames": 6}, denoising_steps=(1000, 937, 833, 625), shift=1.0
         ),
         transformer=_14B,
+    ),
+    "longlive2-5b": PublishedModel(
+        (
+            Repository("Wan-AI/Wan2.2-TI2V-5B", (_TEXT, "Wan2.2_VAE.pth", "google/umt5-xxl/*"), "Apache-2.0"),
+            Repository("Efficient-Large-Model/LongLive-2.0-5B", ("model_bf16.pt",), _UNKNOWN),
+        ),
+        Preset(
+            {"policy": "none", "frames_per_chunk": 8, "sink_frames": 8, "window_frames": 24},
+            weights="generator",
+            fps=24.0,
+            size=(704, 1280),
+            lora=(128, 128.0),
+        ),
+        transformer=_5B,
+        vae=WAN_2_2_VAE,
     ),
     "wan2.1-t2v-1.3b": PublishedModel((Repository("Wan-AI/Wan2.1-T2V-1.3B", _WHOLE, "Apache-2.0"),)),
     "wan2.1-t2v-14b": PublishedModel((Repository("Wan-AI/Wan2.1-T2V-14B", _WHOLE, "Apache-2.0"),), transformer=_14B),
