@@ -23,7 +23,7 @@ from .experiments import Experiment
 from .sides import Process, Side, two_sides
 from .table import duration
 from .timing import spread
-from .verdict import Comparison, compare_blocks
+from .verdict import SIDES_CONFIDENCE, Comparison, compare_blocks
 from .workloads import WORKLOADS
 
 LAUNCHES = 2
@@ -83,7 +83,10 @@ def compare(against: str, provider: str, experiments: list, device: torch.device
             except RuntimeError as error:
                 measured[title] = str(error)
             print(f"  {_line(measured[title])}", flush=True)
-    lines = [f"| what | {sides[0].name} | {sides[1].name} | times faster (99 % interval) | verdict |", "|---" * 5 + "|"]
+    lines = [
+        f"| what | {sides[0].name} | {sides[1].name} | times faster ({SIDES_CONFIDENCE:.0%} interval) | verdict |",
+        "|---" * 5 + "|",
+    ]
     lines += [f"| {title} | {_line(found)} |" for title, found in measured.items()]
     print("\n".join(["", header, "", *lines]))
     if output:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-CONFIDENCE = 0.99  # one comparison in a hundred may be wrong by chance
+CONFIDENCE = 0.99  # of the many ratios of a table, one in a hundred may be wrong by chance
+SIDES_CONFIDENCE = 0.95  # of two sides: wrong far more rarely, as the whole interval must lie beyond MARGIN
 MARGIN = 0.01  # two starts of the same program differ by as much, through where its memory happens to lie
 RESAMPLED = 2000
 NEIGHBOURS = 2  # blocks drawn together
@@ -51,13 +52,13 @@ def compare_blocks(launches: list[list[tuple[Seconds, Seconds]]]) -> Comparison 
     Compared are the mean logarithms of the faster three quarters of each side's samples. Pairing happens in the
     resampling alone: a ratio taken within each block would be spoiled by the one slow sample of its four.
     """
-    return _compared([np.log(np.asarray(blocks)) for blocks in launches], _faster_by)
+    return _compared([np.log(np.asarray(blocks)) for blocks in launches], _faster_by, SIDES_CONFIDENCE)
 
 
 def compare_rounds(ours: Seconds, theirs: Seconds) -> Comparison | None:
     """Of two rows of one table, whose rounds may be minutes apart: the median of the ratios round by round."""
     ratios = [math.log(b / a) for a, b in zip(ours, theirs, strict=True)]
-    return _compared([np.asarray(ratios)], lambda drawn: np.median(drawn, axis=-1))
+    return _compared([np.asarray(ratios)], lambda drawn: np.median(drawn, axis=-1), CONFIDENCE)
 
 
 def _faster_by(blocks: np.ndarray) -> np.ndarray:
@@ -68,7 +69,9 @@ def _faster_by(blocks: np.ndarray) -> np.ndarray:
     return other - this
 
 
-def _compared(launches: list[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]) -> Comparison | None:
+def _compared(
+    launches: list[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray], confidence: float
+) -> Comparison | None:
     """
     Launches are drawn first, then blocks of each, so that the interval covers what differs from start to start. Drawing
     from few blocks shows too little of their spread: the interval is stretched as Student's t is for so few. A
@@ -80,18 +83,18 @@ def _compared(launches: list[np.ndarray], statistic: Callable[[np.ndarray], np.n
     found = np.stack([statistic(blocks[_resampled(len(blocks), generator)]) for blocks in launches])
     launch = generator.integers(len(launches), size=found.shape)
     drawn = found[launch, generator.permuted(np.tile(np.arange(RESAMPLED), (len(launches), 1)), axis=1)].mean(0)
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - confidence) / 2
     centre = np.mean([statistic(blocks) for blocks in launches])
-    stretch = _stretch(min(map(len, launches)))
+    stretch = _stretch(min(map(len, launches)), confidence)
     low, high = (centre + stretch * (edge - centre) for edge in np.quantile(drawn, (tail, 1 - tail)))
     edge = math.log1p(MARGIN)
     verdict = "faster" if low > edge else "slower" if high < -edge else "no difference"
     return Comparison(math.exp(centre), math.exp(low), math.exp(high), verdict)
 
 
-def _stretch(count: int) -> float:
+def _stretch(count: int, confidence: float) -> float:
     """How much wider Student's t makes an interval of `count` numbers than the normal distribution (Cornish-Fisher)."""
-    z, freedom = NormalDist().inv_cdf((1 + CONFIDENCE) / 2), count - 1
+    z, freedom = NormalDist().inv_cdf((1 + confidence) / 2), count - 1
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
     return t / z * math.sqrt(count / freedom)
 
