@@ -1,9 +1,8 @@
 """The operators of torch.ops.memflow, registered with torch.library: schema, fake, kernel, derivative.
 
-torch.compile, torch.export, vmap, modes, profilers and tensor subclasses go through the registered operator; a call
-that nobody observes goes to its kernel at once. Where a gradient is wanted, a call goes through a
-torch.autograd.Function, which the transforms of torch.func know as well; a compiler, and whoever calls
-torch.ops.memflow directly, is given the same formula.
+Public parts of torch alone. Plain calls, torch.compile, torch.export, vmap, modes and tensor subclasses go through the
+registered operator. Where a gradient is wanted, a call goes through a torch.autograd.Function, which the transforms of
+torch.func know as well; a compiler, and whoever calls torch.ops.memflow directly, is given the same formula.
 """
 
 from __future__ import annotations
@@ -12,26 +11,15 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from torch import _C, Tensor
-from torch.autograd import forward_ad
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import increment_version
 
 from ..backends import dispatch
 from ..operators import NAMESPACE, OPERATORS
-from ._checks import VALUES
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 REGISTERED: dict[str, Registered] = {}
-_PLAIN = {Tensor, torch.nn.Parameter}
-try:  # modes, transforms of torch.func, a profiler; torch has no public question for any of them
-    _OBSERVERS = (
-        _C._len_torch_dispatch_stack,
-        _C._len_torch_function_stack,
-        _C._functorch.peek_interpreter_stack,
-        _C._autograd._profiler_enabled,
-    )
-except AttributeError:  # a torch without them: every call goes through the dispatcher
-    _OBSERVERS = (lambda: True,)
 
 
 class Registered:
@@ -43,11 +31,8 @@ class Registered:
         self.name, operator = name, OPERATORS[name]
         _LIBRARY.define(name + operator.schema, tags=torch.Tag.pt2_compliant_tag)
         self.operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-        self.defaults = [x.default_value for x in self.operator._schema.arguments if x.has_default_value()]
-        self.needed = len(operator.arguments) - len(self.defaults)
         written = [place for place, kind in enumerate(operator.arguments.values()) if "!" in kind]
-        self.kernel = _kernel(name, written)
-        _LIBRARY.impl(name, self.kernel, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _kernel(name, written), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         if not written:
             setup, formula = backward or (derived if f"{name}_backward" in OPERATORS else _refused)(name)
@@ -56,20 +41,13 @@ class Registered:
         REGISTERED[name] = self
 
     def __call__(self, *arguments):
-        if torch.compiler.is_compiling():
-            return self.operator(*arguments)
-        if _unobserved(arguments):
-            stop = len(arguments)
-            while stop > self.needed and arguments[stop - 1] == self.defaults[stop - 1 - self.needed]:
-                stop -= 1  # as the dispatcher leaves them out, which backends go by
-            return self.kernel(*arguments[:stop])
-        if torch.is_inference_mode_enabled():  # autograd records nothing here
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # autograd records nothing here
             return self.operator(*arguments)
         graded = False
         for x in arguments:
             if isinstance(x, Tensor):
                 graded = graded or x.requires_grad
-                if forward_ad.unpack_dual(x).tangent is not None:
+                if unpack_dual(x).tangent is not None:
                     raise _no_tangents(self.name)
         if graded and torch.is_grad_enabled():
             return self._function.apply(*arguments)
@@ -78,24 +56,6 @@ class Registered:
     def recorded(self, *arguments):
         """The call where a gradient may be wanted although no argument says so: of a backward inside torch.func."""
         return self.operator(*arguments) if torch.compiler.is_compiling() else self._function.apply(*arguments)
-
-
-def _unobserved(arguments: tuple) -> bool:
-    """Whether nobody wants to know of a call but its kernel: no gradient, transform, mode, subclass or profiler, as in
-    every call of a stream. The way through torch's dispatcher would take as long as a small model's attention."""
-    for observer in _OBSERVERS:
-        if observer():
-            return False
-    if getattr(forward_ad, "_current_level", 0) >= 0:
-        return False
-    grad = torch.is_grad_enabled()
-    for x in arguments:
-        if type(x) in _PLAIN:
-            if grad and x.requires_grad:
-                return False
-        elif type(x) not in VALUES and type(x) is not list:
-            return False
-    return not arguments[0].is_meta
 
 
 def _kernel(name: str, written: list[int]) -> Callable:

@@ -1,8 +1,10 @@
 """What a user meets first: the names, the cost of the import, the pool, the tools of memflow_kernels.testing."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,13 @@ def test_import_is_light():
     ]
     assert min(seconds for seconds, _ in runs) < 0.3
     assert not {"diffusers", "transformers", "triton", "memflow", "peft", "matplotlib"} & set(runs[0][1])
+
+
+def test_no_private_name_of_torch():
+    """But for the fused attention of aten, and torch.utils, where torch's documentation has dispatch modes."""
+    private = re.compile(r"\btorch(\.\w+)*\._[a-zA-Z]|from torch[\w.]* import .*\b_[a-zA-Z]|\bforward_ad\._")
+    for path in Path(memflow_kernels.__file__).parent.rglob("*.py"):
+        assert not private.search(re.sub(r"torch\.(ops\.aten\._scaled|utils\._)", "", path.read_text())), path
 
 
 def test_public_names():
