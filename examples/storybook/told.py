@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +21,8 @@ ACTIVATED = {
     "1/9, frames": {"activated": 1 / 9},
     "1/9, rows": {"activated": 1 / 9, "activation_block": 4},
     "1/9, rows, each row of queries": {"activated": 1 / 9, "activation_block": 4, "query_block": 4},
+    "1/9, half rows, each row of queries": {"activated": 1 / 9, "activation_block": 2, "query_block": 4},
+    "1/9, tokens, each row of queries": {"activated": 1 / 9, "activation_block": 1, "query_block": 4},
     "2/9, frames": {"activated": 2 / 9},
     "2/9, rows": {"activated": 2 / 9, "activation_block": 4},
 }
@@ -56,7 +57,7 @@ def tell_activated(pipeline, results: Results, *, stories: int, seeds: list[int]
                     continue
                 random = np.random.default_rng([seed, between, 1])
                 trials = [recall_trial(random, between) for _ in range(stories)]
-                shown = {"held_frames": 24, "recall": "coverage", "scene_frame": "first"}
+                shown = {"held_frames": 24, "recall": RULES[BETTER].recall}
                 _tell(pipeline, results, about, Setting(label, shown | ACTIVATED[label]), trials, seed)
 
 
@@ -86,7 +87,7 @@ def tell_endless(
     """A story of `scenes` scenes of five chunks: whether place and colour are right at the end of each scene. A line
     per hundred scenes; `state` keeps the stream in between."""
     script, chosen = endless_script(scenes), RULES[rule]
-    memory = replace(pipeline.memory_config, recall=chosen.recall, scene_frame=chosen.scene_frame)
+    memory = chosen.config(pipeline.memory_config)
     abouts = [
         {"part": "endless", "scenes": f"{first} to {first + 100}", "seed": 1, "rule": rule}
         for first in range(0, scenes, 100)
