@@ -71,4 +71,4 @@ RULES = {
     "latest of scene, then coverage": Rule("coverage", "latest"),
     "originals": Rule("originals"),
 }
-TODAY, BETTER = "top", "originals"
+TODAY, COVERED, BETTER = "top", "first of scene, then coverage", "originals"
