@@ -54,7 +54,7 @@ def _generated(lines: list[dict]) -> Iterator[str]:
                 cells = [share(here, name) for name in measures]
                 yield f"| {stories} | {held} | {label} | {cells[1].count} | {' | '.join(map(_cell, cells))} |"
     yield ""
-    yield f"Paired, of seeds told under both rules: returns right with `{BETTER}` alone, right with the other alone, and"
+    yield f"Paired, of what both rules were asked: returns right with `{BETTER}` alone, right with the other alone, and"
     yield "how likely that is by chance."
     yield ""
     yield "| stories | held | beside | " + " | ".join(measures[:4]) + " |"
