@@ -71,9 +71,9 @@ def _generated(lines: list[dict]) -> Iterator[str]:
 
 
 def _activation(lines: list[dict]) -> Iterator[str]:
-    yield f"| stories | activated | n | {' | '.join(COMPARED[:3])} | landmarks beside all of it: gained, lost |"
-    yield "|---|---|---|" + "---|" * 4
-    for (stories,), group in _groups(lines, ("stories",)):
+    yield f"| stories | shown | activated | n | {' | '.join(COMPARED[:3])} | landmarks beside all of it: gained, lost |"
+    yield "|---|---|---|---|" + "---|" * 4
+    for (stories, rule), group in _groups(lines, ("stories", "rule")):
         dense = [line for line in group if line["about"]["activated"] == "all"]
         for label in ACTIVATED:
             here = [line for line in group if line["about"]["activated"] == label]
@@ -81,7 +81,8 @@ def _activation(lines: list[dict]) -> Iterator[str]:
                 cells = [share(here, name) for name in COMPARED[:3]]
                 gained, lost, chance = paired(here, dense, "landmark")
                 beside = "" if label == "all" else f"{gained}, {lost} (p = {chance:.2g})"
-                yield f"| {stories} | {label} | {cells[0].count} | {' | '.join(map(_cell, cells))} | {beside} |"
+                shares = " | ".join(map(_cell, cells))
+                yield f"| {stories} | {rule} | {label} | {cells[0].count} | {shares} | {beside} |"
 
 
 def _endless(lines: list[dict]) -> Iterator[str]:

@@ -21,7 +21,6 @@ ACTIVATED = {
     "1/9, frames": {"activated": 1 / 9},
     "1/9, rows": {"activated": 1 / 9, "activation_block": 4},
     "1/9, rows, each row of queries": {"activated": 1 / 9, "activation_block": 4, "query_block": 4},
-    "1/9, half rows, each row of queries": {"activated": 1 / 9, "activation_block": 2, "query_block": 4},
     "1/9, tokens, each row of queries": {"activated": 1 / 9, "activation_block": 1, "query_block": 4},
     "2/9, frames": {"activated": 2 / 9},
     "2/9, rows": {"activated": 2 / 9, "activation_block": 4},
@@ -52,7 +51,8 @@ def tell_activated(pipeline, results: Results, *, stories: int, seeds: list[int]
     for seed in seeds:
         for length, between in LENGTHS.items():
             for label in kinds:
-                about = {"part": "activation", "stories": length, "count": stories, "seed": seed, "activated": label}
+                about = {"part": "activation", "stories": length, "count": stories, "seed": seed}
+                about |= {"rule": BETTER, "activated": label}
                 if about in results:
                     continue
                 random = np.random.default_rng([seed, between, 1])
