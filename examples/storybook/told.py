@@ -117,7 +117,8 @@ def tell_endless(
                 break
         if state is not None:
             stream.save(state)
-        results.add(about, found, time.perf_counter() - begin)
+        if about not in results:  # it is, where the state is gone and the story begins once more
+            results.add(about, found, time.perf_counter() - begin)
 
 
 def run_generated(pipeline, results: Results, *, stories: int, seeds: list[int], labels: list[str]) -> None:
