@@ -26,8 +26,7 @@ MEMORY = {
     "layers": "mean",
     "positions": "relative",
     "recache": False,
-    "recall": "coverage",
-    "scene_frame": "first",
+    "recall": "originals",
 }
 _PAD, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from examples.storybook.recall import Share
 from examples.storybook.results import paired, share
-from examples.storybook.rules import BETTER, RULES, TODAY
+from examples.storybook.rules import BETTER, COVERED, RULES, TODAY
 from examples.storybook.told import ACTIVATED, COMPARED
 
 _HEADINGS = {
@@ -54,20 +54,26 @@ def _generated(lines: list[dict]) -> Iterator[str]:
                 cells = [share(here, name) for name in measures]
                 yield f"| {stories} | {held} | {label} | {cells[1].count} | {' | '.join(map(_cell, cells))} |"
     yield ""
-    yield f"Paired: returns right with `{BETTER}` alone, right with `{TODAY}` alone, and how likely that is by chance."
+    yield f"Paired, of what both rules were asked: returns right with `{BETTER}` alone, right with the other alone, and"
+    yield "how likely that is by chance."
     yield ""
-    yield "| stories | held | " + " | ".join(measures[:4]) + " |"
-    yield "|---|---|" + "---|" * 4
+    yield "| stories | held | beside | " + " | ".join(measures[:4]) + " |"
+    yield "|---|---|---|" + "---|" * 4
     for (stories, held), group in _groups(lines, ("stories", "held")):
-        one, other = ([line for line in group if line["about"]["rule"] == label] for label in (BETTER, TODAY))
-        cells = [paired(one, other, name) for name in measures[:4]]
-        yield f"| {stories} | {held} | " + " | ".join(f"{a}, {b} (p = {p:.2g})" for a, b, p in cells) + " |"
+        one = [line for line in group if line["about"]["rule"] == BETTER]
+        seeds = {line["about"]["seed"] for line in one}
+        for label in (TODAY, COVERED):
+            other = [line for line in group if line["about"]["rule"] == label and line["about"]["seed"] in seeds]
+            if other:
+                found = [paired(one, other, name) for name in measures[:4]]
+                cells = [f"{a}, {b} (p = {p:.2g})" for a, b, p in found]
+                yield f"| {stories} | {held} | {label} | {' | '.join(cells)} |"
 
 
 def _activation(lines: list[dict]) -> Iterator[str]:
-    yield f"| stories | activated | n | {' | '.join(COMPARED[:3])} | landmarks beside all of it: gained, lost |"
-    yield "|---|---|---|" + "---|" * 4
-    for (stories,), group in _groups(lines, ("stories",)):
+    yield f"| stories | shown | activated | n | {' | '.join(COMPARED[:3])} | landmarks beside all of it: gained, lost |"
+    yield "|---|---|---|---|" + "---|" * 4
+    for (stories, rule), group in _groups(lines, ("stories", "rule")):
         dense = [line for line in group if line["about"]["activated"] == "all"]
         for label in ACTIVATED:
             here = [line for line in group if line["about"]["activated"] == label]
@@ -75,7 +81,8 @@ def _activation(lines: list[dict]) -> Iterator[str]:
                 cells = [share(here, name) for name in COMPARED[:3]]
                 gained, lost, chance = paired(here, dense, "landmark")
                 beside = "" if label == "all" else f"{gained}, {lost} (p = {chance:.2g})"
-                yield f"| {stories} | {label} | {cells[0].count} | {' | '.join(map(_cell, cells))} | {beside} |"
+                shares = " | ".join(map(_cell, cells))
+                yield f"| {stories} | {rule} | {label} | {cells[0].count} | {shares} | {beside} |"
 
 
 def _endless(lines: list[dict]) -> Iterator[str]:
@@ -127,12 +134,12 @@ def plot(lines: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6.4), width_ratios=(1.7, 1))
-    compared = [TODAY, "one per scene, then top", "coverage", BETTER]
+    compared = [TODAY, "one per scene, then top", "coverage", COVERED, BETTER]
     retrieval = [line for line in lines if line["about"]["part"] == "retrieval"]
     cases = list(_groups(retrieval, ("stories", "held", "bank", "prompts")))[::-1]
     for place, label in enumerate(compared):
         shares = [_by_rule(group, label, "both") for _, group in cases]
-        at = [i + 0.19 * (1.5 - place) for i in range(len(cases))]
+        at = [i + 0.16 * (2 - place) for i in range(len(cases))]
         _points(left, shares, at, label)
     names = [f"{stories}, {held} held, bank {bank}, {kind}" for (stories, held, bank, kind), _ in cases]
     left.set_yticks(range(len(cases)), names, fontsize=7.5)
@@ -143,7 +150,7 @@ def plot(lines: list[dict], path: Path) -> None:
     ]
     for place, label in enumerate(compared):
         shares = [_by_rule([x for x in generated if x["about"]["held"] == held], label, name) for held, name in rows]
-        _points(right, shares, [i + 0.19 * (1.5 - place) for i in range(len(rows))], label)
+        _points(right, shares, [i + 0.16 * (2 - place) for i in range(len(rows))], label)
     right.set_yticks(range(len(rows)), [f"{held} held: {name}" for held, name in rows], fontsize=8)
     right.set(xlim=(-0.02, 1.02), title="generated, scenes of 27 chunks")
     for axis in (left, right):

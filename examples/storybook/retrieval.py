@@ -19,7 +19,7 @@ from torch import Tensor
 from examples.storybook.drawing import PLACES
 from examples.storybook.model import encode_frames
 from examples.storybook.results import Results
-from examples.storybook.rules import BETTER, RULES, TODAY, Rule
+from examples.storybook.rules import BETTER, COVERED, RULES, TODAY, Rule
 from examples.storybook.stories import CHUNK, Scene, Script, random_cast, wandering
 from examples.storybook.world import ACTIONS, HUES, NAMES, SHAPES, prompt
 from memflow.memory import MemoryConfig, Prompt
@@ -217,7 +217,7 @@ def cases(length: int) -> Iterator[tuple[str, int, str, tuple[str, ...]]]:
         for kind in ("looks", "unknown words"):
             yield "24", bank, kind, every
         for kind in ("100 tokens, unknown", "100 tokens, known"):
-            yield "24", bank, kind, (TODAY, "one per scene, then top", "coverage", BETTER)
+            yield "24", bank, kind, (TODAY, "one per scene, then top", "coverage", COVERED, BETTER)
 
 
 def run(pipeline, results: Results, *, stories: int, seeds: list[int], labels: list[str]) -> None:

@@ -69,5 +69,6 @@ RULES = {
     "first of scene, then top": Rule(scene_frame="first"),
     "first of scene, then coverage": Rule("coverage", "first"),
     "latest of scene, then coverage": Rule("coverage", "latest"),
+    "originals": Rule("originals"),
 }
-TODAY, BETTER = "top", "first of scene, then coverage"
+TODAY, COVERED, BETTER = "top", "first of scene, then coverage", "originals"

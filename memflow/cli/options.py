@@ -88,7 +88,7 @@ class Request:
     recall: str | None = _memory(
         "RULE",
         "Which of them attention sees. relevance: the most relevant, each by itself. coverage: a set that "
-        "covers the words of the prompt. \\[default: the model's]",
+        "covers the words of the prompt. originals: such a set, of first appearances. \\[default: the model's]",
         autocompletion=lambda: RECALLS,
     )
     scene_frame: str | None = _memory(

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from memflow.errors import MemFlowError
 from memflow.memory.policies import POLICIES
 
-RECALLS = ("relevance", "coverage")
+RECALLS = ("relevance", "coverage", "originals")
 SCENE_FRAMES = ("any", "first", "latest")
 _MOST = 2**31 - 1  # of any count: what tensors and kernels can be told
 PUBLISHED_MODES = ("interactive", "single")  # the published pipelines
@@ -27,7 +27,8 @@ class MemoryConfig:
     policy: which frame is given up when no more can be held: one of `memflow.memory.policies.POLICIES`.
     recall: what the bank shows of more frames than it has places: "relevance" = those that are most relevant to the
         coming prompt, each by itself; "coverage" = a set that covers the tokens of the prompt, so that each token finds
-        a frame that answers it well (`memflow.memory.recall`).
+        a frame that answers it well; "originals" = such a set, in which of the frames that answer a token the oldest
+        counts and no later one, which is a copy of it (`memflow.memory.recall`).
     scene_frame: which held frames of a scene (the frames between two prompts) are preferred for the bank: "any", or
         the "first", which is no copy of a copy, or the "latest", for stories in which looks are meant to change.
     top_k: candidate frames (bank + sink) that each head attends to; None = all of them.
@@ -135,8 +136,13 @@ class MemoryConfig:
                     f"{name} must be {default!r} with policy={self.policy!r}, got {value!r}: this policy shows what it "
                     "says, whatever the prompt"
                 )
-        if self.recall == "coverage" and self.aggregate != "mean":
-            raise ValueError(f"aggregate must be 'mean' with recall='coverage', got {self.aggregate!r}")
+        if self.recall != "relevance" and self.aggregate != "mean":
+            raise ValueError(f"aggregate must be 'mean' with recall={self.recall!r}, got {self.aggregate!r}")
+        if self.recall == "originals" and self.scene_frame != "any":
+            raise ValueError(
+                f"scene_frame must be 'any' with recall='originals', which shows the first of all scenes, "
+                f"got {self.scene_frame!r}"
+            )
 
     def _check_activation(self) -> None:
         if self.top_k is not None:
@@ -187,7 +193,7 @@ class MemoryConfig:
 
         recall and scene_frame, unless they are given, are "relevance" and "any" where the change leaves them without
         effect: nothing is held beyond the bank, or the policy shows what it says. Of top_k and activated, which say the
-        same, the one that is given counts.
+        same, the one that is given counts; so it is with recall="originals" and a scene_frame other than "any".
 
         Args:
             changes: fields of `MemoryConfig`.
@@ -200,6 +206,10 @@ class MemoryConfig:
         fallen = {}
         if kind is not None and ((held is None and not kind.keeps_all) or not kind.by_relevance()):
             fallen = {"recall": type(self).recall, "scene_frame": type(self).scene_frame}
+        elif "recall" not in changes and self.recall == "originals" and changes.get("scene_frame", "any") != "any":
+            fallen = {"recall": "coverage"}
+        elif "scene_frame" not in changes and changes.get("recall") == "originals":
+            fallen = {"scene_frame": "any"}
         for name, other in (("top_k", "activated"), ("activated", "top_k")):
             if changes.get(name) is not None and other not in changes:
                 fallen[other] = None

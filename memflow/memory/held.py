@@ -11,7 +11,7 @@ from torch import Tensor
 from memflow.memory.config import MemoryConfig
 from memflow.memory.frames import FrameMemory, Prompt, note_frame
 from memflow.memory.policies import Held
-from memflow.memory.recall import cover
+from memflow.memory.recall import CHOICES
 from memflow.memory.slots import FramePool, copy_exactly
 from memflow_kernels import prompt_relevance
 
@@ -59,7 +59,7 @@ class HeldMemory(FrameMemory):
         if not self.bank_used:
             return
         held, first = self._held(prompt), self.config.bank_frames - self.bank_used
-        choose = cover if self.config.recall == "coverage" else self.policy.choose
+        choose = CHOICES.get(self.config.recall, self.policy.choose)
         chosen = choose(held, self.bank_used)
         shown = self.shown[..., first:]
         source = _sources(chosen, held.frames.gather(2, chosen), shown)

@@ -1,4 +1,4 @@
-"""Which of the held frames the bank shows: a set that covers the prompt, and the preferred frame of each scene.
+"""Which of the held frames the bank shows: a set that covers the prompt, and in it each thing as it was seen first.
 
 Relevance adds up what all tokens of a prompt say of one frame, and frames of one kind may take all places: six of the
 place, none of the character. A set covers a prompt where each token finds a frame in it that answers that token well
@@ -7,6 +7,7 @@ place, none of the character. A set covers a prompt where each token finds a fra
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from memflow.memory.policies import PASSED_OVER, Held
@@ -14,6 +15,11 @@ from memflow_kernels import cover_frames
 
 # Of relevance, beside coverage: it decides once all tokens are covered. Ten times as much brings the fault back.
 RELEVANCE_SHARE = 0.03
+# How far from the worst to the best frame for a token one must be that answers it. With 1/2, frames of something else
+# do; with 0.8, some originals no longer do.
+ANSWERS = 2 / 3
+# Against relevance, beside originals: it only decides which frames fill up the bank.
+REST_SHARE = 0.003
 
 
 def cover(held: Held, k: int) -> Tensor:
@@ -26,14 +32,42 @@ def cover(held: Held, k: int) -> Tensor:
     Returns:
         [layers, B, k] indices into the held frames, the most wanted first.
     """
-    scores = held.token_relevance()
     prior = RELEVANCE_SHARE * held.relevance()
     if held.passed_over is not None:
         prior = prior - PASSED_OVER * held.passed_over()
-    prior = prior.nan_to_num(nan=-2 * PASSED_OVER)  # a frame that was made of NaN comes last
-    layers = scores.shape[0]
-    if scores.stride(0) == 0:  # the layers have voted: one choice is that of all
-        scores, prior = scores[:1], prior[:1]
+    return _greedily(held, _token_relevance(held), prior, k)
+
+
+def originals(held: Held, k: int) -> Tensor:
+    """As `cover`, but of the frames that answer a token only the oldest counts for it: the original, of which the later
+    ones are copies.
+
+    Places that are left over show what the prompt calls for least. A copy there would be drawn from as the original is,
+    and the model draws what lies between the two.
+    """
+    scores = _token_relevance(held)
+    known = ~scores.isnan()
+    worst = scores.where(known, torch.inf).amin(-1, keepdim=True)
+    best = scores.where(known, -torch.inf).amax(-1, keepdim=True)
+    answers = scores >= worst + ANSWERS * (best - worst)
+    frames = held.frames[: len(scores)].unsqueeze(2)
+    oldest = frames.where(answers, torch.iinfo(frames.dtype).max).amin(-1, keepdim=True)
+    scores = scores.where(frames == oldest, worst)
+    return _greedily(held, scores, -REST_SHARE * held.relevance(), k)
+
+
+def _token_relevance(held: Held) -> Tensor:
+    """[layers, B, T, n]; layers is 1 where they have voted: one choice is that of all."""
+    scores = held.token_relevance()
+    return scores[:1] if scores.stride(0) == 0 else scores
+
+
+def _greedily(held: Held, scores: Tensor, prior: Tensor, k: int) -> Tensor:
+    """scores: [1 or layers, B, T, n]. prior: [layers, B, n]."""
+    prior = prior[: len(scores)].nan_to_num(nan=-2 * PASSED_OVER)  # a frame that was made of NaN comes last
     weights = held.token_weight.to(scores.dtype).repeat(len(scores), 1)
     chosen = cover_frames(scores.flatten(0, 1), weights, k, prior.flatten(0, 1))
-    return chosen.long().unflatten(0, scores.shape[:2]).expand(layers, -1, -1)
+    return chosen.long().unflatten(0, scores.shape[:2]).expand(len(held.frames), -1, -1)
+
+
+CHOICES = {"coverage": cover, "originals": originals}  # by the names of MemoryConfig.recall

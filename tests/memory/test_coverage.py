@@ -199,7 +199,7 @@ def test_a_snapshot_tells_what_each_token_says():
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"recall": "best"}, "recall must be one of relevance, coverage, got 'best'"),
+        ({"recall": "best"}, "recall must be one of relevance, coverage, originals, got 'best'"),
         ({"scene_frame": "last"}, "scene_frame must be one of any, first, latest"),
         ({"recall": "coverage"}, "recall must be 'relevance' where held_frames is None, got 'coverage'"),
         ({"scene_frame": "first", "policy": "none"}, "scene_frame must be 'any' where held_frames is None"),

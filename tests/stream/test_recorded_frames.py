@@ -23,12 +23,13 @@ STORY = (
     "mia walks left on the beach.",
 )
 TOP = {"recall": "relevance", "scene_frame": "any"}  # what the storybook showed before it covered its prompts
+COVERED = {"recall": "coverage", "scene_frame": "first"}  # and before it left out copies
 ROWS = {"activated": 0.25, "activation_block": 4, "query_block": 4}
 CASES = {
     "default": ("storybook", {}, [0]),
     "two-stories": ("storybook", {}, [0, 9]),
     "rows": ("storybook", ROWS, [3]),
-    "coverage-of-archive": ("storybook", {"policy": "archive", "held_frames": None}, [5]),
+    "coverage-of-archive": ("storybook", COVERED | {"policy": "archive", "held_frames": None}, [5]),
     "top": ("storybook", TOP, [0]),
     "top-2": ("storybook", TOP | {"top_k": 2}, [3]),
     "prompt-six": ("storybook", TOP | {"policy": "prompt", "held_frames": None}, [1]),

@@ -31,7 +31,12 @@ MEMORY = [
     "tests/memory/test_memory.py",
     "tests/memory/test_recall.py",
 ]
-SETTINGS = ["tests/memory/test_changed_settings.py", "tests/memory/test_blocks.py", "tests/memory/test_coverage.py"]
+SETTINGS = [
+    "tests/memory/test_changed_settings.py",
+    "tests/memory/test_originals.py",
+    "tests/memory/test_blocks.py",
+    "tests/memory/test_coverage.py",
+]
 HOST_MEMORY = ["tests/kernels/test_cuda_host_memory.py", "tests/kernels/test_cuda_host_bounds.py"]
 TESTS = {  # file -> the tests that should see a fault in it, the quickest first
     "memflow/memory/policies.py": [*MEMORY, *SETTINGS],
