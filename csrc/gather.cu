@@ -58,6 +58,7 @@ gather_kernel(Gathered g, const int32_t* frame_table, int heads, int places, int
 template <class E, int VEC>
 int launch_gather(const Gathered& g, const int32_t* frame_table, int64_t batch, int64_t heads, int64_t places,
                   int64_t tokens_per_frame, int64_t candidate_frames, int64_t tokens, int64_t head_dim, void* stream) {
+  if (head_dim > INT32_MAX) return MEMFLOW_UNSUPPORTED;
   int64_t rest = tokens - candidate_frames * tokens_per_frame;
   int vectors = static_cast<int>(head_dim / VEC);
   int64_t blocks = places * int64_t(tiles_of(tokens_per_frame, vectors)) + tiles_of(rest, vectors);

@@ -37,7 +37,7 @@ SETTINGS = [
     "tests/memory/test_blocks.py",
     "tests/memory/test_coverage.py",
 ]
-HOST_MEMORY = ["tests/kernels/test_cuda_host_memory.py", "tests/kernels/test_cuda_host_bounds.py"]
+HOST_MEMORY = [f"tests/kernels/test_cuda_host_{name}.py" for name in ("sizes", "memory", "bounds")]
 TESTS = {  # file -> the tests that should see a fault in it, the quickest first
     "memflow/memory/policies.py": [*MEMORY, *SETTINGS],
     "memflow/memory/held.py": [*MEMORY, *SETTINGS],
@@ -92,7 +92,7 @@ TESTS = {  # file -> the tests that should see a fault in it, the quickest first
     "csrc/gather.cu": [*HOST_MEMORY, "tests/kernels/test_cuda_host_attention.py"],
     "csrc/selection.cu": ["tests/kernels/test_cuda_host_attention.py", *HOST_MEMORY],
     "csrc/replacement.cu": HOST_MEMORY,
-    "csrc/relevance.cu": ["tests/kernels/test_cuda_host_relevance.py"],
+    "csrc/relevance.cu": [HOST_MEMORY[0], "tests/kernels/test_cuda_host_relevance.py"],
     "csrc/combine.cu": ["tests/kernels/test_cuda_host_attention.py"],
 }
 SPEED = "only slower or faster"
@@ -114,6 +114,8 @@ EQUIVALENT = [  # (file, part of its line, how the change begins, why no test ca
         "",
         "ops take dense last dimensions alone, and this is a shorter way",
     ),
+    ("csrc/gather.cu", "GATHER_THREADS = 256", "constexpr", SPEED),
+    ("csrc/gather.cu", "static_cast<int>(head_dim / VEC)", "int", "more blocks than have something to do"),
     ("csrc/combine.cu", "COMBINE_THREADS = 256", "constexpr", SPEED),
 ]
 SECONDS = 60.0  # and six times as long as without a fault: then a mutant does not end, which is seen as well
