@@ -50,7 +50,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
-def test_stopped_at_random_moments(processes, whole, tmp_path, count, monkeypatch):
+def test_stopped_at_random_moments(processes, whole, tmp_path, count, monkeypatch, capsys):
     whole, size = whole
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     draw, met = random.Random(count), dict.fromkeys(("no film", "a film", "a state", "ended"), 0)
@@ -86,8 +86,10 @@ def test_stopped_at_random_moments(processes, whole, tmp_path, count, monkeypatc
             met["no film"] += 1
         if process.exitcode != 0 and state.exists():
             met["a state"] += 1
+            capsys.readouterr()
             code = main(["generate", "--resume", str(state), "-o", str(video)])
-            assert code == 0
+            said = capsys.readouterr().err  # stopped after the last chunk: the film is whole, as is compared below
+            assert code == 0 or (code == 2 and "told to its end, nothing is left" in said), said
         elif process.exitcode != 0:
             assert main(["generate", *STORY, "-o", str(video)]) == 0
         assert np.array_equal(decode(video), whole)

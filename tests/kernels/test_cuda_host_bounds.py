@@ -52,3 +52,14 @@ def test_nan_counts_as_the_largest_score(host, nan):
     means = torch.tensor([-torch.inf, 1.0, nan, torch.inf, nan]).view(1, 5, 1, 1).repeat(1, 1, 1, 4)
     assert host.select_frames(query, means, 1).tolist() == [[[2]]]
     assert host.select_frames(query, means, 3).tolist() == [[[2, 3, 4]]]
+
+
+@pytest.mark.parametrize("slot, source", [((0, 2), (1, 0)), ((2, 1), (0, 2))])
+def test_every_batch_row_moves_in_its_own_keys_and_values(host, slot, source):
+    pool = [states(2, n, 3, 8, layout="heads_first", seed=n) for n in (15, 16, 3)]
+    pool[1] = pool[1][:, :15].contiguous()  # strides of its own
+    expected = [part.clone() for part in pool]
+    numbers = [torch.tensor(x, dtype=torch.int32) for x in (slot, source)]
+    reference.replace_frame(*expected, *numbers)
+    host.replace_frame(*pool, *numbers)
+    assert all(torch.equal(part, right) for part, right in zip(pool, expected, strict=True))

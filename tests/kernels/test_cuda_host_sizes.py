@@ -85,6 +85,7 @@ def test_more_candidates_than_frames(host, op, monkeypatch):
 def test_more_frames_than_a_choice_has_room_for(host, monkeypatch):
     given = arguments(host, "select_frames", monkeypatch)
     frames = [place for place, value in enumerate(given) if isinstance(value, int)][3]
+    assert host.select_frames(torch.ones(1, 1, 1, 2), torch.ones(1, 12288, 1, 2), 1).tolist() == [[[0]]]
     assert host.call("select_frames", *given[:frames], 12289, *given[frames + 1 :]) == UNSUPPORTED
 
 

@@ -116,6 +116,8 @@ EQUIVALENT = [  # (file, part of its line, how the change begins, why no test ca
     ),
     ("csrc/gather.cu", "GATHER_THREADS = 256", "constexpr", SPEED),
     ("csrc/gather.cu", "static_cast<int>(head_dim / VEC)", "int", "more blocks than have something to do"),
+    ("csrc/selection.cu", "uint32_t best = 0", "uint32_t best = 0", "no free frame has the key 1"),
+    ("csrc/replacement.cu", "COPY_THREADS = 256", "constexpr", SPEED),
     ("csrc/combine.cu", "COMBINE_THREADS = 256", "constexpr", SPEED),
 ]
 SECONDS = 60.0  # and six times as long as without a fault: then a mutant does not end, which is seen as well
