@@ -92,7 +92,7 @@ TESTS = {  # file -> the tests that should see a fault in it, the quickest first
     "csrc/gather.cu": [*HOST_MEMORY, "tests/kernels/test_cuda_host_attention.py"],
     "csrc/selection.cu": ["tests/kernels/test_cuda_host_attention.py", *HOST_MEMORY],
     "csrc/replacement.cu": HOST_MEMORY,
-    "csrc/relevance.cu": [HOST_MEMORY[0], "tests/kernels/test_cuda_host_relevance.py"],
+    "csrc/relevance.cu": [f"tests/kernels/test_cuda_host_{name}.py" for name in ("sizes", "covering", "relevance")],
     "csrc/combine.cu": ["tests/kernels/test_cuda_host_attention.py"],
 }
 SPEED = "only slower or faster"
