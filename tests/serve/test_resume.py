@@ -152,6 +152,20 @@ def test_a_damaged_state_says_nothing_of_where_it_lies(shared):
     assert str(shared.settings.folder) not in error["message"], error
 
 
+def test_a_folder_that_is_gone_is_no_silent_end(serve):
+    running = serve()
+    running.settings.folder.rmdir()
+    with running.viewer() as viewer:
+        viewer.send("session.start", prompt=PROMPTS[0])
+        error = viewer.next()
+        assert error["code"] == "failed" and "folder of this server" in error["message"]
+        assert str(running.settings.folder) not in error["message"]
+        assert viewer.next() is None and viewer.closed == 1011
+    running.settings.folder.mkdir()
+    with running.started(num_frames=FRAMES) as viewer:
+        viewer.until("video.chunk_metadata")
+
+
 def test_a_server_that_is_stopped_saves_all(serve, toy, whole):
     running = serve()
     with ExitStack() as stack:
