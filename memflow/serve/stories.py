@@ -119,6 +119,8 @@ class Stories:
         finally:
             self.coming -= 1
         self.tellings[telling.id] = telling
+        if self.stopping:  # since it was asked for: `stop` has not seen it
+            await telling.leave()
         telling.pace()
         return telling
 
