@@ -93,8 +93,8 @@ class Request:
     )
     scene_frame: str | None = _memory(
         "FRAME",
-        "Which held frames of a scene are preferred: any, first, or latest, where looks are meant to change. "
-        "\\[default: the model's]",
+        "Which held frames of a scene are preferred: any, first, or latest, where looks are meant to change; the last "
+        "two with --recall coverage where the model's is originals. \\[default: the model's]",
         autocompletion=lambda: SCENE_FRAMES,
     )
     top_k: int | None = _memory(

@@ -70,6 +70,7 @@ def convert(request: Conversion) -> None:
         sources = find_sources(request.sources, request.lora_alpha, request.weights or preset.weights, preset.lora)
         _refuse_incomplete(sources, request)
         parts = {name: _part(name, sources, request) for name in _STEM if name in sources.models}
+        _refuse_strangers(parts, sources)
     record = _record(sources, request)
     _check_output(request.output, record, parts)
     for name, part in parts.items():
@@ -114,6 +115,24 @@ def _part(name: str, sources: Sources, request: Conversion) -> Part:
     if other:
         raise MemFlowError(f"{title}: weights in number formats that are not known here: {listed(other)}")
     return Part(layout, plan_shards(weights, _STEM[name], request.shard_bytes))
+
+
+def _refuse_strangers(parts: dict[str, Part], sources: Sources) -> None:
+    """Parts of different models would be found out when the first chunk is decoded."""
+    sizes = {name: part.layout.model.config for name, part in parts.items()}
+    titles = sources.titles
+    if {"transformer", "vae"} <= sizes.keys() and sizes["transformer"].in_channels != sizes["vae"].z_dim:
+        raise MemFlowError(
+            f"{titles['transformer']} makes {sizes['transformer'].in_channels} latent channels, and {titles['vae']} "
+            f"decodes {sizes['vae'].z_dim}: they belong to different models"
+        )
+    if {"transformer", "text_encoder"} <= sizes.keys() and sizes["transformer"].text_dim != sizes[
+        "text_encoder"
+    ].d_model:
+        raise MemFlowError(
+            f"{titles['transformer']} takes embeddings of {sizes['transformer'].text_dim} numbers, and "
+            f"{titles['text_encoder']} makes {sizes['text_encoder'].d_model}: they belong to different models"
+        )
 
 
 def _refuse_incomplete(sources: Sources, request: Conversion) -> None:

@@ -80,7 +80,10 @@ class HeldMemory(FrameMemory):
 
     def load_state_dict(self, tensors, counters) -> None:
         super().load_state_dict(tensors, counters)
-        used, n = counters.get("used"), tensors["stored"].shape[-1]
+        used, stored = counters.get("used"), tensors.get("stored")
+        if stored is None or not stored.ndim:
+            raise ValueError(f"stored must be [layers, B, n], got {'nothing' if stored is None else 'one number'}")
+        n = stored.shape[-1]
         if (
             not isinstance(used, int)
             or not 0 <= used <= n

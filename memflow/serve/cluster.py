@@ -52,8 +52,11 @@ def deployed(
             raise MemFlowError(f"the replicas cannot start: {str(error).strip().splitlines()[-1]}") from None
         yield
         # In a thread of its own: Ray refuses to wait where an event loop runs, as in a notebook.
-        with ThreadPoolExecutor(1) as thread:
+        thread = ThreadPoolExecutor(1)
+        try:
             thread.submit(lambda: handle.broadcast("save").results(timeout_s=grace)).result()
+        finally:
+            thread.shutdown(wait=False)  # a second Ctrl-C waits for no replica
     finally:
         serve.delete(_NAME)
         if not serve.status().applications:  # others may use it too

@@ -20,7 +20,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from memflow.cli import Interrupt, loading
-from memflow.cli.options import Serving, with_whole_paths
+from memflow.cli.options import Dtype, Serving, with_whole_paths
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.parallel import launched
 from memflow.serve.asgi import make_app
@@ -29,6 +29,10 @@ from memflow.serve.settings import Settings
 _MESSAGE = 256 * 1024  # bytes; `Settings.message_characters` count characters
 _BUFFER = 256 * 1024  # bytes that the system holds for a reader: more would hide that it is slow
 _GRACE = 120  # seconds for saving when the server is stopped
+_CHOICES: dict[str, dict[str, Any]] = {  # what the environment may say
+    "dtype": {kind.value: kind for kind in Dtype},
+    "prompt_cache": {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False},
+}
 
 
 def serve(request: Serving) -> int:
@@ -113,14 +117,22 @@ def app_of_environment() -> Starlette:
     MEMFLOW_SERVE_ALLOW_ORIGIN may hold several, with spaces between."""
     given: dict[str, Any] = {}
     for field in fields(Serving):
-        value = os.environ.get(f"MEMFLOW_SERVE_{'DIR' if field.name == 'folder' else field.name.upper()}")
+        variable = f"MEMFLOW_SERVE_{'DIR' if field.name == 'folder' else field.name.upper()}"
+        value = os.environ.get(variable)
         if value is not None and field.name not in ("host", "port", "ray", "replicas"):
             kinds: dict[str, Any] = {"sessions": _sessions, "folder": Path, "decoder": Path, "allow_origin": str.split}
-            kinds["prompt_cache"] = lambda text: text not in ("0", "false", "no")
+            if field.name in _CHOICES:
+                kinds[field.name] = partial(_chosen, variable, _CHOICES[field.name])
             given[field.name] = kinds.get(field.name, str)(value)
     request = Serving(**given)
     settings = settings_of(request)
     return _app(request, settings)
+
+
+def _chosen(variable: str, known: dict[str, Any], text: str) -> Any:
+    if text.lower() not in known:
+        raise MemFlowError(f"{variable}: one of {', '.join(known)} is needed, {text[:60]!r} came")
+    return known[text.lower()]
 
 
 def _sessions(text: str) -> int:

@@ -101,7 +101,7 @@ class Stories:
         """Begin or resume the story that a viewer asks for.
 
         Raises:
-            Refused: code "busy", "not_found", "disk_full" or "bad_start".
+            Refused: code "busy", "not_found", "disk_full", "out_of_memory", "failed" or "bad_start".
         """
         full = len(self.tellings) + self.coming >= self.settings.sessions and start.resume not in self.tellings
         if full or self.stopping:
@@ -114,9 +114,13 @@ class Stories:
         except MemFlowError as error:
             code = "out_of_memory" if "out of memory" in str(error) else "bad_start"
             raise Refused(self.said(error), code) from None
+        except OSError as error:
+            raise Refused(f"the folder of this server cannot be written: {error.strerror}", "failed") from None
         finally:
             self.coming -= 1
         self.tellings[telling.id] = telling
+        if self.stopping:  # since it was asked for: `stop` has not seen it
+            await telling.leave()
         telling.pace()
         return telling
 

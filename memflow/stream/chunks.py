@@ -280,7 +280,7 @@ class ChunkDriver:
         texts = {}
         for name in ("text", "next"):
             if f"{name}.embeds" in tensors:
-                text = tensors[f"{name}.embeds"], tensors[f"{name}.mask"]
+                text = tensors[f"{name}.embeds"], tensors.get(f"{name}.mask")
                 given.check_saved_text(name, *text, self.size[0], self.model.text_dim, self.model.dtype)
                 texts[name] = self._encoded(*text)
         if position and "text" not in texts:

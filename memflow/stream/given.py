@@ -85,12 +85,12 @@ def check_unchanged(name: str, before: torch.dtype | torch.device, now: torch.dt
         )
 
 
-def check_saved_text(name: str, embeds: Tensor, mask: Tensor, batch: int, dim: int, dtype: torch.dtype) -> None:
-    """ValueError where the embeddings of a state are not those of this model."""
-    shape = list(embeds.shape)
-    fits = len(shape) == 3 and shape == [batch, shape[1], dim] and list(mask.shape) == shape[:2]
-    if not fits or embeds.dtype != dtype or mask.dtype != torch.bool:
-        raise ValueError(f"{name}.embeds must be {dtype} [{batch}, T, {dim}] with a mask, got {shape}")
+def check_saved_text(name: str, embeds: Tensor, mask: Tensor | None, batch: int, dim: int, dtype: torch.dtype) -> None:
+    """ValueError where the embeddings of a state, or their mask, are not those of this model."""
+    shape, rows = list(embeds.shape), None if mask is None else list(mask.shape)
+    fits = len(shape) == 3 and shape == [batch, shape[1], dim] and rows == shape[:2] and mask.dtype == torch.bool
+    if not fits or embeds.dtype != dtype:
+        raise ValueError(f"{name}.embeds must be {dtype} [{batch}, T, {dim}] with a mask, got {shape} with {rows}")
 
 
 def check_saved_latents(latents: Tensor | None, needed: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
-from written import HEADS, text_encoder, tokenizer, transformer, umt5_name, vae, vae_table
+from written import HEADS, random, text_encoder, tokenizer, transformer, umt5_name, vae, vae_table
 
 from memflow import MemFlowPipeline
 from memflow.cli import main
@@ -193,6 +193,23 @@ def test_wrong_tensors_are_refused_by_name_before_anything_is_written(message, w
     code, _, error = convert(capsys, wan, tmp_path / "a.pt", *ours)
     assert code == 2 and f"a.pt: {message}" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--partial"]])
+def test_parts_of_different_models_are_no_pipeline(options, wan, ours, tmp_path, capsys):
+    """Else the first chunk would be denoised before anybody notices."""
+    noise = torch.Generator().manual_seed(0)
+    shapes = {"patch_embedding.weight": [48, 48, 1, 2, 2], "head.head.weight": [192, 48], "head.head.bias": [192]}
+    others = {
+        "latents.pt": (shapes, "makes 48 latent channels, and Wan2.1_VAE.pth decodes 16"),
+        "text.pt": ({"text_embedding.0.weight": [48, 20]}, "takes embeddings of 20 numbers, and models_t5_umt5-xxl"),
+    }
+    for name, (other, message) in others.items():
+        tensors = transformer() | {tensor: random(shape, noise) for tensor, shape in other.items()}
+        torch.save(tensors, tmp_path / name)
+        code, _, error = convert(capsys, wan, tmp_path / name, *ours, *options)
+        assert code == 2 and f"{name} {message}" in error and "they belong to different models" in error, error
+        assert not (tmp_path / "out").exists()
 
 
 def test_partial_converts_what_is_there_and_lists_the_rest(ours, tmp_path, capsys):

@@ -77,6 +77,22 @@ def test_a_bank_is_used_from_nothing_to_all(bank_used):
         driver.memory.load_state_dict(tensors, counters | {"bank_used": bank_used})
 
 
+@pytest.mark.parametrize("fields", [HELD, {"policy": "archive"}])
+def test_a_state_without_one_of_its_parts_is_no_state(fields):
+    driver = MemoryDriver(MemoryConfig(**fields))
+    for _ in range(6):
+        driver.chunk()
+    tensors, counters = driver.memory.state_dict()
+    for name in tensors.keys() - {"scene_starts"}:  # which states of before do not have
+        lacking = {other: tensor.clone() for other, tensor in tensors.items() if other != name}
+        with pytest.raises(ValueError, match=f"{name} must be .* got nothing"):
+            driver.memory.load_state_dict(lacking, counters)
+    for name in counters:
+        lacking = {other: tensor.clone() for other, tensor in tensors.items()}
+        with pytest.raises(ValueError, match=f"{name} must be .* got None"):
+            driver.memory.load_state_dict(lacking, {other: n for other, n in counters.items() if other != name})
+
+
 @pytest.mark.parametrize("window, sink", [(9, 3), (6, 0), (12, 6), (3, 3), (7, 2)])
 def test_every_kind_of_call_is_known_before_it_comes(window, sink):
     """Graphs and processes are prepared for these sizes alone; one that is forgotten fails in the middle of a film."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -22,6 +25,8 @@ from memflow.serve.settings import Settings
 from tests.serve.conftest import PATIENCE, PROMPTS, Viewer
 
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install -e '.[ray]'")
+
+from ray import serve
 
 from memflow.serve.cluster import deployed
 from memflow.tellers.actors import cluster
@@ -151,3 +156,29 @@ def test_stories_of_a_killed_replica_go_on_at_the_other(tmp_path, films):
     film = folder / f"{last.id}.mp4"
     assert main(["generate", "--resume", str(film.with_suffix(".safetensors")), "-o", str(film)]) == 0
     assert film.read_bytes() == films[0]
+
+
+def test_a_second_ctrl_c_waits_for_no_replica(monkeypatch):
+    """The first one is being followed: replicas save, which may take two minutes."""
+    gone, saved = threading.Event(), threading.Event()
+    ended_by_deletion = []
+
+    class Handle:
+        def broadcast(self, name):
+            return self
+
+        def results(self, timeout_s):
+            time.sleep(0.5)  # until the other thread waits for this one: earlier, the test would see nothing
+            os.kill(os.getpid(), signal.SIGINT)
+            ended_by_deletion.append(gone.wait(20))
+            saved.set()
+
+    nothing = SimpleNamespace(applications={})
+    replaced = {"status": lambda: nothing, "start": lambda **_: None, "shutdown": lambda: None}
+    replaced |= {"run": lambda *_, **__: Handle(), "delete": lambda _: gone.set()}
+    for name, function in replaced.items():
+        monkeypatch.setattr(serve, name, function)
+    options = {"host": "127.0.0.1", "port": 0, "connections": 1, "grace": 60, "takes": {}}
+    with pytest.raises(KeyboardInterrupt), deployed(lambda: None, 1, **options):
+        pass
+    assert saved.wait(PATIENCE) and ended_by_deletion == [True]

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from asynchronous import run
 from websockets.sync.client import connect
 
+from memflow.serve import protocol
 from memflow.serve.film import Film, remove
+from memflow.serve.settings import Settings
+from memflow.serve.stories import Stories
 from tests.serve.conftest import PATIENCE, PROMPTS
 
 FRAMES = 120
@@ -150,6 +156,45 @@ def test_a_damaged_state_says_nothing_of_where_it_lies(shared):
         error = viewer.next()
     assert error["code"] == "bad_start" and id in error["message"]
     assert str(shared.settings.folder) not in error["message"], error
+
+
+def test_a_story_that_is_prepared_while_the_server_stops_is_saved(toy, tmp_path, monkeypatch):
+    settings, asked, stopping = Settings(folder=tmp_path), threading.Event(), threading.Event()
+
+    async def open_and_stop() -> None:
+        async with Stories(toy, settings, {}) as stories:
+            begin = stories.teller.begin
+
+            def begin_late(*prompts, **given):
+                asked.set()
+                assert stopping.wait(PATIENCE)
+                return begin(*prompts, **given)
+
+            monkeypatch.setattr(stories.teller, "begin", begin_late)
+            start = protocol.start({"type": "session.start", "prompt": PROMPTS[0]}, settings)
+            opening = asyncio.create_task(stories.open(start))
+            await asyncio.to_thread(asked.wait, PATIENCE)
+            await stories.stop()
+            stopping.set()
+            telling = await opening
+            assert telling.over and not stories.tellings and not len(stories.teller)
+            assert stories.teller.path(telling.id).exists()
+
+    run(open_and_stop())
+
+
+def test_a_folder_that_is_gone_is_no_silent_end(serve):
+    running = serve()
+    running.settings.folder.rmdir()
+    with running.viewer() as viewer:
+        viewer.send("session.start", prompt=PROMPTS[0])
+        error = viewer.next()
+        assert error["code"] == "failed" and "folder of this server" in error["message"]
+        assert str(running.settings.folder) not in error["message"]
+        assert viewer.next() is None and viewer.closed == 1011
+    running.settings.folder.mkdir()
+    with running.started(num_frames=FRAMES) as viewer:
+        viewer.until("video.chunk_metadata")
 
 
 def test_a_server_that_is_stopped_saves_all(serve, toy, whole):

@@ -16,7 +16,9 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from memflow import MemFlowPipeline
+from memflow.cli.options import Dtype
 from memflow.errors import MemFlowError
+from memflow.serve import command
 from memflow.serve.command import app_of_environment
 from memflow.serve.film import memory_of
 from memflow.serve.session import Words
@@ -237,12 +239,30 @@ def test_any_asgi_host_can_serve_the_app(monkeypatch, tmp_path):
     assert isinstance(memflow.serve.app, Starlette)  # again: no module of this name hides it
 
 
-@pytest.mark.parametrize("sessions", ["abc", "0", "-1", "1.5", ""])
-def test_an_environment_that_is_no_option(monkeypatch, tmp_path, sessions):
+@pytest.mark.parametrize(
+    ("name", "text", "needed"),
+    [
+        *(("SESSIONS", text, "a whole number of at least 1") for text in ("abc", "0", "-1", "1.5", "")),
+        *(("DTYPE", text, "one of float32, bfloat16, float16") for text in ("float", "manual_seed", "")),
+        *(("PROMPT_CACHE", text, "one of 1, true, yes, 0, false, no") for text in ("off", "2", "")),
+    ],
+)
+def test_an_environment_that_is_no_option(monkeypatch, tmp_path, name, text, needed):
     monkeypatch.setenv("MEMFLOW_SERVE_DIR", str(tmp_path))
-    monkeypatch.setenv("MEMFLOW_SERVE_SESSIONS", sessions)
-    with pytest.raises(MemFlowError, match="MEMFLOW_SERVE_SESSIONS: a whole number of at least 1 is needed"):
+    monkeypatch.setenv(f"MEMFLOW_SERVE_{name}", text)
+    with pytest.raises(MemFlowError, match=f"MEMFLOW_SERVE_{name}: {needed} is needed, '{text}' came"):
         app_of_environment()
+
+
+def test_the_environment_is_read_as_options(monkeypatch, tmp_path):
+    read = []
+    monkeypatch.setattr(command, "_app", lambda request, settings: read.append(request))
+    monkeypatch.setenv("MEMFLOW_SERVE_DIR", str(tmp_path))
+    for text, cached in (("False", False), ("no", False), ("1", True)):
+        monkeypatch.setenv("MEMFLOW_SERVE_PROMPT_CACHE", text)
+        monkeypatch.setenv("MEMFLOW_SERVE_DTYPE", "bfloat16")
+        app_of_environment()
+        assert (read[-1].prompt_cache, read[-1].dtype) == (cached, Dtype.bfloat16)
 
 
 def test_another_policy_holds_what_it_shows(serve, toy, monkeypatch):

@@ -95,6 +95,7 @@ SPOILED = {  # a state's tensors and counters -> what load_state_dict says of th
     "another tensor": lambda tensors, counters: tensors.update(more=torch.zeros(1)),
     "history": lambda tensors, counters: tensors.update(history=tensors["history"][:, :, :-1]),
     "no prompt": lambda tensors, counters: [tensors.pop(name) for name in ("text.embeds", "text.mask")],
+    "a prompt without its mask": lambda tensors, counters: tensors.pop("text.mask"),
     "a prompt of another width": lambda tensors, counters: tensors.update({"text.embeds": torch.zeros(1, 2, 3)}),
 }
 
