@@ -90,7 +90,7 @@ def read(path: Path) -> Result:
 def _result(data: dict) -> Result:
     rows = [Row(**row | {"provider": row["provider"].replace(OLD_NAME, NAME)}) for row in data["rows"]]
     for row in rows:
-        sum(row.seconds + row.graph_seconds)  # numbers
+        sum(row.seconds + row.graph_seconds)  # a TypeError where they are no numbers
     kept = data.get("cases")
     cases = {name: Case(**entry | {"grid": tuple(entry["grid"])}) for name, entry in (kept or {}).items()}
     return Result(data["environment"], data["ceilings"], rows, cases if kept is not None else load_cases())

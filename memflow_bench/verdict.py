@@ -72,7 +72,8 @@ def _faster_by(blocks: np.ndarray) -> np.ndarray:
 def _compared(
     launches: list[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray], confidence: float
 ) -> Comparison | None:
-    """
+    """The comparison of two sides by a bootstrap of `statistic`; None where there is too little to tell.
+
     Launches are drawn first, then blocks of each, so that the interval covers what differs from start to start. Drawing
     from few blocks shows too little of their spread: the interval is stretched as Student's t is for so few. A
     difference is reported where the whole interval lies beyond 1 +- MARGIN.

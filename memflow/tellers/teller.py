@@ -60,7 +60,7 @@ class Teller:
 
     `turn` makes one chunk, of the story that has waited longest. One thread calls it (and `begin` and `resume`, which
     use the model too); the other methods may be called from any. What fails ends one story and not the teller. Of a
-    story that is not being told, methods that take its `id` raise a MemFlowError.
+    story that is not being told `stream`, `send`, `pause` and `save` raise a MemFlowError.
 
     Args:
         pipeline: the model, a `MemFlowPipeline`.
