@@ -106,6 +106,8 @@ EQUIVALENT = [  # (file, part of its line, how the change begins, why no test ca
     ("memflow_kernels/reference/selection.py", 'score.device.type == "cpu"', "score.device", SPEED),
     ("memflow_kernels/reference/selection.py", "PRODUCTS = 2**22", "22", SPEED),
     ("memflow_kernels/reference/relevance.py", "// (heads * head_dim)", "1 -> 2", SPEED),
+    ("memflow_kernels/reference/relevance.py", "// (heads * head_dim * rows)", "1 -> 2", SPEED),
+    ("memflow_kernels/reference/attend.py", "keys_per_block = max(", "1 -> 2", SPEED),
     ("memflow_kernels/reference/attend.py", "KEYS_PER_BLOCK = 2048", "", SPEED),
     ("memflow_kernels/reference/shown.py", "RUNS = 3", "", SPEED),
     (
@@ -116,6 +118,7 @@ EQUIVALENT = [  # (file, part of its line, how the change begins, why no test ca
     ),
     ("csrc/gather.cu", "GATHER_THREADS = 256", "constexpr", SPEED),
     ("csrc/gather.cu", "static_cast<int>(head_dim / VEC)", "int", "more blocks than have something to do"),
+    ("csrc/gather.cu", "> INT32_MAX", "if (max", "one size of 2**31, which no memory holds"),
     ("csrc/selection.cu", "uint32_t best = 0", "uint32_t best = 0", "no free frame has the key 1"),
     ("csrc/replacement.cu", "COPY_THREADS = 256", "constexpr", SPEED),
     ("csrc/combine.cu", "COMBINE_THREADS = 256", "constexpr", SPEED),
