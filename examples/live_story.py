@@ -41,4 +41,6 @@ async def tell(path: str, prompts: list[str], address: str = ADDRESS, seconds: f
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
     asyncio.run(tell(sys.argv[1], sys.argv[2:]))

@@ -59,4 +59,8 @@ def digest(folder: Path) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="OUT", type=Path)
-    print(make(parser.parse_args().folder))
+    given = parser.parse_args().folder
+    try:
+        print(make(given))
+    except OSError as error:
+        parser.error(f"{given}: the layout cannot be written: {error.strerror or error}")

@@ -76,6 +76,8 @@ def run() -> NoReturn:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    if sys.stdin is None:  # it was closed: nothing comes from there
+        sys.stdin = open(os.devnull)  # noqa: SIM115 (as long as the process)
     sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
     try:
         code = main()

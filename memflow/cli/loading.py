@@ -196,24 +196,27 @@ def choose_memory(
 def size_and_memory(request: Request, pipeline: MemFlowPipeline) -> dict[str, Any]:
     """What a request asks for, as `MemFlowPipeline.stream` takes it."""
     asked = request.memory, request.held, request.top_k, pipeline.memory_config
+    height, width = pipeline.whole_size(request.height, request.width)
     return {
-        "height": request.height,
-        "width": request.width,
+        "height": height,
+        "width": width,
         "memory": choose_memory(*asked, **request.further_memory()),
     }
 
 
 @contextmanager
 def backend(name: str | None, device: torch.device) -> Iterator[None]:
-    """Run inside on one kernel backend; None: the default of `device`."""
+    """Run inside on one kernel backend; None: that of MEMFLOW_BACKEND, else the default of `device`."""
+    source = "--backend" if name is not None else "MEMFLOW_BACKEND"
+    name = name if name is not None else os.environ.get("MEMFLOW_BACKEND") or None
     if name is None:
         yield
         return
     backends = available_backends()
     if name not in backends:
-        raise MemFlowError(f"--backend {name}: unknown; there are {', '.join(backends)}")
+        raise MemFlowError(f"{source} {name}: unknown; there are {', '.join(backends)}")
     reason = backends[name] or refused(name, device)
     if reason is not None:
-        raise MemFlowError(f"--backend {name}: {reason}")
+        raise MemFlowError(f"{source} {name}: {reason}")
     with use_backend(name):
         yield

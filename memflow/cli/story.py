@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from memflow.cli.checks import check_files, check_settings
 from memflow.cli.options import Request
@@ -74,7 +74,8 @@ def read_stories(path: str | Path, bad: list[str] | None = None) -> list[Story]:
     path, text = Path(path), None
     kind = path.suffix.lower()
     if str(path) == "-":
-        path, text = Path("stdin"), _read(path)
+        path = Path("stdin")
+        text = _read(path, sys.stdin.buffer)
         first = text.lstrip().partition("\n")[0]
         # What begins as JSON and is broken is said to be so, in place of being told as a prompt.
         kind = ".json" if _is_json(text) else ".jsonl" if _is_json(first) or _OBJECT.match(first) else ".txt"
@@ -174,9 +175,9 @@ def _job(request: Request, story: Story | None, output: Path, state: dict[str, s
     return Job(story, output, output.with_suffix(".png") if request.report else None, state or {})
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, opened: BinaryIO | None = None) -> str:
     try:
-        with sys.stdin.buffer if str(path) == "-" else open(path, "rb") as file:
+        with opened or open(path, "rb") as file:
             data = file.read(_FILE + 1)
     except OSError as error:
         raise MemFlowError(f"{path}: cannot read the story: {error.strerror}") from None

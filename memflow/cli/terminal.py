@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from memflow.stream.stream import Stream
 
 _BLINK = 0.2  # seconds between two looks whether Ctrl-C was pressed
+_WAITING, _LINE = 64, 2**20  # lines that are read ahead, and letters of one: stdin may have no end
 
 
 def say(console: Console, text: str, style: str = "") -> None:
@@ -53,7 +54,7 @@ class Lines:
     """
 
     def __init__(self):
-        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._lines: queue.Queue[str | None] = queue.Queue(_WAITING)
         self._ended = False
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -84,8 +85,16 @@ class Lines:
 
     def _read(self) -> None:
         try:
-            for line in sys.stdin:
-                self._lines.put(line)
-        except (OSError, ValueError) as error:  # no UTF-8, or a terminal that is gone
+            if hasattr(sys.stdin, "reconfigure"):
+                sys.stdin.reconfigure(
+                    errors="surrogateescape"
+                )  # what is no text is refused with its line, not with all
+            first = True
+            while line := sys.stdin.readline(_LINE):
+                self._lines.put(line.removeprefix("\ufeff") if first else line)
+                first = False
+                while line and not line.endswith("\n"):  # a longer line is refused as it is; its rest is no other one
+                    line = sys.stdin.readline(_LINE)
+        except (OSError, ValueError) as error:  # a terminal that is gone
             print(f"memflow: stdin cannot be read on: {error}", file=sys.stderr)
         self._lines.put(None)

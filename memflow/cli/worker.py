@@ -32,7 +32,8 @@ class FilmWorker:
         index: of this worker.
 
     Raises:
-        MemFlowError: the model cannot be loaded, or this machine does not see the folder.
+        MemFlowError: the model cannot be loaded, has no stories of this size, length or memory, or this machine does
+            not see the folder.
     """
 
     def __init__(self, request: Request, local: int, index: int):
@@ -45,6 +46,10 @@ class FilmWorker:
             torch.set_num_threads(max(1, torch.get_num_threads() // local))
         self._request = request
         self._pipeline, self._device, self._about = load(request)
+        # What no story could have is said once, and not of each.
+        self._asked = size_and_memory(request, self._pipeline)
+        if request.seconds_per_prompt is not None:
+            self._pipeline.chunks_for(request.seconds_per_prompt)
         self._teller = Teller(self._pipeline, folder, snapshots=request.report)
 
     def tell(self, task: Task, stopping: Callable[[], bool]) -> Iterator[dict]:
@@ -80,7 +85,7 @@ class FilmWorker:
                     raise MemFlowError(f"{error}; --overwrite tells the story anew") from None
             task.state.unlink()
         told = {name: task.told[name] for name in ("prompts", "seconds_per_prompt", "seed")}
-        self._teller.begin(id=task.id, **told, **size_and_memory(self._request, self._pipeline))
+        self._teller.begin(id=task.id, **told, **self._asked)
         return VideoWriter(task.film, fps)
 
     def _told(self, task: Task, video: VideoWriter, stopping: Callable[[], bool]) -> Iterator[dict]:

@@ -228,6 +228,12 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise MemFlowError(f"seconds_per_prompt must be above 0 and at most {_LONGEST:g}, got {seconds!r}")
         return max(1, round(seconds * self.fps / self.frames_per_chunk))
 
+    def whole_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """(height, width) of a video in pixels, the model's own where None; MemFlowError for what it cannot make."""
+        row, column = (self.spatial_factor * step for step in self.transformer.config.patch_size[1:])
+        height = whole_pixels("height", self.config.height if height is None else height, row)
+        return height, whole_pixels("width", self.config.width if width is None else width, column)
+
     def stream(
         self,
         prompts: Sequence[str] | Sequence[Sequence[str]],
@@ -255,14 +261,14 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise MemFlowError(f"prompts must be a list of at least one prompt, got {prompts!r}")
         batch = len(prompts[0]) if isinstance(prompts[0], (list, tuple)) else 1
         texts = [prompt_texts(prompt, batch) for prompt in prompts]
-        row, column = (self.spatial_factor * step for step in self.transformer.config.patch_size[1:])
+        height, width = self.whole_size(height, width)
         stream = Stream(
             self,
             plan=Plan(texts, self.chunks_for(seconds_per_prompt)),
             config=self.memory_config if memory is None else memory,
             seeds=one_seed_each(seed, batch),
-            height=whole_pixels("height", self.config.height if height is None else height, row),
-            width=whole_pixels("width", self.config.width if width is None else width, column),
+            height=height,
+            width=width,
         )
         self.warn_of_losses(text for row in texts for text in row)
         return stream

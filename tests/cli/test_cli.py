@@ -143,6 +143,9 @@ def test_a_backend_that_cannot_run_says_why(folder, capsys, monkeypatch):
     monkeypatch.setattr(loading, "available_backends", lambda: {"torch": None, "cuda": "no compiler was found"})
     code, error = run(capsys, "generate good.jsonl -o out.mp4 --backend cuda")
     assert (code, error) == (2, "memflow: --backend cuda: no compiler was found\n")
+    monkeypatch.setenv("MEMFLOW_BACKEND", "nonsense")
+    code, error = run(capsys, "generate good.jsonl -o out.mp4")
+    assert (code, error) == (2, "memflow: MEMFLOW_BACKEND nonsense: unknown; there are torch, cuda\n")
 
 
 def test_help_and_version(capsys):

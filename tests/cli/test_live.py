@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import time
 import av
 import pytest
 
-from memflow.cli import main
+from memflow.cli import main, terminal
 from memflow.cli.story import read_stories
 from memflow.cli.terminal import Lines
 from memflow.errors import MemFlowError
@@ -127,6 +128,48 @@ def test_stdin_that_holds_no_story(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdin", open(tmp_path / "story"))  # noqa: SIM115 (read_stories closes it)
     with pytest.raises(MemFlowError, match="stdin: the file is empty"):
         read_stories("-")
+
+
+LIVE = ["-p", "bo waits.", "--live", "--seconds-per-prompt", "0.375"]
+
+
+@pytest.mark.parametrize("arguments", [pytest.param(LIVE, marks=pytest.mark.slow), ["-"]], ids=["live", "story"])
+def test_stdin_that_is_closed(tmp_path, arguments):
+    """Nothing comes from there: the film ends, and a story of nothing is said to be none."""
+    command = [sys.executable, "-m", "memflow", "generate", *arguments, "-o", str(tmp_path / "a.mp4")]
+    ended = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in ended.stderr
+    assert (ended.returncode, "file is empty" in ended.stderr) == ((2, True) if arguments == ["-"] else (0, False))
+
+
+def test_lines_that_are_no_prompts(monkeypatch):
+    """Bytes that are no text, and a line that is too long, are handed over to be refused, each alone and once; a mark
+    that a file begins with is none of its letters."""
+    monkeypatch.setattr(terminal, "_LINE", 8)
+    ours, theirs = os.pipe()
+    monkeypatch.setattr(sys, "stdin", open(ours, errors="strict"))  # noqa: SIM115 (the reader's thread closes nothing)
+    lines, stream = Lines(), Written(1)
+    with open(theirs, "wb") as typed:
+        typed.write(b"\xef\xbb\xbfa\n\xff\n" + b"x" * 20 + b"\nb\n" + b"y" * 8 + b"\n")
+    for _ in range(5):
+        stream.plan = []
+        lines.hand_over(stream, print, lambda: False)
+    assert stream.sent == ["a", "\udcff", "x" * 8, "b", "y" * 8]
+
+
+def test_stdin_without_end_is_read_as_it_is_used(monkeypatch):
+    lines, typed = lines_of(monkeypatch)
+    ended = threading.Event()
+
+    def type_on():
+        with contextlib.suppress(OSError):  # the test is over
+            typed.write("a\n" * 100_000)
+        ended.set()
+
+    threading.Thread(target=type_on, daemon=True).start()
+    stream = Written(0)
+    lines.hand_over(stream, print, lambda: False)
+    assert stream.sent == ["a"] and not ended.wait(0.5)
 
 
 @pytest.mark.slow

@@ -148,6 +148,22 @@ def halting(after: int):
     return lambda: calls.append(1) or len(calls) > after
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"held": 1}, "--held 1: held_frames must be"),
+        ({"height": 7}, "height must be a positive multiple of 128"),
+        ({"top_k": 9, "activated": 0.3}, "--activated 0.3: activated must be None"),
+        ({"seconds_per_prompt": 1e300}, "seconds_per_prompt must be above 0 and at most"),
+    ],
+    ids=["held", "height", "activated", "seconds"],
+)
+def test_what_no_story_can_have_is_said_once(worker, tmp_path, asked, said):
+    """By the worker, before it is given any story."""
+    with pytest.raises(MemFlowError, match=re.escape(said)):
+        FilmWorker(Request(output=tmp_path / "out", device="cpu", **asked), 1, 0)
+
+
 def test_a_story_stopped_at_any_chunk_is_the_same_film(worker, tmp_path):
     task = a_task(tmp_path)
     whole = alone(tmp_path, task.told, seed=3, seconds_per_prompt=1.5)

@@ -12,6 +12,7 @@ const KEPT = {
   prompt: "What the next scene calls for", fifo: "The newest", diverse: "The most varied, as last seen", original: "The most varied, as first seen",
   archive: "Everything", random: "By chance", none: "Nothing but the last seconds",
 };
+const CAPTION = 120; // letters
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 const info = await about();
@@ -94,7 +95,7 @@ function follow() {
   if (drawn.scenes !== story.scenes.length || drawn.scene !== scene) {
     drawScenes(scene);
     if (drawn.scene !== scene && story.scenes[scene]) {
-      $("caption").textContent = story.scenes[scene].prompt;
+      $("caption").textContent = shortened(story.scenes[scene].prompt);
       if (drawn.scene >= 0) $("live").textContent = `Scene: ${story.scenes[scene].prompt}`;
     }
     $("caption").hidden = !story.scenes[scene] || story.player?.video?.controls;
@@ -105,6 +106,12 @@ function follow() {
     drawn.chunk = chunk;
     drawMemory(story, chunk);
   }
+}
+
+/** The beginning of a long scene: its caption may not cover the film. */
+function shortened(prompt) {
+  const letters = [...prompt];
+  return letters.length > CAPTION ? `${letters.slice(0, CAPTION - 1).join("")}…` : prompt;
 }
 
 function drawScenes(current) {
@@ -161,6 +168,8 @@ async function submit(event) {
   const prompt = text.trim();
   fail("");
   if (!prompt && (on() || !story.id)) return fail("Write what happens in the scene first.");
+  const letters = [...prompt].length, most = info.limits.prompt_characters;
+  if (letters > most) return fail(`A scene has at most ${most} letters, this one has ${letters}.`);
   if (!(await shown(text))) {
     $("go").textContent = "Send anyway";
     return;
@@ -183,7 +192,10 @@ function goOn(prompt) {
 /** The story in the page's address: one that was told here goes on, of one that a link names the film is shown. */
 async function openStory(id) {
   if (!id) return;
-  if (!(await story.recall(id))) {
+  const kept = await story.recall(id).catch(() => null);
+  if (kept === null) {
+    fail("The server cannot be reached. Reload the page in a moment.");
+  } else if (!kept) {
     putStoryInAddress(null);
     fail("This story is not kept any more. Start a new one.");
   } else if (wasReloaded()) {
@@ -245,7 +257,6 @@ setTheme(localStorage.theme);
 for (const { name, about } of info.policies) $("policy").add(new Option(KEPT[name] ?? `${name}: ${about}`, name, false, name === info.memory.policy));
 for (const name of ["bank_frames", "held_frames", "top_k"]) $(name).value = info.memory[name] ?? "";
 for (const name of ["bank_frames", "held_frames"]) $(name).max = info.limits[name];
-$("prompt").maxLength = info.limits.prompt_characters;
 for (const example of info.examples) {
   const button = document.createElement("button");
   button.type = "button";

@@ -105,6 +105,8 @@ export class Story {
     }
     if (this.player.end < frames / fps - 0.01 && frames / fps <= WHOLE) this.player.begin(fetch(`v1/stories/${this.id}.mp4`), at);
     this.pause(this.paused);
+    this.reported = undefined; // to the last connection
+    this.sendAgain();
     this.hooks.say(again ? "The story goes on." : "The story begins.");
   }
 
@@ -114,6 +116,8 @@ export class Story {
     this.coming = this.coming.filter(({ id }) => !over.includes(id));
     if (!memflow.memory) return; // a further picture of the same chunk
     const { prompt, switched, start_frame, chunk } = memflow;
+    // A server that died begins before what was seen: it hears again that the viewer is further on.
+    if (start_frame / this.fps < this.player.time) this.reported = undefined;
     if (switched || !this.scenes.length) this.scenes.push({ prompt, start_frame, chunk });
     this.chunks.push(memflow);
   }
@@ -160,6 +164,13 @@ export class Story {
     this.coming.push({ id, prompt });
     this.tell({ type: "session.interaction", interaction: { event_id: id, event: { prompt } } });
     this.hooks.change();
+  }
+
+  /** What was written while there was no connection, or was lost with it; of several the server would take the last. */
+  sendAgain() {
+    const last = this.coming.at(-1);
+    this.coming = [];
+    if (last && this.scenes.at(-1)?.prompt !== last.prompt) this.send(last.prompt);
   }
 
   pause(paused) {

@@ -22,7 +22,7 @@ def chromium():
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
     """`url` of a server whose frames are stamped with their numbers; `snapshots`: what was remembered, by chunk;
-    `tellings`: the stories that it tells."""
+    `tellings`: the stories that it tells; `folder`: where it keeps them."""
     from memflow import MemFlowPipeline
     from memflow.serve.asgi import make_app
     from memflow.serve.command import listen, server
@@ -52,7 +52,8 @@ def served(tmp_path_factory):
         while not running.started:
             time.sleep(0.02)
         url = f"http://127.0.0.1:{socket.getsockname()[1]}/"
-        yield SimpleNamespace(url=url, snapshots=snapshots, tellings=app.state.stories.tellings)
+        told = app.state.stories.tellings
+        yield SimpleNamespace(url=url, folder=settings.folder, snapshots=snapshots, tellings=told)
         running.should_exit = True
         thread.join(60)
     patch.undo()
