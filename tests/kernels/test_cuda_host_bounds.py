@@ -55,9 +55,11 @@ def test_nan_counts_as_the_largest_score(host, nan):
 
 
 @pytest.mark.parametrize("slot, source", [((0, 2), (1, 0)), ((2, 1), (0, 2))])
-def test_every_batch_row_moves_in_its_own_keys_and_values(host, slot, source):
-    pool = [states(2, n, 3, 8, layout="heads_first", seed=n) for n in (15, 16, 3)]
-    pool[1] = pool[1][:, :15].contiguous()  # strides of its own
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_every_batch_row_moves_in_its_own_keys_and_values(host, tokens, slot, source):
+    """300: a head's frame takes more than one block."""
+    pool = [states(2, n, 3, 32, layout="heads_first", seed=n) for n in (3 * tokens, 3 * tokens + 1, 3)]
+    pool[1] = pool[1][:, : 3 * tokens].contiguous()  # strides of its own
     expected = [part.clone() for part in pool]
     numbers = [torch.tensor(x, dtype=torch.int32) for x in (slot, source)]
     reference.replace_frame(*expected, *numbers)

@@ -40,7 +40,7 @@ SETTINGS = [
 HOST_MEMORY = [f"tests/kernels/test_cuda_host_{name}.py" for name in ("sizes", "memory", "bounds")]
 TESTS = {  # file -> the tests that should see a fault in it, the quickest first
     "memflow/memory/policies.py": [*MEMORY, *SETTINGS],
-    "memflow/memory/held.py": [*MEMORY, *SETTINGS],
+    "memflow/memory/held.py": [*MEMORY, "tests/memory/test_reload.py", *SETTINGS],
     "memflow/memory/frames.py": [*MEMORY, *SETTINGS, "tests/memory/test_reload.py", "tests/memory/test_relative.py"],
     "memflow/memory/slots.py": [
         *MEMORY,
@@ -95,12 +95,14 @@ TESTS = {  # file -> the tests that should see a fault in it, the quickest first
     "csrc/relevance.cu": [f"tests/kernels/test_cuda_host_{name}.py" for name in ("sizes", "covering", "relevance")],
     "csrc/combine.cu": ["tests/kernels/test_cuda_host_attention.py"],
 }
-SPEED = "only slower or faster"
-EQUIVALENT = [  # (file, part of its line, how the change begins, why no test can see it)
+SPEED, LIMIT = "only slower or faster", "a size at the very limit"
+EQUIVALENT = [  # (file, part of its line, part of the change, why no test can see it)
     ("memflow/convert/shards.py", "_BLOCK = 32", "32 *", SPEED),
     ("memflow/convert/shards.py", 'sys.platform == "linux"', "", "advice, ignored where it does not fit"),
     ("memflow/files.py", "> _STALE", "time.time()", "two instants that are the same"),
     ("memflow/files.py", "os.urandom(8)", "8 -> 9", "a longer random name"),
+    ("memflow/memory/held.py", "torch.cuda.synchronize", "None", "a GPU alone is waited for"),
+    ("memflow/memory/held.py", "torch.where(known, -1", "1 -> 2", "any negative number is none"),
     ("memflow/memory/slots.py", "non_blocking=True", "True", "a copy waits on a GPU alone"),
     ("memflow_kernels/reference/selection.py", "FEW = 256", "", SPEED),
     ("memflow_kernels/reference/selection.py", 'score.device.type == "cpu"', "score.device", SPEED),
@@ -116,12 +118,24 @@ EQUIVALENT = [  # (file, part of its line, how the change begins, why no test ca
         "",
         "ops take dense last dimensions alone, and this is a shorter way",
     ),
-    ("csrc/gather.cu", "GATHER_THREADS = 256", "constexpr", SPEED),
-    ("csrc/gather.cu", "static_cast<int>(head_dim / VEC)", "int", "more blocks than have something to do"),
-    ("csrc/gather.cu", "> INT32_MAX", "if (max", "one size of 2**31, which no memory holds"),
-    ("csrc/selection.cu", "uint32_t best = 0", "uint32_t best = 0", "no free frame has the key 1"),
-    ("csrc/replacement.cu", "COPY_THREADS = 256", "constexpr", SPEED),
-    ("csrc/combine.cu", "COMBINE_THREADS = 256", "constexpr", SPEED),
+    ("csrc/gather.cu", "GATHER_THREADS = 256", "257", SPEED),
+    ("csrc/gather.cu", "static_cast<int>(head_dim / VEC)", "* VEC", "more blocks than have something to do"),
+    ("csrc/gather.cu", "blocks > INT32_MAX ||", ">= INT32_MAX", LIMIT),
+    ("csrc/gather.cu", "blocks > INT32_MAX ||", ">= 65535", LIMIT),
+    ("csrc/gather.cu", "if (batch < 1 ||", "batch < 1 &&", "a launch of no blocks is refused with the same code"),
+    ("csrc/replacement.cu", "COPY_THREADS = 256", "257", SPEED),
+    ("csrc/replacement.cu", "blocks > INT32_MAX)", ">= INT32_MAX", LIMIT),
+    ("csrc/replacement.cu", "Frames mean{", "token, 1,", "a stride that means do not use"),
+    ("csrc/relevance.cu", "if (threadIdx.x == 0) score", "== 1", "every thread has the sum"),
+    ("csrc/relevance.cu", "float sum[2][2]", "[3]", "room that is not used"),
+    ("csrc/relevance.cu", "+ channel] : 0", ": 1", "it meets zeros, or is not written"),
+    ("csrc/relevance.cu", "if (batch > 65535", ">= 65535", LIMIT),
+    ("csrc/relevance.cu", "if (batch > 65535", ">= INT32_MAX", LIMIT),
+    ("csrc/relevance.cu", "sizeof(float), stream", "3 * 32", "more shared memory than is used"),
+    ("csrc/relevance.cu", "sizeof(float), stream", "* 34 *", "more shared memory than is used"),
+    ("csrc/relevance.cu", "sizeof(float), stream", "33 * 33", "more shared memory than is used"),
+    ("csrc/selection.cu", "uint32_t best = 0", "best = 1", "no free frame has the key 1"),
+    ("csrc/combine.cu", "COMBINE_THREADS = 256", "257", SPEED),
 ]
 SECONDS = 60.0  # and six times as long as without a fault: then a mutant does not end, which is seen as well
 
@@ -182,7 +196,9 @@ def _mutants_of_c(file: str) -> Iterator[Mutant]:
                 new = {"min": "max(", "max": "min("}[match["name"]]
             changed = line[: match.start()] + new + line[match.end() :]
             source = "\n".join([*lines[:index], changed, *lines[index + 1 :]]) + "\n"
-            yield Mutant(file, index + 1, f"{_short(line.strip())} -> {_short(changed.strip())}", source)
+            begin, end = max(0, match.start() - 24), match.end() + 24
+            told = f"{line[begin:end].strip()} -> {changed[begin : end + len(new) - len(match[0])].strip()}"
+            yield Mutant(file, index + 1, told, source)
 
 
 def _short(code: str) -> str:
@@ -219,7 +235,7 @@ def equivalent(mutant: Mutant) -> str | None:
     """Why no test can see it, where that is known."""
     line = (ROOT / mutant.file).read_text().splitlines()[mutant.line - 1]
     for file, part, change, reason in EQUIVALENT:
-        if file == mutant.file and part in line and mutant.change.startswith(change):
+        if file == mutant.file and part in line and change in mutant.change:
             return reason
     return None
 
