@@ -1,10 +1,10 @@
 """Small faults put into the code one at a time: which of them does no test see?
 
-    python tests/tools/mutants.py                      all of the table below
+    python tests/tools/mutants.py                      all that mutated.py names
     python tests/tools/mutants.py policies --every 4   one file, every fourth mutant
 
 A copy of the repository is changed, never the checkout itself. Prints a line per mutant and a table, and ends with 1 if
-any survived. A survivor may be equivalent: EQUIVALENT names those, with the reason.
+any survived. A survivor may be equivalent: mutated.py names those, with the reason.
 """
 
 from __future__ import annotations
@@ -24,119 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mutated import EQUIVALENT, TESTS
+
 ROOT = Path(__file__).parents[2]
-MEMORY = [
-    "tests/memory/test_limits.py",
-    "tests/memory/test_guards.py",
-    "tests/memory/test_memory.py",
-    "tests/memory/test_recall.py",
-]
-SETTINGS = [
-    "tests/memory/test_changed_settings.py",
-    "tests/memory/test_originals.py",
-    "tests/memory/test_blocks.py",
-    "tests/memory/test_coverage.py",
-]
-HOST_MEMORY = [f"tests/kernels/test_cuda_host_{name}.py" for name in ("sizes", "memory", "bounds")]
-TESTS = {  # file -> the tests that should see a fault in it, the quickest first
-    "memflow/memory/policies.py": [*MEMORY, *SETTINGS],
-    "memflow/memory/held.py": [*MEMORY, "tests/memory/test_reload.py", *SETTINGS],
-    "memflow/memory/frames.py": [*MEMORY, *SETTINGS, "tests/memory/test_reload.py", "tests/memory/test_relative.py"],
-    "memflow/memory/slots.py": [
-        *MEMORY,
-        *SETTINGS,
-        "tests/memory/test_relative.py",
-        "tests/parallel/test_ranks.py",
-        "tests/memory/test_no_copies.py",
-    ],
-    "memflow/memory/places.py": ["tests/memory/test_relative.py", "tests/memory/test_memory_attention.py"],
-    "memflow/memory/published.py": [
-        "tests/memory/test_limits.py",
-        "tests/memory/test_published.py",
-        "tests/memory/test_reload.py",
-    ],
-    "memflow/memory/config.py": [*SETTINGS, *MEMORY],
-    "memflow/stream/chunks.py": [
-        *MEMORY[:3],
-        "tests/stream/test_driver_misuse.py",
-        "tests/stream/test_streaming_attention.py",
-        "tests/stream/test_stream.py",
-    ],
-    "memflow/stream/saved.py": ["tests/stream/test_saved.py", "tests/stream/test_stream.py"],
-    "memflow/stream/sampler.py": ["tests/memory/test_guards.py", "tests/stream/test_schedule.py"],
-    "memflow/stream/plan.py": ["tests/stream/test_plan.py"],
-    "memflow/models/wan/changes.py": ["tests/models/test_changed_model.py"],
-    "memflow/convert/lora.py": ["tests/convert/test_lora.py"],
-    "memflow/convert/shards.py": ["tests/convert/test_shards.py"],
-    "memflow/files.py": ["tests/stream/test_saved.py"],
-    "memflow_kernels/cuda/builder/private.py": ["tests/kernels/test_cuda_private.py"],
-    "memflow_kernels/masks.py": ["tests/kernels/test_masks.py"],
-    "memflow_kernels/reference/selection.py": ["tests/kernels/test_selection.py"],
-    "memflow_kernels/reference/merge.py": ["tests/kernels/test_merge.py"],
-    "memflow_kernels/reference/means.py": ["tests/kernels/test_means.py"],
-    "memflow_kernels/reference/relevance.py": ["tests/kernels/test_relevance.py"],
-    "memflow_kernels/reference/replacement.py": ["tests/kernels/test_replacement.py"],
-    "memflow_kernels/reference/rotation.py": ["tests/kernels/test_rotation.py"],
-    "memflow_kernels/reference/attend.py": [
-        "tests/kernels/test_attention_gradient.py",
-        "tests/kernels/test_empty.py",
-        "tests/kernels/test_small_calls.py",
-        "tests/kernels/test_attention.py",
-    ],
-    "memflow_kernels/reference/shown.py": [
-        "tests/kernels/test_attention.py",
-        "tests/kernels/test_empty.py",
-        "tests/kernels/test_attention_gradient.py",
-    ],
-    "csrc/means.cu": HOST_MEMORY,
-    "csrc/gather.cu": [*HOST_MEMORY, "tests/kernels/test_cuda_host_attention.py"],
-    "csrc/selection.cu": ["tests/kernels/test_cuda_host_attention.py", *HOST_MEMORY],
-    "csrc/replacement.cu": HOST_MEMORY,
-    "csrc/relevance.cu": [f"tests/kernels/test_cuda_host_{name}.py" for name in ("sizes", "covering", "relevance")],
-    "csrc/combine.cu": ["tests/kernels/test_cuda_host_attention.py"],
-}
-SPEED, LIMIT = "only slower or faster", "a size at the very limit"
-EQUIVALENT = [  # (file, part of its line, part of the change, why no test can see it)
-    ("memflow/convert/shards.py", "_BLOCK = 32", "32 *", SPEED),
-    ("memflow/convert/shards.py", 'sys.platform == "linux"', "", "advice, ignored where it does not fit"),
-    ("memflow/files.py", "> _STALE", "time.time()", "two instants that are the same"),
-    ("memflow/files.py", "os.urandom(8)", "8 -> 9", "a longer random name"),
-    ("memflow/memory/held.py", "torch.cuda.synchronize", "None", "a GPU alone is waited for"),
-    ("memflow/memory/held.py", "torch.where(known, -1", "1 -> 2", "any negative number is none"),
-    ("memflow/memory/slots.py", "non_blocking=True", "True", "a copy waits on a GPU alone"),
-    ("memflow_kernels/reference/selection.py", "FEW = 256", "", SPEED),
-    ("memflow_kernels/reference/selection.py", 'score.device.type == "cpu"', "score.device", SPEED),
-    ("memflow_kernels/reference/selection.py", "PRODUCTS = 2**22", "22", SPEED),
-    ("memflow_kernels/reference/relevance.py", "// (heads * head_dim)", "1 -> 2", SPEED),
-    ("memflow_kernels/reference/relevance.py", "// (heads * head_dim * rows)", "1 -> 2", SPEED),
-    ("memflow_kernels/reference/attend.py", "keys_per_block = max(", "1 -> 2", SPEED),
-    ("memflow_kernels/reference/attend.py", "KEYS_PER_BLOCK = 2048", "", SPEED),
-    ("memflow_kernels/reference/shown.py", "RUNS = 3", "", SPEED),
-    (
-        "memflow_kernels/reference/shown.py",
-        "dense != 1",
-        "",
-        "ops take dense last dimensions alone, and this is a shorter way",
-    ),
-    ("csrc/gather.cu", "GATHER_THREADS = 256", "257", SPEED),
-    ("csrc/gather.cu", "static_cast<int>(head_dim / VEC)", "* VEC", "more blocks than have something to do"),
-    ("csrc/gather.cu", "blocks > INT32_MAX ||", ">= INT32_MAX", LIMIT),
-    ("csrc/gather.cu", "blocks > INT32_MAX ||", ">= 65535", LIMIT),
-    ("csrc/gather.cu", "if (batch < 1 ||", "batch < 1 &&", "a launch of no blocks is refused with the same code"),
-    ("csrc/replacement.cu", "COPY_THREADS = 256", "257", SPEED),
-    ("csrc/replacement.cu", "blocks > INT32_MAX)", ">= INT32_MAX", LIMIT),
-    ("csrc/replacement.cu", "Frames mean{", "token, 1,", "a stride that means do not use"),
-    ("csrc/relevance.cu", "if (threadIdx.x == 0) score", "== 1", "every thread has the sum"),
-    ("csrc/relevance.cu", "float sum[2][2]", "[3]", "room that is not used"),
-    ("csrc/relevance.cu", "+ channel] : 0", ": 1", "it meets zeros, or is not written"),
-    ("csrc/relevance.cu", "if (batch > 65535", ">= 65535", LIMIT),
-    ("csrc/relevance.cu", "if (batch > 65535", ">= INT32_MAX", LIMIT),
-    ("csrc/relevance.cu", "sizeof(float), stream", "3 * 32", "more shared memory than is used"),
-    ("csrc/relevance.cu", "sizeof(float), stream", "* 34 *", "more shared memory than is used"),
-    ("csrc/relevance.cu", "sizeof(float), stream", "33 * 33", "more shared memory than is used"),
-    ("csrc/selection.cu", "uint32_t best = 0", "best = 1", "no free frame has the key 1"),
-    ("csrc/combine.cu", "COMBINE_THREADS = 256", "257", SPEED),
-]
 SECONDS = 60.0  # and six times as long as without a fault: then a mutant does not end, which is seen as well
 
 _COMPARED = {
