@@ -8,7 +8,7 @@ MEMORY = [
 ]
 SETTINGS = [
     "tests/memory/test_changed_settings.py",
-    "tests/memory/test_originals.py",
+    "tests/memory/test_originals_shown.py",
     "tests/memory/test_blocks.py",
     "tests/memory/test_coverage.py",
 ]
