@@ -6,7 +6,7 @@ One thread, its CPU time: the scores of all layers for all held frames, as a new
 call of attention, of which a chunk makes 150. What else a chunk does is left out.
 """
 
-from .pinning import pin_threads
+from memflow_bench.pinning import pin_threads
 
 pin_threads()
 
@@ -18,10 +18,10 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
+from memflow_bench import environment  # noqa: E402
 from memflow_kernels import cover_frames, frame_means, memory_attention, prompt_relevance  # noqa: E402
 from memflow_kernels.testing import states  # noqa: E402
 
-from . import environment  # noqa: E402
 from .gpu_calls import CANDIDATES, CHUNK, FRAMES, MODEL, PASSES, TOP_K  # noqa: E402
 
 HELD, ROUNDS = (24, 200), 5

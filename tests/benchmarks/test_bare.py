@@ -46,6 +46,14 @@ def test_gpu_check_and_the_ops_need_no_model_library():
     assert f"[{missing}, {missing}, {missing}, ('ok', '')]" in done.stdout
 
 
+def test_every_study_loads():
+    studies = [file.stem for file in sorted((ROOT / "benchmarks").glob("*.py")) if not file.stem.startswith("_")]
+    assert "covering" in studies
+    loaded = [sys.executable, "-c", "".join(f"import benchmarks.{name}\n" for name in studies)]
+    done = subprocess.run(loaded, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("module", ["benchmarks", "memflow_bench"])
 def test_the_command_by_both_names(module):
     done = subprocess.run(
