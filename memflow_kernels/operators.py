@@ -15,6 +15,9 @@ from typing import NamedTuple
 # Of torch.ops. A copy of this package under another name (the kernels hub loads them so) has ops of its own beside it.
 NAMESPACE = "memflow" if __package__ == "memflow_kernels" else f"memflow_{__package__}".replace(".", "_")
 
+# `thing_unrecorded` is `thing` without a gradient, for calls of which autograd has nothing to record.
+UNRECORDED = "_unrecorded"
+
 
 class Operator(NamedTuple):
     """file: in ops/ and in every backend, of this operator. schema: arguments and results as torch writes them."""

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .backends import dispatch
-from .operators import NAMESPACE
+from .operators import NAMESPACE, UNRECORDED
 
 LAYOUTS = ("dense", "sliced", "heads_first", "fused", "padded")
 
@@ -160,7 +160,8 @@ class Traffic(TorchDispatchMode):
         if func.namespace == NAMESPACE:
             device = next(x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
             with self:
-                return dispatch(func._schema.name.removeprefix(f"{NAMESPACE}::"), device)(*args, **kwargs)
+                name = func._schema.name.removeprefix(f"{NAMESPACE}::").removesuffix(UNRECORDED)
+                return dispatch(name, device)(*args, **kwargs)
         result = func(*args, **kwargs)
         held = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         changes = func._schema.is_mutable

@@ -16,7 +16,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import increment_version
 
 from ..backends import dispatch
-from ..operators import NAMESPACE, OPERATORS
+from ..operators import NAMESPACE, OPERATORS, UNRECORDED
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 REGISTERED: dict[str, Registered] = {}
@@ -28,13 +28,14 @@ class Registered:
     def __init__(self, name: str, fake: Callable, backward: tuple[Callable, Callable] | None = None) -> None:
         """fake: gives results of the right shapes and dtypes. backward: setup_context and formula as torch.library
         takes them; by default those of the operator `<name>_backward`, or a refusal where there is none."""
-        self.name, operator = name, OPERATORS[name]
-        _LIBRARY.define(name + operator.schema, tags=torch.Tag.pt2_compliant_tag)
-        self.operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-        written = [place for place, kind in enumerate(operator.arguments.values()) if "!" in kind]
-        _LIBRARY.impl(name, _kernel(name, written), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        self.name = name
+        written = [place for place, kind in enumerate(OPERATORS[name].arguments.values()) if "!" in kind]
+        kernel = _kernel(name, written)
+        self.operator = self._unrecorded = _define(name, name, kernel, fake)
         if not written:
+            # The layer of autograd that `register_autograd` puts around a call is Python: it costs as much as a tenth
+            # of a small call where there is nothing to record.
+            self._unrecorded = _define(name + UNRECORDED, name, kernel, fake)
             setup, formula = backward or (derived if f"{name}_backward" in OPERATORS else _refused)(name)
             torch.library.register_autograd(f"{NAMESPACE}::{name}", formula, setup_context=setup, lib=_LIBRARY)
             self._function = _function(self.operator, setup, formula)
@@ -51,11 +52,19 @@ class Registered:
                     raise _no_tangents(self.name)
         if graded and torch.is_grad_enabled():
             return self._function.apply(*arguments)
-        return self.operator(*arguments)
+        return self._unrecorded(*arguments)
 
     def recorded(self, *arguments):
         """The call where a gradient may be wanted although no argument says so: of a backward inside torch.func."""
         return self.operator(*arguments) if torch.compiler.is_compiling() else self._function.apply(*arguments)
+
+
+def _define(defined: str, name: str, kernel: Callable, fake: Callable) -> Callable:
+    """An operator `defined` with the schema of `name`."""
+    _LIBRARY.define(defined + OPERATORS[name].schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(defined, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{defined}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), defined).default
 
 
 def _kernel(name: str, written: list[int]) -> Callable:

@@ -21,7 +21,7 @@ from memflow_kernels import (
     select_frames,
 )
 from memflow_kernels.cuda.coverage import LIMITS
-from memflow_kernels.operators import OPERATORS
+from memflow_kernels.operators import OPERATORS, UNRECORDED
 from memflow_kernels.ops import registration
 from memflow_kernels.ops.registration import REGISTERED
 from memflow_kernels.ops.relevance import AGGREGATES
@@ -79,8 +79,21 @@ def test_the_table_is_what_torch_has():
 def test_a_mode_sees_the_op():
     with Seen() as seen:
         frame_means(KEY, 2)
+        with torch.inference_mode():
+            frame_means(KEY, 2)
         frame_means(KEY.clone().requires_grad_(), 2)
+    assert seen.names.count("memflow.frame_means_unrecorded.default") == 1  # nothing to record
     assert seen.names.count("memflow.frame_means.default") == 2
+
+
+def test_what_autograd_need_not_record_is_the_same_op():
+    for name, operator in REGISTERED.items():
+        direct, other = operator.operator, getattr(torch.ops.memflow, name + UNRECORDED, None)
+        assert (other is None) == ("!" in str(direct._schema)), name  # what is written to, autograd is told of
+        if other is not None:
+            assert str(other.default._schema).replace(UNRECORDED, "", 1) == str(direct._schema)
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(direct.name(), "Autograd")
+            assert not torch._C._dispatch_has_kernel_for_dispatch_key(other.default.name(), "Autograd")
 
 
 def test_subclasses_and_transforms_see_the_op():
@@ -223,7 +236,7 @@ def test_defaults_are_left_out_whoever_looks_on(monkeypatch):
         direct = memflow_kernels.qk_norm_rope(query, query, **place, **options)
         with torch.profiler.profile() as seen:
             observed = memflow_kernels.qk_norm_rope(query, query, **place, **options)
-        assert "memflow::qk_norm_rope" in {event.key for event in seen.key_averages()}
+        assert "memflow::qk_norm_rope_unrecorded" in {event.key for event in seen.key_averages()}
         assert [len(arguments) for arguments in reached] == [len(reached[0])] * 2
         assert all(torch.equal(a, b) for a, b in zip(direct, observed, strict=True))
     assert len(reached[0]) == 10  # of twelve: theta and per_head are left out
