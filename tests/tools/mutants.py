@@ -194,7 +194,7 @@ def main() -> int:
         print("\n".join(f"{len(group):5}  {file}" for file, group in found.items()))
         return 0
     _import_libraries()
-    survivors = {file: [] for file in chosen}
+    words = {file: [] for file in chosen}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
         ignored = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "__pycache__", "bench", "demo")
@@ -209,12 +209,12 @@ def main() -> int:
                 if word == "SURVIVED" and (reason := equivalent(mutant)):
                     word = f"equivalent ({reason})"
                 print(f"{word:9} {file}:{mutant.line}: {mutant.change}", flush=True)
-                if word == "SURVIVED":
-                    survivors[file].append(mutant)
-    print(f"\n{'mutants':>8} {'killed':>7}  file")
-    for file, group in found.items():
-        print(f"{len(group):8} {len(group) - len(survivors[file]):7}  {file}")
-    return 1 if any(survivors.values()) else 0
+                words[file].append(word.split(" (")[0])
+    print(f"\n{'mutants':>8} {'seen':>7} {'equivalent':>11} {'SURVIVED':>9}  file")
+    for file, ends in (*words.items(), ("all", [word for group in words.values() for word in group])):
+        equal, lived = ends.count("equivalent"), ends.count("SURVIVED")
+        print(f"{len(ends):8} {len(ends) - equal - lived:7} {equal:11} {lived:9}  {file}")
+    return 1 if lived else 0
 
 
 if __name__ == "__main__":
