@@ -78,6 +78,7 @@ EQUIVALENT = [  # (file, part of its line, part of the change, why no test can s
     ("memflow/files.py", "os.urandom(8)", "8 -> 9", "a longer random name"),
     ("memflow/memory/held.py", "torch.cuda.synchronize", "None", "a GPU alone is waited for"),
     ("memflow/memory/held.py", "torch.where(known, -1", "1 -> 2", "any negative number is none"),
+    ("memflow/memory/held.py", "torch.full_like(chosen, -1)", "1 -> 2", "every slot is written over"),
     ("memflow/memory/slots.py", "non_blocking=True", "True", "a copy waits on a GPU alone"),
     ("memflow_kernels/reference/selection.py", "FEW = 256", "", SPEED),
     ("memflow_kernels/reference/selection.py", 'score.device.type == "cpu"', "score.device", SPEED),
