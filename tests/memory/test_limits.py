@@ -8,7 +8,8 @@ from memory_driver import DIM, HEADS, TOKENS, MemoryDriver
 
 from memflow import MemFlowError
 from memflow.memory import MemoryConfig
-from memflow.memory.slots import FramePool
+from memflow.memory.slots import FramePool, copy_exactly
+from memflow.parallel import Alone
 
 HELD = {"held_frames": 12}
 
@@ -132,3 +133,20 @@ def test_a_pool_too_large_says_how_large():
     size = 2 * 8 * HEADS * DIM * tokens * 4 * 4 / 2**30
     with pytest.raises(MemoryError, match=f"take {size:,.1f} GiB"):
         FramePool(**shape, **slots, dtype=torch.float32, device="cpu")
+
+
+class Half(Alone):
+    """The second of two processes, which has the second half of the heads."""
+
+    rank, size = 1, 2
+
+    def mine(self, states):
+        return states[..., states.shape[-2] // 2 :, :]
+
+
+def test_a_process_takes_its_heads_of_a_state():
+    whole, buffer = torch.arange(24.0).view(3, 2, 4), torch.full((3, 1, 4), torch.nan)
+    copy_exactly(buffer, {"pool.key": whole}, "pool.key", Half())
+    assert torch.equal(buffer, whole[:, 1:])
+    with pytest.raises(ValueError, match=r"pool.key must be torch.float32 \[3, 2, 4\], got torch.float32 \[3, 1, 4\]"):
+        copy_exactly(buffer, {"pool.key": whole[:, 1:]}, "pool.key", Half())
