@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,3 +97,19 @@ def test_published_memory_is_the_frame_lists(mode, sink, window, bank, interval,
         expected = lists.call(start, 3, version, store=True)
         assert sorted(driver.chunk(prompt)) == sorted(expected), f"chunk {chunk}"
         lists.record(start, version)
+
+
+@pytest.mark.parametrize("mode", ["interactive", "single"])
+def test_bank_and_sink_compete(mode):
+    """With its sparse part on, the published memory chooses among the sink's frames as well."""
+    config = MemoryConfig.published(mode, local_frames=12, sink_frames=3, bank_frames=3, top_k=4)
+    driver = MemoryDriver(config)
+    found = []
+    for chunk in range(8):
+        driver.chunk()
+        step = driver.memory.pass_over(3 * chunk + 3, 3, driver.prompt)
+        found.append((step.candidates, step.top_k))
+    bank = [step - 3 for step, _ in found]
+    assert bank[-1] == 3 and bank == sorted(bank) and bank[0] >= 0
+    assert found[-1] == (6, 4)
+    assert MemoryDriver(config).memory.pass_over(0, 3, driver.prompt).candidates == 3
