@@ -8,7 +8,8 @@ from pathlib import Path
 from examples.storybook.recall import Share
 from examples.storybook.results import paired, share
 from examples.storybook.rules import BETTER, COVERED, RULES, TODAY
-from examples.storybook.told import ACTIVATED, COMPARED
+from examples.storybook.told import ACTIVATED, COMPARED, endless_script
+from examples.storybook.world import NAMES
 
 _HEADINGS = {
     "retrieval": "Retrieval alone: stories as drawn, nothing generated",
@@ -96,6 +97,23 @@ def _endless(lines: list[dict]) -> Iterator[str]:
             + " | ".join(f"{found.hits} of {found.count}" if found.count else "" for found in cells)
             + " |"
         )
+    yield ""
+    yield "Colours right, by character; the story is the same under every rule."
+    yield ""
+    yield f"| character | {' | '.join(labels)} |"
+    yield "|---|" + "---|" * len(labels)
+    for number, name in enumerate(NAMES):
+        yield f"| {name} | {' | '.join(_of_character(lines, label, number) for label in labels)} |"
+
+
+def _of_character(lines: list[dict], label: str, number: int) -> str:
+    scenes, found = endless_script().scenes, []
+    for line in lines:
+        if line["about"]["rule"] == label:
+            first = int(line["about"]["scenes"].split()[0])
+            told = zip(scenes[first:], line["outcomes"]["colour"], strict=False)
+            found += [right == "1" for scene, right in told if scene.name == number]
+    return f"{sum(found)} of {len(found)}"
 
 
 _TABLES = {"retrieval": _retrieval, "generated": _generated, "activation": _activation, "endless": _endless}
