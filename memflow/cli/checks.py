@@ -28,6 +28,8 @@ def check_settings(request: Request) -> None:
         raise MemFlowError(f"--memory {request.memory}: there is no such memory; there are {', '.join(MEMORIES)}")
     if request.decoder is not None:
         check_regular(request.decoder)
+    if request.report:
+        import memflow.output.report  # noqa: F401 (a matplotlib that does not start says so now)
 
 
 def check_files(request: Request, jobs: list[Job]) -> None:

@@ -14,7 +14,6 @@ import torch
 from memflow.cli.loading import backend, load, size_and_memory
 from memflow.cli.options import Request
 from memflow.errors import MemFlowError
-from memflow.output.report import MemoryReport
 from memflow.output.video import VideoWriter, marked
 from memflow.stream.saved import read_header
 from memflow.tellers.records import FOLDER, Task, begin, claimed, finish, is_done, sync
@@ -91,7 +90,11 @@ class FilmWorker:
     def _told(self, task: Task, video: VideoWriter, stopping: Callable[[], bool]) -> Iterator[dict]:
         stream = self._teller.stream(task.id)
         before, length, saved, cost, last = video.frames, len(stream), stream.position, 0.0, time.monotonic()
-        report = MemoryReport.of(stream, task.name) if self._request.report else None
+        report = None
+        if self._request.report:
+            from memflow.output.report import MemoryReport  # and matplotlib with it
+
+            report = MemoryReport.of(stream, task.name)
 
         def step(done: bool = False) -> dict:
             made = video.frames - before

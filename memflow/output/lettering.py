@@ -47,7 +47,8 @@ def _letters() -> dict[str, frozenset[int]]:
     found = {}
     for entry in font_manager.fontManager.ttflist:
         if entry.name in _FAMILIES and entry.name not in found:
-            found[entry.name] = frozenset(font_manager.get_font(entry.fname).get_charmap())
+            with suppress(OSError, RuntimeError):  # matplotlib remembers fonts that are gone, too
+                found[entry.name] = frozenset(font_manager.get_font(entry.fname).get_charmap())
     return {name: found[name] for name in _FAMILIES if name in found}
 
 

@@ -10,8 +10,16 @@ import numpy as np
 from PIL import Image
 
 from memflow.errors import MemFlowError, MemFlowWarning
-from memflow.output.lettering import missing
-from memflow.output.timeline import Entry, Held, Timeline
+from memflow.files import write_whole
+from memflow.output.pictures import jpeg
+
+try:
+    from matplotlib import style
+
+    from memflow.output.lettering import missing
+    from memflow.output.timeline import Entry, Held, Timeline
+except (ValueError, OSError) as error:  # MPLBACKEND names no backend, or there is no folder for matplotlib's cache
+    raise MemFlowError(f"matplotlib, which draws the report, does not start: {error}") from None
 
 _THUMBNAIL = (192, 108)  # pixels at most
 _MARK = {"Software": "memflow"}  # in the picture's file
@@ -69,7 +77,7 @@ class MemoryReport:
             Entry(
                 index=chunk.index,
                 prompt=chunk.prompts[0],
-                thumbnail=_thumbnail(np.asarray(chunk.frames[0, 0])),
+                thumbnail=jpeg(np.asarray(chunk.frames[0, 0]), 85, _THUMBNAIL),
                 bank=_bank(snapshot, frames_per_chunk),
                 sink=_span(snapshot.sink, frames_per_chunk),
                 window=_span(snapshot.window, frames_per_chunk),
@@ -82,7 +90,7 @@ class MemoryReport:
         return len(self._entries)
 
     def save(self, path: str | Path) -> None:
-        """Write the picture as a PNG; MemFlowError if `path` cannot be written."""
+        """Write the picture as a PNG, whole or not at all; MemFlowError if `path` cannot be written."""
         if not self._entries:
             raise ValueError("nothing was recorded: call add() for at least one chunk")
         lost = "".join(sorted(missing([self.title, *(entry.prompt for entry in self._entries)])))
@@ -91,11 +99,13 @@ class MemoryReport:
             advice = "install one that has them (for Chinese, Japanese and Korean Noto Sans CJK)"
             said = f"no font here has the letters {letters} of the report, which are boxes in it: {advice}"
             warnings.warn(said, MemFlowWarning, stacklevel=2)
-        figure = Timeline(self._entries, self.title, self.subtitle, self._seconds_per_chunk).draw()
+        picture = io.BytesIO()
+        with warnings.catch_warnings(), style.context("default"):  # not the caller's settings of plots
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # said above
+            figure = Timeline(self._entries, self.title, self.subtitle, self._seconds_per_chunk).draw()
+            figure.savefig(picture, format="png", dpi=130, metadata=_MARK)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph .* missing")  # said above
-                figure.savefig(path, format="png", dpi=130, metadata=_MARK)
+            write_whole(path, lambda file: file.write(picture.getvalue()))
         except OSError as error:
             raise MemFlowError(f"{path}: cannot be written: {error.strerror}") from None
 
@@ -126,14 +136,6 @@ def _called(snapshot, frames_per_chunk: int) -> list[tuple[int, str]]:
 
 def _span(frames: list[int], frames_per_chunk: int) -> tuple[int, int]:
     return (min(frames) // frames_per_chunk, max(frames) // frames_per_chunk + 1) if frames else (0, 0)
-
-
-def _thumbnail(frame: np.ndarray) -> bytes:
-    image = Image.fromarray(frame)
-    image.thumbnail(_THUMBNAIL)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return file.getvalue()
 
 
 def _attended(config) -> str:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from memflow.errors import MemFlowError
 from memflow.files import claim
+from memflow.output.pictures import jpeg
 from memflow.output.video import VideoWriter
 from memflow.tellers.teller import Turn
 
-_THUMBNAIL = 128  # pixels, the longer side
+_THUMBNAIL = 128, 128  # pixels at most
 _SUFFIXES = (".mp4", ".jsonl", ".safetensors")
 
 
@@ -63,6 +62,8 @@ class Film:
             self.about, self._entries = read_journal(self._journal_path)
         except BaseException:
             self.close()
+            if about is not None:
+                self._journal_path.unlink(missing_ok=True)
             raise
 
     def begin(self) -> None:
@@ -102,13 +103,14 @@ class Film:
         chunk, start, began = turn.chunk, self.video.frames, time.perf_counter()
         frames = chunk.frames[0].numpy()
         data = self.video.write(frames)
-        images = [_jpeg(frame, 80) for frame in frames] if format == "jpeg" else []
+        images = [jpeg(frame, 80) for frame in frames] if format == "jpeg" else []
         about: dict[str, Any] = {"chunk": chunk.index, "start_frame": start, "frames": len(frames)}
         about |= {"prompt": chunk.prompts[0], "switched": chunk.switched, "dropped_event_ids": list(turn.dropped)}
         about["generate_ms"] = round(generate_ms, 1)
         if report:
             about["memory"] = memory_of(turn.snapshot, self.about["frames_per_chunk"])
-            about["thumbnail"] = "data:image/jpeg;base64," + base64.b64encode(_thumbnail(frames[0])).decode()
+            picture = base64.b64encode(jpeg(frames[0], 70, _THUMBNAIL)).decode()
+            about["thumbnail"] = f"data:image/jpeg;base64,{picture}"
         about["encode_ms"] = round((time.perf_counter() - began) * 1e3, 1)
         try:
             self._write(about)
@@ -128,14 +130,20 @@ class Film:
         return [Part(header + data, len(frames), about | {"mime": mime})]
 
     def close(self) -> None:
-        """Let the files go."""
-        self._journal.close()
-        if self.video is not None:
-            self.video.close()
+        """Let the files go. What a full disk did not take was said when it was written, and is tried again here."""
+        for file in (self._journal, self.video):
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         self._journal.write(json.dumps(line).encode() + b"\n")
         self._journal.flush()
+
+
+def is_full(said: str) -> bool:
+    """Whether an error says that there is no room: of the system, of the user's quota, or left to this server."""
+    return any(words in said for words in ("No space left", "quota exceeded", "disk space"))
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -201,15 +209,3 @@ def memory_of(snapshot, frames_per_chunk: int) -> dict[str, Any]:
             }
         )
     return {"held": frames, "sink": [int(n) for n in snapshot.sink], "window": [int(n) for n in snapshot.window]}
-
-
-def _thumbnail(frame: np.ndarray) -> bytes:
-    image = Image.fromarray(frame)
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return _jpeg(np.asarray(image), 70)
-
-
-def _jpeg(frame: np.ndarray, quality: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, "JPEG", quality=quality)
-    return file.getvalue()

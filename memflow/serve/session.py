@@ -15,6 +15,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from memflow.errors import MemFlowError
 from memflow.models.wan.text import unread
 from memflow.serve import protocol
+from memflow.serve.film import is_full
 from memflow.serve.protocol import Refused
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ class Session:
             limit = telling.film.video.frames >= self.settings.story_seconds * telling.fps
             raise _Ended(self._done("limit" if limit else "told"))
         text = self.stories.said(telling.error)
-        kind = "out_of_memory" if "out of memory" in text else "disk_full" if "disk space" in text else "failed"
+        kind = "out_of_memory" if "out of memory" in text else "disk_full" if is_full(text) else "failed"
         plain = isinstance(telling.error, MemFlowError)
         raise self._ended(text if plain else f"the model failed: {type(telling.error).__name__}", kind)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from memflow.errors import MemFlowError
 from memflow.output.video import marked
-from memflow.serve.film import Film, files_of, read_journal, remove, scenes_of
+from memflow.serve.film import Film, files_of, is_full, read_journal, remove, scenes_of
 from memflow.serve.metrics import Metrics
 from memflow.serve.protocol import Refused, Start
 from memflow.serve.settings import Settings
@@ -115,7 +115,8 @@ class Stories:
             code = "out_of_memory" if "out of memory" in str(error) else "bad_start"
             raise Refused(self.said(error), code) from None
         except OSError as error:
-            raise Refused(f"the folder of this server cannot be written: {error.strerror}", "failed") from None
+            said = f"the folder of this server cannot be written: {error.strerror}"
+            raise Refused(said, "disk_full" if is_full(said) else "failed") from None
         finally:
             self.coming -= 1
         self.tellings[telling.id] = telling

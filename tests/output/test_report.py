@@ -1,13 +1,19 @@
 """The report: what it records, and that it can be drawn for every kind of story."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 from films import clip
+from matplotlib import font_manager
 from PIL import Image
 
 from memflow.errors import MemFlowError, MemFlowWarning
+from memflow.output import lettering
 from memflow.output.lettering import fit, longest_word, missing
 from memflow.output.report import MemoryReport, _bank
 from memflow.output.timeline import _RELEVANCE, Held, Timeline, _scenes
@@ -181,3 +187,54 @@ def test_what_cannot_be_saved_is_said(tmp_path):
         MemoryReport("A story", fps=16).save(tmp_path / "a.png")
     with pytest.raises(MemFlowError, match=r"none/a\.png: cannot be written"):
         record(2).save(tmp_path / "none" / "a.png")
+
+
+def test_a_picture_is_written_whole_or_the_older_one_stays(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    record(2).save(path)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MemFlowError, match=r"a\.png: cannot be written: No space left on device"):
+        record(3).save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
+
+
+def test_a_thumbnail_that_cannot_be_made_is_said(monkeypatch):
+    def save(*arguments, **options):
+        raise OSError("encoder jpeg not available")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(MemFlowError, match="a picture of 64 x 48 cannot be encoded: encoder jpeg not available"):
+        record(1)
+
+
+def test_settings_of_the_callers_plots_do_not_count(tmp_path):
+    record(2).save(tmp_path / "a.png")
+    others = {"text.usetex": True, "savefig.bbox": "tight", "font.size": 30, "savefig.transparent": True}
+    with matplotlib.rc_context(others):
+        record(2).save(tmp_path / "b.png")
+        assert matplotlib.rcParams["font.size"] == 30
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_font_that_is_gone_is_none(monkeypatch):
+    gone = font_manager.FontEntry(fname="/nowhere/noto.ttc", name="Noto Sans CJK SC")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [gone, *font_manager.fontManager.ttflist])
+    lettering._letters.cache_clear()
+    try:
+        assert "DejaVu Sans" in lettering._letters()
+    finally:
+        lettering._letters.cache_clear()
+
+
+def test_a_matplotlib_that_does_not_start_is_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "memflow", "generate", "-p", "A fox.", "-o", str(tmp_path / "a.mp4"), "--report"]
+    environment = os.environ | {"MPLBACKEND": "nonsense"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    said = "memflow: matplotlib, which draws the report, does not start: Key backend: 'nonsense' is not a valid value"
+    assert ended.returncode == 2 and ended.stderr.startswith(said) and ended.stderr.count("\n") == 1, ended.stderr
+    assert os.listdir(tmp_path) == []
