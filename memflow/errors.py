@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_UNSEEN = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class MemFlowError(ValueError):
@@ -28,6 +31,11 @@ def warned(say: Callable[[str], None]) -> Iterator[None]:
             say(str(message)) if issubclass(category, MemFlowWarning) else usual(message, category, *rest)
         )
         yield
+
+
+def shown(text: object) -> str:
+    """`text` for a terminal: what could command it, turn the writing direction or not be encoded is escaped."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def install_command(extra: str) -> str:

@@ -11,9 +11,7 @@ from functools import cache
 from importlib import import_module
 from typing import NoReturn
 
-from memflow.errors import MemFlowError, missing_package, warned
-
-_UNSEEN = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+from memflow.errors import MemFlowError, missing_package, shown, warned
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
         Ctrl-C or SIGTERM.
     """
     arguments = _with_values(sys.argv[1:] if arguments is None else arguments)
+    if named := _empty(arguments):
+        return _fail(f"{named}: an empty value came; a variable of the shell that is not set?")
     if arguments[:1] == ["toy"]:
         return _fail("`memflow toy` is `python -m examples.storybook` now, in the repository of the project")
     try:
@@ -45,6 +45,16 @@ def _with_values(arguments: list[str]) -> list[str]:
         "--ray=" if argument == "--ray" and after.startswith("-") else argument
         for argument, after in zip(arguments, followers, strict=False)
     ]
+
+
+def _empty(arguments: list[str]) -> str | None:
+    """What has an empty value: as a path it would be the folder one happens to be in, as a name the default."""
+    for before, argument in zip(["memflow", *arguments], arguments, strict=False):
+        if not argument:
+            return before
+        if argument[:2] == "--" and argument[-1] == "=" and argument != "--ray=":
+            return argument[:-1]
+    return None
 
 
 def run_app(app, arguments: list[str] | None, name: str) -> int:
@@ -152,11 +162,6 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested = True
         self.notify()
-
-
-def shown(text: object) -> str:
-    """`text` for a terminal: what could command it, turn the writing direction or not be encoded is escaped."""
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def _missing(error: ModuleNotFoundError) -> int:

@@ -13,7 +13,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memflow.errors import MemFlowError, install_command
+from memflow.errors import MemFlowError, install_command, shown
 
 if TYPE_CHECKING:
     from memflow.models.wan.footprint import Footprint, Model
@@ -72,7 +72,9 @@ def show(facts: dict[str, Any]) -> None:
     for section, rows in _rows(facts):
         for number, (name, good, text) in enumerate(rows):
             head = f"{section if number == 0 else '':<9}{'yes' if good else 'no':<5}{name:<{names}}  "
-            print(textwrap.fill(text, width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False))
+            print(
+                textwrap.fill(shown(text), width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
+            )
         print()
 
 
@@ -175,7 +177,7 @@ def examine(
     described = describe(model, height, width)
     targets = _targets(gpu)
     found = footprint(described, dtype=getattr(torch, dtype or "bfloat16"))
-    print(f"{model}: {described.height} x {described.width} pixels, {dtype or 'bfloat16'}, one story")
+    print(f"{shown(model)}: {described.height} x {described.width} pixels, {dtype or 'bfloat16'}, one story")
     print()
     for name, text, size in _parts(found, described):
         print(f"  {name:<18} {_gib(size)}  {text}")

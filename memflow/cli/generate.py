@@ -13,11 +13,11 @@ from typing import ClassVar
 from rich.console import Console
 from rich.text import Text
 
-from memflow.cli import Interrupt, shown
+from memflow.cli import Interrupt
 from memflow.cli.options import Request
 from memflow.cli.story import Job, jobs, settings
 from memflow.cli.terminal import Lines, bars, print_numbers, say
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, shown
 from memflow.output.video import VideoWriter, marked
 from memflow.parallel import ALONE, Alone, launched
 

@@ -15,12 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TaskID
 
-from memflow.cli import Interrupt, shown
+from memflow.cli import Interrupt
 from memflow.cli.checks import check_settings
 from memflow.cli.options import Request, lasting, with_whole_paths
 from memflow.cli.story import Story, read_stories, settings
 from memflow.cli.terminal import bars, print_numbers, say
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, shown
 from memflow.output import check_writable
 from memflow.output.video import check_output
 from memflow.parallel import launched

@@ -6,13 +6,14 @@ import json
 import math
 import re
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from memflow.cli.checks import check_files, check_settings
 from memflow.cli.options import Request
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.output import check_regular
 
 _FILE, _LINE = 4 * 2**20, 2**20  # bytes of a story file and of a line in it
@@ -21,6 +22,7 @@ _TEXT, _LINES, _JSON, _YAML = (".txt", ".text", ""), (".jsonl", ".ndjson"), (".j
 _SYNTAX = re.compile(
     r"---|%YAML.*|-?\s*[\"']?prompts?[\"']?\s*:.*|(\"?\w*\"?[,;\t])*\"?prompts?\"?([,;\t]\"?\w*\"?)*", re.I
 )
+_KEYS = ("prompts", "name", "seed", "seconds_per_prompt")
 _OBJECT = re.compile(r"""\{\s*["'}]|\[\s*[{"']""")  # how JSON begins, whole or broken
 
 
@@ -60,7 +62,7 @@ def read_stories(path: str | Path, bad: list[str] | None = None) -> list[Story]:
 
     Args:
         path: a `.jsonl` file has one story per line, `{"prompts": ["...", ...]}`, with an optional `"name"`, `"seed"`
-            and `"seconds_per_prompt"`; other keys are left alone. A `.json` or `.yaml` file is a list of prompts, such
+            and `"seconds_per_prompt"`; a warning names other keys. A `.json` or `.yaml` file is a list of prompts, such
             an object or a list of them. A `.txt` file, or one without a suffix, has one prompt per line and makes one
             story. Blank lines do not count. `-` is stdin: lines or JSON.
         bad: where given, what is wrong with a story is added here, and the others are read.
@@ -104,10 +106,13 @@ def read_stories(path: str | Path, bad: list[str] | None = None) -> list[Story]:
             [(f"{path}, story {n}", entry) for n, entry in enumerate(content, 1)] if several else [(str(path), content)]
         )
     stories: dict[str, Story] = {}
+    others: set[str] = set()
     for count, (where, record) in enumerate(records, start=1):
         default = path.stem if len(records) == 1 else f"{path.stem}-{count:0{len(str(len(records)))}d}"
         try:
-            story = _story(_json(record, where) if kind in _LINES else record, default, where)
+            record = _json(record, where) if kind in _LINES else record
+            story = _story(record, default, where)
+            others.update(map(str, record.keys() - _KEYS))
             if story.name in stories:
                 raise MemFlowError(f"{where}: a second story with the name {story.name!r}")
         except MemFlowError as error:
@@ -116,6 +121,9 @@ def read_stories(path: str | Path, bad: list[str] | None = None) -> list[Story]:
             bad.append(str(error))
         else:
             stories[story.name] = story
+    if others:
+        named = ", ".join(f"{key:.40}" for key in sorted(others)[:6]) + ", ..." * (len(others) > 6)
+        warnings.warn(f"{path}: not used: {named}; a story has {', '.join(_KEYS)}", MemFlowWarning, stacklevel=2)
     return list(stories.values())
 
 

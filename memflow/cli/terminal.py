@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from memflow.cli import shown
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, shown
 
 if TYPE_CHECKING:
     from memflow.stream.stream import Stream

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from memflow.convert.lora import Lora, check_fits, write_lora
 from memflow.convert.shards import DTYPES, Shard, Weight, plan_shards, write_shards
 from memflow.convert.sources import Sources, find_sources
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, shown
 from memflow.files import write_whole
 from memflow.models.wan.checkpoints import Layout, kept_dtype, layout_of, listed
 from memflow.models.wan.published import Preset, find_preset
@@ -75,11 +75,11 @@ def convert(request: Conversion) -> None:
     _check_output(request.output, record, parts)
     for name, part in parts.items():
         for note in part.layout.notes:
-            console.print(f"left out of the {name}: {note}", soft_wrap=True)
+            console.print(shown(f"left out of the {name}: {note}"), soft_wrap=True)
     for lora in sources.loras:
         if lora.assumed_alpha:
             note = "no alpha is known: the rank is taken, a scale of 1; --lora-alpha gives another"
-            console.print(f"{lora.path.name}: {note}", soft_wrap=True)
+            console.print(shown(f"{lora.path.name}: {note}"), soft_wrap=True)
     try:
         request.output.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, indent=2) + "\n"
@@ -221,15 +221,15 @@ def _show(parts: dict[str, Part], sources: Sources, request: Conversion) -> None
     for name, part in parts.items():
         count = sum(len(shard.weights) for shard in part.shards)
         size = _gigabytes(sum(shard.nbytes for shard in part.shards))
-        console.print(f"{name:<13} {count} tensors, {size}, from {sources.titles[name]}", soft_wrap=True)
+        console.print(shown(f"{name:<13} {count} tensors, {size}, from {sources.titles[name]}"), soft_wrap=True)
     for lora in sources.loras:
         fate = "written beside the transformer" if request.keep_lora else "merged into the transformer"
-        console.print(f"{'lora':<13} {len(lora.updates)} updates, {fate}, from {lora.path.name}", soft_wrap=True)
+        console.print(shown(f"{'lora':<13} {len(lora.updates)} updates, {fate}, from {lora.path.name}"), soft_wrap=True)
     if not (request.output / "model_index.json").is_file():
         console.print("no pipeline yet: some of its parts were not given", soft_wrap=True)
     elif request.preset is None:
         console.print("no preset recorded: `memflow generate --preset NAME` says how the model is run", soft_wrap=True)
-    console.print(f"{'folder':<13} {request.output}", soft_wrap=True)
+    console.print(shown(f"{'folder':<13} {request.output}"), soft_wrap=True)
 
 
 def _gigabytes(count: int) -> str:

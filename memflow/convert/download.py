@@ -14,7 +14,7 @@ import typer
 from huggingface_hub import HfApi
 from rich.console import Console
 
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, shown
 from memflow.models.wan.published import MODELS, Repository
 
 
@@ -60,7 +60,7 @@ def download(name: str, output: Path, *, yes: bool = False) -> None:
         for file in entry.files:
             _ask(hub.hf_hub_download, entry.repository.name, filename=file, revision=entry.revision, local_dir=folder)
     preset = f" --preset {name}" if MODELS[name].preset else ""
-    console.print(f"next: memflow convert {output} -o {name}{preset}", soft_wrap=True)
+    console.print(shown(f"next: memflow convert {output} -o {name}{preset}"), soft_wrap=True)
 
 
 def _look_up(hub: HfApi, repository: Repository) -> Found:
@@ -86,10 +86,10 @@ def _ask(request, *arguments, **options):
 
 def _show(found: list[Found], console: Console) -> None:
     for entry in found:
-        console.print(f"{entry.repository.name}", style="bold")
+        console.print(entry.repository.name, style="bold")
         for file, size in entry.files.items():
-            console.print(f"  {size / 1e9:7.2f} GB  {file}", soft_wrap=True)
+            console.print(shown(f"  {size / 1e9:7.2f} GB  {file}"), soft_wrap=True)
         stated = f"; its model card: {entry.licence}" if entry.licence else ""
-        console.print(f"  licence: {entry.repository.licence}{stated}", soft_wrap=True)
+        console.print(shown(f"  licence: {entry.repository.licence}{stated}"), soft_wrap=True)
     total = sum(sum(entry.files.values()) for entry in found)
     console.print(f"{total / 1e9:.2f} GB in all; the licences are between you and those who published the files")

@@ -19,6 +19,16 @@ from memflow.files import write_whole
 from memflow.models.wan.checkpoints import Checkpoint, listed
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|down|up)(?:\.default)?\.weight")
+_LARGEST = 2**20  # bytes of an adapter_config.json
+_INITS = (
+    None,
+    True,
+    False,
+    "gaussian",
+    "eva",
+    "orthogonal",
+    "mica",
+)  # of peft: the others change the base model as well
 _DOWN = {"A": "A", "down": "A", "B": "B", "up": "B"}
 
 
@@ -129,6 +139,8 @@ def _adapter_config(path: Path) -> dict:
     config = path.parent / "adapter_config.json"
     if not config.is_file():
         return {}
+    if config.stat().st_size > _LARGEST:
+        raise MemFlowError(f"{config}: has {config.stat().st_size:,} bytes, at most {_LARGEST:,} are read")
     try:
         content = json.loads(config.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -138,4 +150,6 @@ def _adapter_config(path: Path) -> dict:
     for name in ("alpha_pattern", "rank_pattern"):
         if content.get(name):
             raise MemFlowError(f"{config}: {name} is not known here, every module must have the same: {content[name]}")
+    if (began := content.get("init_lora_weights")) not in _INITS:
+        raise MemFlowError(f"{config}: init_lora_weights {began!r:.40}: is for a base model that was changed with it")
     return content

@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 
 from memflow.cli import Interrupt, loading
 from memflow.cli.options import Dtype, Serving, with_whole_paths
-from memflow.errors import MemFlowError, MemFlowWarning
+from memflow.errors import MemFlowError, MemFlowWarning, shown
 from memflow.parallel import launched
 from memflow.serve.asgi import make_app
 from memflow.serve.settings import Settings
@@ -87,9 +87,10 @@ def _app(request: Serving, settings: Settings) -> Starlette:
 
 
 def _announce(what: str, settings: Settings, host: str, port: int, said: TextIO | None = None) -> None:
-    shown = f"[{host}]" if ":" in host else host
+    name = f"[{host}]" if ":" in host else host
     asked = "/?token=..." if settings.token else "/"
-    print(f"memflow serve: {what} on http://{shown}:{port}{asked}  (Ctrl-C ends and saves)", file=said, flush=True)
+    address = f"http://{name}:{port}{asked}"
+    print(f"memflow serve: {shown(what)} on {address}  (Ctrl-C ends and saves)", file=said, flush=True)
 
 
 def _connections(settings: Settings) -> int:

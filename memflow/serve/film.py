@@ -20,6 +20,8 @@ from memflow.output.video import VideoWriter
 from memflow.tellers.teller import Turn
 
 _THUMBNAIL = 128, 128  # pixels at most
+_ABOUT = {"fps", "width", "height", "frames_per_chunk"}  # what a journal must hold, in its first line and in others
+_CHUNK = {"chunk", "start_frame", "frames", "prompt", "switched"}
 _SUFFIXES = (".mp4", ".jsonl", ".safetensors")
 
 
@@ -147,13 +149,16 @@ def is_full(said: str) -> bool:
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The first line of a journal, and its chunks; a line cut off does not count. OSError if it is not there."""
-    lines = []
+    """The first line of a journal, and its chunks up to a line that is cut off or damaged. OSError if there is none."""
+    lines: list[dict[str, Any]] = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(entry, dict) or not (_CHUNK if lines else _ABOUT) <= entry.keys():
+            break
+        lines.append(entry)
     if not lines:
         raise FileNotFoundError(2, "its journal is empty", str(path))
     return lines[0], lines[1:]
@@ -196,7 +201,8 @@ def memory_of(snapshot, frames_per_chunk: int) -> dict[str, Any]:
     frames = []
     for frame in np.unique(held[held >= 0]):
         here, worth = held == frame, None
-        if (known := relevance[here][~np.isnan(relevance[here])]).size:  # what has just come has none yet
+        # What has just come has none yet, and JSON has no infinity.
+        if (known := relevance[here][np.isfinite(relevance[here])]).size:
             worth = round(float(np.mean(known, dtype=np.float64)), 4)
         frames.append(
             {

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,8 @@ from memflow.files import claim, write_whole
 from memflow.output.video import VideoWriter
 
 FOLDER = ".memflow"
+_ID = re.compile("[0-9a-f]{32}")
+_FILM = {"frames", "checksum", "bytes", "fps"}  # what is known of a whole one
 _PATIENCE = 15.0  # seconds that a film may still be held by a worker that is ending
 
 
@@ -137,7 +140,7 @@ def _is_still(file, path: Path) -> bool:
 def _is_whole(path: Path, frames: int, checksum: int, bytes: int, fps: float) -> bool:
     try:
         VideoWriter.resume(path, fps, frames, checksum)
-    except MemFlowError:
+    except (ValueError, TypeError, OverflowError):  # MemFlowError is one; numbers that are none
         return False
     return path.stat().st_size == bytes
 
@@ -146,8 +149,10 @@ def _read(record: Path) -> dict | None:
     """None where there is no record, or what is there is none."""
     try:
         known = json.loads(record.read_bytes())
-        return known if {"id", "told", "film"} <= known.keys() else None
-    except (OSError, ValueError, AttributeError):
+        film = known["film"]
+        whole = _ID.fullmatch(known["id"]) and isinstance(known["told"], dict)  # the id becomes the name of a file
+        return known if whole and (film is None or film.keys() == _FILM) else None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
 
 

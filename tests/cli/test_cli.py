@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -127,6 +128,28 @@ def test_a_blank_prompt_on_the_command_line(folder, capsys):
         2,
         "memflow: -p: prompt 2 must be a text that is not blank, got ' '\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("generate -p a -o out.mp4 --model ''", "--model"),
+        ("generate -p a -o out.mp4 --preset=", "--preset"),
+        ("generate -p a -o ''", "-o"),
+        ("generate -p '' -o out.mp4", "-p"),
+        ("generate '' -o out.mp4", "generate"),
+        ("convert '' -o out", "convert"),
+        ("convert . -o out --preset ''", "--preset"),
+        ("serve --dir ''", "--dir"),
+        ("doctor --model=", "--model"),
+        ("''", "memflow"),
+    ],
+)
+def test_an_empty_value_is_not_one_left_out(folder, capsys, command, named):
+    """What a shell makes of a variable that is not set: the default model, or the folder one happens to be in."""
+    said = f"memflow: {named}: an empty value came; a variable of the shell that is not set?\n"
+    assert run(capsys, shlex.split(command)) == (2, said)
+    assert not (folder / "out").exists()
 
 
 def test_cuda_without_a_gpu(folder, capsys, monkeypatch):

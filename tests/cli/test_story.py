@@ -7,7 +7,7 @@ import pytest
 
 from memflow.cli.options import Request
 from memflow.cli.story import Story, read_stories, settings
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, MemFlowWarning
 
 
 def write(path, *lines):
@@ -27,7 +27,7 @@ def test_windows_text_is_read_too(tmp_path):
 
 
 def test_a_single_jsonl_story_has_the_name_of_the_file(tmp_path):
-    path = write(tmp_path / "fox.jsonl", '{"prompts": ["A fox.", "A hare."], "author": "me"}', "")
+    path = write(tmp_path / "fox.jsonl", '{"prompts": ["A fox.", "A hare."]}', "")
     assert read_stories(path) == [Story("fox", ["A fox.", "A hare."])]
 
 
@@ -37,6 +37,17 @@ def test_several_jsonl_stories_are_numbered_or_named(tmp_path):
     stories = read_stories(write(tmp_path / "many.jsonl", *lines))
     assert [story.name for story in stories][:5] == ["many-01", "many-02", "many-03", "The-Keeper-s-Cat", "many-05"]
     assert stories[9] == Story("many-10", ["prompt 9"])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.yaml"])
+def test_a_key_without_effect_is_named_once(tmp_path, name):
+    """A word that is wrong by a letter would be dropped in silence."""
+    stories = [{"prompts": ["a"], "sead": 1, "author": "me"}, {"prompts": ["b"], "sead": 2, 3: 4}]
+    lines = map(json.dumps, stories) if name == "a.jsonl" else [json.dumps(stories)]
+    with pytest.warns(MemFlowWarning) as warned:
+        assert len(read_stories(write(tmp_path / name, *lines))) == 2
+    (said,) = (str(warning.message) for warning in warned)
+    assert said == f"{tmp_path / name}: not used: 3, author, sead; a story has prompts, name, seed, seconds_per_prompt"
 
 
 def test_seed_and_length_belong_to_a_story(tmp_path):

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
-from memflow.cli import Interrupt, main, run_app, shown
-from memflow.errors import MemFlowError, MemFlowWarning
+from memflow.cli import Interrupt, doctor, main, run_app
+from memflow.errors import MemFlowError, MemFlowWarning, shown
 
 # A command that makes its film and then tells of it, as a process whose streams are as the shell left them.
 FAKE = """
@@ -100,6 +101,18 @@ def test_names_and_prompts_reach_no_terminal_as_they_are(tmp_path, capsys):
     for character in "\x1b\x07\x9b\x7f":
         assert character not in output.out + output.err
     assert "\\x1b]0;owned\\x07" in output.out and "\\x1b]0;owned\\x07" in output.err
+
+
+def test_a_model_and_a_server_are_announced_escaped(capsys, monkeypatch):
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed: pip install -e '.[serve]'")
+    from memflow.serve.command import _announce
+
+    model = doctor.describe("memflow-1.3b")
+    monkeypatch.setattr(doctor, "describe", lambda *_: model)
+    assert main(["doctor", "--model", HOSTILE]) == 0
+    _announce(HOSTILE, SimpleNamespace(token=None), "127.0.0.1", 1)
+    said = capsys.readouterr().out
+    assert said.count("\\x1b]0;owned\\x07\\x9b2J\\x7f") == 2 and not {"\x1b", "\x07", "\x9b", "\x7f"} & {*said}
 
 
 def test_a_warning_is_said_once_and_others_as_usual(capsys):

@@ -194,6 +194,26 @@ def test_an_alpha_that_is_no_number_is_refused(tmp_path):
             read_lora(read_checkpoint(tmp_path / "lora.safetensors"))
 
 
+@pytest.mark.parametrize(("began", "known"), [("gaussian", True), (False, True), ("pissa_niter_4", False), ([], False)])
+def test_a_lora_for_a_changed_base_is_refused(tmp_path, began, known):
+    """peft's PiSSA and others take away from the base model what they begin with: without that it is another model."""
+    save_file(lora(3), tmp_path / "lora.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 9, "init_lora_weights": began}))
+    if known:
+        assert read_lora(read_checkpoint(tmp_path / "lora.safetensors")).updates
+        return
+    with pytest.raises(MemFlowError, match=r"adapter_config\.json: init_lora_weights .* base model that was changed"):
+        read_lora(read_checkpoint(tmp_path / "lora.safetensors"))
+
+
+def test_an_adapter_config_without_end_is_refused(tmp_path):
+    save_file(lora(3), tmp_path / "lora.safetensors")
+    with open(tmp_path / "adapter_config.json", "wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(MemFlowError, match=r"has 1,073,741,824 bytes, at most 1,048,576 are read"):
+        read_lora(read_checkpoint(tmp_path / "lora.safetensors"))
+
+
 def test_an_alpha_of_zero_is_an_alpha(tmp_path):
     save_file(lora(3), tmp_path / "lora.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 0}')

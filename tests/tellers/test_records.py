@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 from dataclasses import replace
@@ -120,3 +121,46 @@ def test_a_film_is_made_by_one_process_at_a_time(task, monkeypatch):
     with claimed(task):  # who dies lets go
         assert task.film.exists()
     assert not task.film.exists()  # nothing was written, nothing is left
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff",
+        b"7",
+        b"{}",
+        b"[" * 100_000,
+        {"told": []},
+        {"id": 7},
+        {"id": "../../precious"},
+        {"film": 7},
+        {"film": {"frames": 24}},
+    ],
+    ids=lambda content: f"{content!s:.30}",
+)
+def test_a_damaged_record_proves_nothing(task, content):
+    """Nor does it name a file to remove that is elsewhere."""
+    precious = task.film.parent.parent / "precious.safetensors"
+    precious.write_text("mine")
+    make(task)
+    if isinstance(content, dict):
+        known = json.loads(task.record.read_bytes())
+        content = json.dumps(known | content).encode()
+    task.record.write_bytes(content)
+    with pytest.raises(MemFlowError, match="no record says what it tells; --overwrite replaces it"):
+        is_done(task)
+    begin(task)
+    assert precious.read_text() == "mine"
+    assert not is_done(task)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"fps": 0}, {"fps": "8"}, {"frames": None}, {"frames": "24"}, {"checksum": 1.5}], ids=str
+)
+def test_numbers_of_a_record_that_are_none(task, wrong):
+    make(task)
+    known = json.loads(task.record.read_bytes())
+    task.record.write_text(json.dumps(known | {"film": known["film"] | wrong}))
+    with pytest.raises(MemFlowError, match="is not the film that was made of this story"):
+        is_done(task)
