@@ -18,7 +18,7 @@ NAV = {
     "Attention": ["from-attention.md", "integrations.md", "training.md", "comparison.md"],
     "Stories": ["python.md", "models.md", "memory.md", "serving.md", "distributed.md"],
     "Kernels": ["kernels.md", "cuda.md", "benchmarks.md"],
-    "Reference": ["api/memflow_kernels.md", "api/memflow.md", "design.md"],
+    "Reference": ["api/memflow_kernels.md", "api/memflow.md", "design.md", "faults.md"],
 }
 _LINK = re.compile(r"(\]\()([^)#\s]+)([^)]*\))")
 _PICTURES = (".png", ".jpg", ".svg", ".gif", ".mp4")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import transformers
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_WEIGHTS
-from safetensors import SafetensorError
 
 from memflow.cli.options import Request, lasting
 from memflow.decoders import use_decoder
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
+from memflow.models.wan.checkpoints import listed
 from memflow.models.wan.encoder_files import encoder_digest, prompt_folder
 from memflow.models.wan.published import find_preset
 from memflow.models.wan.text import PromptCache
@@ -118,18 +118,22 @@ def load_pipeline(
 
     logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     logging.set_verbosity_error()
     if not there:
         if preset is not None:
             raise MemFlowError("--preset is for --model FOLDER: the embedded model has settings of its own")
         pipeline = MemFlowPipeline.from_preset(model, dtype=dtype)
     else:
+        _check_configurations(folder)
         try:
-            pipeline = MemFlowPipeline.from_pretrained(folder, dtype=dtype, text_encoder=None)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MemFlowError(f"--model {model}: cannot be loaded: {error}") from error
-        if (folder / LORA_WEIGHTS).is_file():
-            pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
+            pipeline = MemFlowPipeline.from_pretrained(folder, dtype=dtype, text_encoder=None, local_files_only=True)
+            if (folder / LORA_WEIGHTS).is_file():
+                pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
+        except (ModuleNotFoundError, MemoryError):
+            raise  # what helps is said elsewhere
+        except Exception as error:  # a file can be broken in many ways, in several libraries
+            raise MemFlowError(f"--model {model}: cannot be loaded: {_reason(error)}") from error
         if preset is not None:
             pipeline.use_preset(preset)
         encoder = encoder_digest(folder)
@@ -146,12 +150,36 @@ def load_pipeline(
     return pipeline.to(device)
 
 
+def _check_configurations(folder: Path) -> None:
+    """All must be objects: a text or a number diffusers takes for the name of a repository, and asks the hub for it."""
+    for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise MemFlowError(f"--model {folder}: cannot be loaded: {path}: {_reason(error)}") from None
+        if not isinstance(content, dict):
+            raise MemFlowError(f"--model {folder}: cannot be loaded: {path}: must hold settings by name")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _text_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
     try:
         _, name = json.loads((folder / "model_index.json").read_text())["text_encoder"]
-        encoder = getattr(transformers, name).from_pretrained(folder / "text_encoder", dtype=dtype)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise MemFlowError(f"--model {folder}: its text encoder cannot be loaded: {error}") from error
+        encoder, found = getattr(transformers, name).from_pretrained(
+            folder / "text_encoder", dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (ModuleNotFoundError, MemoryError):
+        raise
+    except Exception as error:
+        raise MemFlowError(f"--model {folder}: its text encoder cannot be loaded: {_reason(error)}") from error
+    absent = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if absent:  # transformers draws them at random
+        said = f"{len(absent)} of its weights are not there, or have another size: {listed(absent)}"
+        raise MemFlowError(f"--model {folder}: its text encoder cannot be loaded: {said}")
     return encoder.to(device).eval()
 
 

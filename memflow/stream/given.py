@@ -10,6 +10,8 @@ from torch import Tensor
 
 from memflow.errors import MemFlowError
 
+_MOST = 2**20  # pixels of a side, tokens of a prompt
+
 
 def one_seed_each(seed: int | Sequence[int], batch: int) -> list[int]:
     """A seed for each of `batch` stories: those that are given, or counted on from the one."""
@@ -26,7 +28,18 @@ def whole_pixels(name: str, pixels: object, step: int) -> int:
     """A height or width that a model can make: a multiple of `step`."""
     if isinstance(pixels, bool) or not isinstance(pixels, Integral) or pixels < step or pixels % step:
         raise MemFlowError(f"{name} must be a positive multiple of {step} pixels for this model, got {pixels!r}")
+    if pixels > _MOST:
+        raise MemFlowError(f"{name} must be at most {_MOST:,} pixels, got {pixels:.0e}")
     return int(pixels)
+
+
+def check_recorded(fps: object, text_length: object, height: object, width: object) -> None:
+    """What a folder says of the model in it."""
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0.1 <= fps <= 1000:
+        raise MemFlowError(f"fps must be a number from 0.1 to 1000, got {fps!r}")
+    if isinstance(text_length, bool) or not isinstance(text_length, Integral) or not 1 <= text_length <= _MOST:
+        raise MemFlowError(f"text_length must be a whole number from 1 to {_MOST:,}, got {text_length!r}")
+    whole_pixels("height", height, 1), whole_pixels("width", width, 1)
 
 
 def check_size(size: Sequence[object]) -> None:

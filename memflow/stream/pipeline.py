@@ -29,7 +29,7 @@ from memflow.modes import own_modes
 from memflow.parallel import ALONE, Alone
 from memflow.parallel.ranks import Ranks
 from memflow.stream.chunks import ChunkDriver
-from memflow.stream.given import one_seed_each, whole_pixels
+from memflow.stream.given import check_recorded, one_seed_each, whole_pixels
 from memflow.stream.plan import Plan, prompt_texts
 from memflow.stream.sampler import DistilledSchedule
 from memflow.stream.saved import load_stream
@@ -108,6 +108,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             width=width,
             memory=dict(memory or {}),
         )
+        check_recorded(fps, text_length, height, width)
         DistilledSchedule(scheduler, denoising_steps)  # refuses what cannot work here and not in the first chunk
         self.spatial_factor = stream_decoder(vae).spatial_factor
         self.cuda_graphs = False
