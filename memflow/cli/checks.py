@@ -47,11 +47,18 @@ def check_files(request: Request, jobs: list[Job]) -> None:
             check_output(job.output)
             _keep_foreign(job.output, is_ours, request.overwrite or request.resume)
             if job.report is not None:
-                check_writable(job.report)
-                _keep_foreign(job.report, _is_report, request.overwrite)
+                check_report(job.report, request.overwrite)
         if request.save_state is not None:
             check_writable(request.save_state)
             _keep_foreign(request.save_state, _is_state, request.overwrite)
+
+
+def check_report(path: Path, overwrite: bool) -> None:
+    """Raise MemFlowError for a picture that cannot be written, or that something else has made."""
+    from memflow.output.report import is_ours
+
+    check_writable(path)
+    _keep_foreign(path, is_ours, overwrite)
 
 
 @contextmanager
@@ -73,12 +80,6 @@ def made_folder(path: Path) -> Iterator[None]:
 def _keep_foreign(path: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
     if not overwrite and path.exists() and path.stat().st_size and not is_ours(path):
         raise MemFlowError(f"{path}: is there and memflow did not make it; --overwrite replaces it")
-
-
-def _is_report(path: Path) -> bool:
-    from memflow.output.report import is_ours
-
-    return is_ours(path)
 
 
 def _is_state(path: Path) -> bool:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from memflow.cli import Interrupt
-from memflow.cli.checks import check_settings
+from memflow.cli.checks import check_report, check_settings
 from memflow.cli.options import Request, lasting, with_whole_paths
 from memflow.cli.story import Story, read_stories, settings
 from memflow.cli.terminal import bars, print_numbers, say
@@ -85,6 +85,8 @@ def _todo(request: Request, stories: list[Story], bad: list[str]) -> tuple[list[
         try:
             check_output(task.film)
             check_writable(task.record)
+            if request.report:
+                check_report(task.film.with_suffix(".png"), request.overwrite)
             if is_done(task):
                 there += 1
             else:

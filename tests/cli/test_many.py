@@ -209,6 +209,19 @@ def test_states_are_written_by_the_clock(worker, tmp_path, monkeypatch):
     assert len(saves) == 7  # after every chunk but the last
 
 
+def test_a_picture_of_somebody_else_stays(tmp_path, capsys):
+    """Where a report would be written: its story is not told, and the picture is as it was."""
+    stories = write(tmp_path / "a.jsonl", {"prompts": PROMPTS})
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "a.png").write_text("my notes")
+    command = ["generate", str(stories), "-o", str(folder), "--jobs", "1", "--report"]
+    assert main(command) == 2
+    said = f"{folder / 'a.png'}: is there and memflow did not make it; --overwrite replaces it"
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert (folder / "a.png").read_text() == "my notes" and not films(folder)
+
+
 WRONG = {
     "generate -p fox -o out --jobs 2": "need a file of stories",
     "generate two.jsonl --jobs 2": "-o FOLDER for their films",
