@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 from matplotlib.patches import Rectangle
@@ -23,12 +24,19 @@ _LINE, _GAP = 0.155, 0.06  # inches
 CALLED_HEIGHT = 1.75  # inches
 _FACE = 0.62  # from one frame to the next
 _ROWS = 2
+_LISTED, _NUMBERED = 600, 150  # prompts, at most: a picture has an end
 
 
 def size_in_inches(axes) -> tuple[float, float]:
     """(width, height)."""
     box, size = axes.get_position(), axes.figure.get_size_inches()
     return box.width * size[0], box.height * size[1]
+
+
+def scene_of(scenes: list[Scene], chunk: int) -> int | None:
+    """Which of `scenes`, in order, a chunk belongs to; None: to none."""
+    at = bisect_right(scenes, chunk, key=lambda scene: scene[0]) - 1
+    return at if at >= 0 and chunk < scenes[at][1] else None
 
 
 def fits(scenes: list[Scene], chunks: int) -> bool:
@@ -46,6 +54,8 @@ def draw_strip(axes, scenes: list[Scene], colour: Colour, numbered: bool) -> Non
         axes.axvspan(start, stop, 0, 1, facecolor=colour(number), alpha=0.16, linewidth=0)
         axes.axvspan(start, stop, 0.76 if numbered else 0.93, 1, facecolor=colour(number), linewidth=0)
         if numbered:
+            if number % -(-len(scenes) // _NUMBERED):
+                continue
             centre = {"ha": "center", "va": "center", "fontsize": 8 if len(scenes) < 50 else 6.5}
             axes.text((start + stop) / 2, 0.37, str(number + 1), color=_INK, clip_on=True, **centre)
             continue
@@ -66,10 +76,12 @@ class PromptList:
         many = len(scenes) > 24
         self._count = 3 if many else 2
         columns = int(_WIDTH / self._count * _LETTERS_PER_INCH) - 6
-        texts = [fit(prompt, columns, lines=2 if many else 4) for _, _, prompt in scenes]
+        self._more = len(scenes[_LISTED:])
+        texts = [fit(prompt, columns, lines=2 if many else 4) for _, _, prompt in scenes[:_LISTED]]
         rows = -(-len(texts) // self._count)
         self._columns = [list(enumerate(texts))[first : first + rows] for first in range(0, len(texts), rows)]
         self.height = max(sum(_height(text) for _, text in column) for column in self._columns)
+        self.height += _height("") * bool(self._more)
 
     def draw(self, axes, colour: Colour) -> None:
         """Fill `axes`, which is as high as it needs."""
@@ -84,6 +96,8 @@ class PromptList:
                 axes.text(left + 0.34, top + 0.01, str(number + 1), ha="right", **_STYLE)
                 axes.text(left + 0.42, top + 0.01, text, family=families(text), **_STYLE)
                 top += _height(text)
+        if self._more:
+            axes.text(width, height - _height(""), f"and {self._more:,} more", ha="right", **_STYLE)
 
 
 def draw_called(
@@ -116,8 +130,14 @@ def draw_called(
             tall = size * image.height / image.width
             extent = (left, left + size * per_inch, (upper - tall) / height, upper / height)
             axes.imshow(image, extent=extent, aspect="auto")
-            of = next((n for n, (begin, end, _) in enumerate(scenes) if begin <= chunk < end), number)
-            axes.plot(extent[:2], (extent[2],) * 2, color=prompt_colour(of), linewidth=2.5, solid_capstyle="butt")
+            of = scene_of(scenes, chunk)
+            axes.plot(
+                extent[:2],
+                (extent[2],) * 2,
+                color=prompt_colour(number if of is None else of),
+                linewidth=2.5,
+                solid_capstyle="butt",
+            )
             text = textwrap.shorten(words, int(_FACE * 20), placeholder="").rstrip(",")
             style = {"fontsize": 6.5, "va": "top", "color": _INK, "parse_math": False, "family": families(text)}
             axes.text(left, extent[2] - 0.03 / height, text, **style)

@@ -23,7 +23,16 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from memflow.output.lettering import families
-from memflow.output.prompts import CALLED_HEIGHT, PromptList, Scene, draw_called, draw_strip, fits, size_in_inches
+from memflow.output.prompts import (
+    CALLED_HEIGHT,
+    PromptList,
+    Scene,
+    draw_called,
+    draw_strip,
+    fits,
+    scene_of,
+    size_in_inches,
+)
 
 _PROMPT_COLOURS = (
     "#3f78b5", "#3aa68a", "#8a5fb0", "#5cbcd6", "#2c5d8a", "#8fae4a", "#b58fd0", "#1f7a6c", "#8aa2c8", "#5b4a9e",
@@ -177,7 +186,7 @@ class Timeline:
         for entry in self._entries:
             total, base = sum(held.shown for held in entry.bank), 0.0
             for held in sorted(held for held in entry.bank if held.shown):
-                number = next((n for n, (start, stop, _) in enumerate(scenes) if start <= held.chunk < stop), None)
+                number = scene_of(scenes, held.chunk)
                 colour = _FAINT if number is None else self._prompt_colour(number)
                 cells.append((entry.index, base, held.shown / total, to_rgba(colour)))
                 base += held.shown / total

@@ -15,6 +15,7 @@ from PIL import Image
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.output import lettering
 from memflow.output.lettering import fit, longest_word, missing
+from memflow.output.prompts import scene_of
 from memflow.output.report import MemoryReport, _bank
 from memflow.output.timeline import _RELEVANCE, Held, Timeline, _scenes
 
@@ -149,6 +150,22 @@ def test_every_prompt_is_in_the_picture_without_a_broken_word(chunks, per_prompt
     assert {prompt.format(number) for number in range(chunks // per_prompt)} <= set(said)
     names = {str(number + 1) for number in range(chunks // per_prompt)}
     assert chunks == 12 or sum(text in names for text in said) == 2 * len(names)  # in the strip and in the list
+
+
+def test_a_picture_of_many_prompts_has_an_end():
+    entry = record(1)._entries[0]
+    bank = [Held(chunk, 1.0, 1.0, 0.5) for chunk in range(0, 600, 100)]
+    entries = [entry._replace(index=n, prompt=f"the fox, number {n}", bank=bank) for n in range(700)]
+    figure = Timeline(entries, "A story", "", 0.75).draw()
+    said = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert figure.get_size_inches()[1] < 100
+    assert "and 100 more" in said and "the fox, number 599" in said and "the fox, number 600" not in said
+    assert {"1", "6", "696"} <= set(said)  # every fifth in the strip
+
+
+def test_the_scene_of_a_chunk():
+    scenes = [(40, 44, "a"), (44, 45, "b"), (45, 60, "a")]
+    assert [scene_of(scenes, chunk) for chunk in (0, 39, 40, 43, 44, 45, 59, 60)] == [None, None, 0, 0, 1, 2, 2, None]
 
 
 def test_colours_of_prompts_are_no_colours_of_relevance():
