@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import transformers
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_WEIGHTS
+from safetensors import safe_open
 
 from memflow.cli.options import Request, lasting
 from memflow.decoders import use_decoder
@@ -128,6 +129,7 @@ def load_pipeline(
         _check_configurations(folder)
         try:
             pipeline = MemFlowPipeline.from_pretrained(folder, dtype=dtype, text_encoder=None, local_files_only=True)
+            _check_weights(folder, transformer=pipeline.transformer, vae=pipeline.vae)
             if (folder / LORA_WEIGHTS).is_file():
                 pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
         except (ModuleNotFoundError, MemoryError):
@@ -159,6 +161,18 @@ def _check_configurations(folder: Path) -> None:
             raise MemFlowError(f"--model {folder}: cannot be loaded: {path}: {_reason(error)}") from None
         if not isinstance(content, dict):
             raise MemFlowError(f"--model {folder}: cannot be loaded: {path}: must hold settings by name")
+
+
+def _check_weights(folder: Path, **models: torch.nn.Module) -> None:
+    """A weight that no file holds has no numbers, a buffer those that it is made with."""
+    for kind, model in models.items():
+        files = list((folder / kind).glob("*.safetensors"))
+        held = {name for file in files for name in safe_open(file, framework="pt").keys()}  # noqa: SIM118
+        absent = [name for name, x in model.state_dict().items() if x.is_meta or (files and name not in held)]
+        if absent:
+            raise MemFlowError(f"{kind}: {len(absent)} of its weights are not there: {listed(absent)}")
+    if not len(models["transformer"].blocks):
+        raise MemFlowError("transformer: num_layers must be at least 1")
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memflow.errors import MemFlowError
+from memflow.memory.config import MemoryConfig
 
 _MOST = 2**20  # pixels of a side, tokens of a prompt
 
@@ -33,8 +34,9 @@ def whole_pixels(name: str, pixels: object, step: int) -> int:
     return int(pixels)
 
 
-def check_recorded(fps: object, text_length: object, height: object, width: object) -> None:
+def check_recorded(fps: object, text_length: object, height: object, width: object, memory: dict) -> None:
     """What a folder says of the model in it."""
+    MemoryConfig.from_dict(memory)
     if isinstance(fps, bool) or not isinstance(fps, Real) or not 0.1 <= fps <= 1000:
         raise MemFlowError(f"fps must be a number from 0.1 to 1000, got {fps!r}")
     if isinstance(text_length, bool) or not isinstance(text_length, Integral) or not 1 <= text_length <= _MOST:

@@ -108,7 +108,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             width=width,
             memory=dict(memory or {}),
         )
-        check_recorded(fps, text_length, height, width)
+        check_recorded(fps, text_length, height, width, memory or {})
         DistilledSchedule(scheduler, denoising_steps)  # refuses what cannot work here and not in the first chunk
         self.spatial_factor = stream_decoder(vae).spatial_factor
         self.cuda_graphs = False
