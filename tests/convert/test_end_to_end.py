@@ -89,8 +89,8 @@ def test_known_prompts_need_no_text_encoder(model, cache, tmp_path, monkeypatch,
         no_encoder(patch)
         assert generate(*STORY, "-o", second, "--model", model, *SMALL) == 0
         assert first.read_bytes() == second.read_bytes()
-        with pytest.raises(AssertionError, match="the text encoder was loaded"):
-            generate("-p", "the owl runs", "-o", second, "--model", model, *SMALL)
+        assert generate("-p", "the owl runs", "-o", second, "--model", model, *SMALL) == 2
+        assert "the text encoder was loaded" in capsys.readouterr().err
     # Another number format has entries of its own; in float16 parts of the encoder stay in float32.
     pipe = load_pipeline(str(model), torch.device("cpu"), torch.float16)
     embeds, mask = pipe.encode(["the owl sleeps"])
