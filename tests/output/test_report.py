@@ -175,10 +175,10 @@ def test_the_scene_of_a_chunk():
 
 def test_colours_of_prompts_are_no_colours_of_relevance():
     """Prompts are cold, blue over red; relevance is warm."""
-    for prompts in (3, 10, 11, 60):
-        timeline = Timeline(record(prompts, per_prompt=1)._entries, "", "", 1.0)
-        colours = [timeline._prompt_colour(number)[:3] for number in range(prompts)]
-        assert len(set(colours)) == prompts
+    for count in (3, 10, 11, 60):
+        timeline = Timeline(record(count, per_prompt=1)._entries, "", "", 1.0)
+        colours = [timeline._prompt_colour(number)[:3] for number in range(count)]
+        assert len(set(colours)) == count
         assert all(max(green, blue) > red for red, green, blue in colours)
     for share in np.linspace(0, 1, 9):
         red, green, blue, _ = _RELEVANCE(share)
