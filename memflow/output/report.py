@@ -11,7 +11,7 @@ from PIL import Image
 
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.files import write_whole
-from memflow.output.pictures import jpeg
+from memflow.output import jpeg
 
 try:
     from matplotlib import style

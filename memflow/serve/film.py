@@ -15,11 +15,11 @@ import numpy as np
 
 from memflow.errors import MemFlowError
 from memflow.files import claim
-from memflow.output.pictures import jpeg
+from memflow.output import jpeg
 from memflow.output.video import VideoWriter
 from memflow.tellers.teller import Turn
 
-_THUMBNAIL = 128, 128  # pixels at most
+_THUMBNAIL = (128, 128)  # pixels at most
 _ABOUT = {"fps", "width", "height", "frames_per_chunk"}  # what a journal must hold, in its first line and in others
 _CHUNK = {"chunk", "start_frame", "frames", "prompt", "switched"}
 _SUFFIXES = (".mp4", ".jsonl", ".safetensors")
