@@ -36,7 +36,6 @@ TESTS = {  # file -> the tests that should see a fault in it, the quickest first
         "tests/stream/test_driver_misuse.py",
         "tests/stream/test_streaming_attention.py",
         "tests/stream/test_stream.py",
-        "tests/models/test_changed_model.py",
     ],
     "memflow/stream/saved.py": ["tests/stream/test_saved.py", "tests/stream/test_stream.py"],
     "memflow/stream/sampler.py": ["tests/memory/test_guards.py", "tests/stream/test_schedule.py"],
