@@ -86,6 +86,13 @@ def test_a_position_is_a_whole_number(streaming, position):
         streaming.load_state_dict({}, {"position": position})
 
 
+def test_a_state_of_the_beginning_is_one(streaming):
+    streaming.open(1, 8, 8)
+    tensors, counters = streaming.state_dict()
+    streaming.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, counters)
+    assert streaming.position == 0
+
+
 @pytest.mark.parametrize("size", [(0, 8, 8), (1, -8, 8), (1, 8.0, 8)])
 def test_a_size_is_whole_numbers_above_0(streaming, size):
     with pytest.raises(MemFlowError, match="latents: B, h and w must be whole numbers of at least 1, got"):

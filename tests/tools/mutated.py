@@ -79,6 +79,7 @@ EQUIVALENT = [  # (file, part of its line, part of the change, why no test can s
     ("memflow/memory/held.py", "torch.cuda.synchronize", "None", "a GPU alone is waited for"),
     ("memflow/memory/held.py", "torch.where(known, -1", "1 -> 2", "any negative number is none"),
     ("memflow/memory/held.py", "torch.full_like(chosen, -1)", "1 -> 2", "every slot is written over"),
+    ("memflow/stream/chunks.py", "copy: bool = False", "False -> True", "one copy more"),
     ("memflow/memory/slots.py", "non_blocking=True", "True", "a copy waits on a GPU alone"),
     ("memflow_kernels/reference/selection.py", "FEW = 256", "", SPEED),
     ("memflow_kernels/reference/selection.py", 'score.device.type == "cpu"', "score.device", SPEED),
