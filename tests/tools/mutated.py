@@ -97,6 +97,7 @@ EQUIVALENT = [  # (file, part of its line, part of the change, why no test can s
     ),
     ("csrc/gather.cu", "GATHER_THREADS = 256", "257", SPEED),
     ("csrc/gather.cu", "static_cast<int>(head_dim / VEC)", "* VEC", "more blocks than have something to do"),
+    ("csrc/gather.cu", "int64_t rest = tokens", "- candidate_frames /", "more blocks than have something to do"),
     ("csrc/gather.cu", "blocks > INT32_MAX ||", ">= INT32_MAX", LIMIT),
     ("csrc/gather.cu", "blocks > INT32_MAX ||", ">= 65535", LIMIT),
     ("csrc/gather.cu", "if (batch < 1 ||", "batch < 1 &&", "a launch of no blocks is refused with the same code"),
