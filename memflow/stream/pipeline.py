@@ -15,7 +15,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from memflow.decoders import StreamDecoder, current_class, stream_decoder
+from memflow.decoders import current_class, stream_decoder
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.memory.config import MemoryConfig
 from memflow.models.wan.adapter import WanModel
@@ -24,7 +24,6 @@ from memflow.models.wan.graphs import require_gpu
 from memflow.models.wan.parallel import share
 from memflow.models.wan.published import PRESETS, find_preset
 from memflow.models.wan.text import PromptCache, encode_prompts, losses
-from memflow.models.weights import weights_digest
 from memflow.modes import own_modes
 from memflow.parallel import ALONE, Alone
 from memflow.parallel.ranks import Ranks
@@ -279,28 +278,6 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         driver = ChunkDriver(WanModel(self.transformer, cuda_graphs=self.cuda_graphs), memory, seeds=seeds)
         driver.open(len(seeds), height // self.spatial_factor, width // self.spatial_factor)
         return driver
-
-    def decoder(self) -> StreamDecoder:
-        """A decoder at the start of a video: latents to frames, chunk by chunk."""
-        return stream_decoder(self.vae)
-
-    def identity(self) -> dict:
-        """What a saved stream must find again: digests of the weights, and the settings that decide what comes out.
-
-        The text encoder goes by its weights where it is in memory and by its files where a `PromptCache` loads it; the
-        one says nothing about the other.
-        """
-        if self.prompts is not None:
-            text = {} if self.prompts.encoder is None else {"text_encoder_files": self.prompts.encoder}
-        else:
-            text = {} if self.text_encoder is None else {"text_encoder": weights_digest(self.text_encoder)}
-        return text | {
-            "transformer": WanModel(self.transformer).identity(),
-            "vae": f"{type(self.vae).__name__} {weights_digest(self.vae)}",
-            "denoising_steps": list(self.config.denoising_steps),
-            "sigmas": self.schedule.sigmas,
-            "dtype": str(self.transformer.dtype),
-        }
 
     def resume(self, path: str | Path) -> Stream:
         """The stream that `Stream.save` wrote to `path`; its next chunks are those of the uninterrupted one."""

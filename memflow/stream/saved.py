@@ -17,6 +17,7 @@ from torch import Tensor
 from memflow.errors import MemFlowError
 from memflow.files import write_whole
 from memflow.memory.config import MemoryConfig
+from memflow.models.weights import weights_digest
 from memflow.stream.plan import Plan
 
 FORMAT = "memflow-stream-2"
@@ -56,7 +57,7 @@ def _save(stream, path, extra: dict[str, str], tensors: dict[str, Tensor], count
         "width": stream.width,
         "counters": counters,
         "timings": stream.timings,
-        "model": stream.pipeline.identity(),
+        "model": identity_of(stream.pipeline),
         "extra": extra,
     }
     text = json.dumps(header)
@@ -65,6 +66,29 @@ def _save(stream, path, extra: dict[str, str], tensors: dict[str, Tensor], count
         write_whole(path, lambda file: _write(file, metadata, tensors))
     except OSError as error:
         raise MemFlowError(f"the state cannot be written to {path}: {error.strerror}") from error
+
+
+def identity_of(pipeline) -> dict:
+    """What a saved stream must find again: digests of the weights, and the settings that decide what comes out.
+
+    The text encoder goes by its weights where it is in memory and by its files where a `PromptCache` loads it; the
+    one says nothing about the other.
+    """
+    from memflow.models.wan.adapter import WanModel  # the command reads headers before any model library is there
+
+    text, encoder, vae = {}, pipeline.text_encoder, pipeline.vae
+    if pipeline.prompts is not None:
+        if pipeline.prompts.encoder is not None:
+            text = {"text_encoder_files": pipeline.prompts.encoder}
+    elif encoder is not None:
+        text = {"text_encoder": weights_digest(encoder)}
+    return text | {
+        "transformer": WanModel(pipeline.transformer).identity(),
+        "vae": f"{type(vae).__name__} {weights_digest(vae)}",
+        "denoising_steps": list(pipeline.config.denoising_steps),
+        "sigmas": pipeline.schedule.sigmas,
+        "dtype": str(pipeline.transformer.dtype),
+    }
 
 
 def read_header(path, *, digest: bool = True) -> dict:
@@ -92,7 +116,7 @@ def load_stream(pipeline, path, make: Callable):
         MemFlowError: as `read_header`; another model; or a state that no stream could have saved.
     """
     header, tensors = _read(path, digest=True)
-    identity = pipeline.identity()
+    identity = identity_of(pipeline)
     saved = header["model"]
     names = {*identity, *saved} - ({*_ENCODER} - ({*identity} & {*saved}))
     differing = sorted(name for name in names if identity.get(name) != saved.get(name))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memflow.decoders import stream_decoder
 from memflow.errors import MemFlowError
 from memflow.models.wan.text import token_words
 from memflow.modes import own_modes
@@ -22,7 +23,8 @@ from memflow.stream.words import called_by
 
 if TYPE_CHECKING:
     from memflow.memory.config import MemoryConfig
-    from memflow.memory.frames import FrameMemory, MemorySnapshot
+    from memflow.memory.frames import FrameMemory
+    from memflow.memory.views import MemorySnapshot
     from memflow.stream.chunks import ChunkDriver
 
 
@@ -80,7 +82,7 @@ class Stream(Iterator[Chunk]):
         self.timings = {"text": 0.0, "loop": 0.0, "decode": 0.0}
         self.driver: ChunkDriver = pipeline.driver(config, self.seeds, height, width)
         self.latent_shape = (self.driver.model.channels, config.frames_per_chunk, *self.driver.size[1:])
-        self.decoder = pipeline.decoder()
+        self.decoder = stream_decoder(pipeline.vae)
         self.ranks = self.driver.model.ranks
         self._lock = threading.RLock()
 

@@ -17,7 +17,7 @@ from memflow.errors import MemFlowError
 from memflow.stream.plan import prompt_texts
 
 if TYPE_CHECKING:
-    from memflow.memory.frames import MemorySnapshot
+    from memflow.memory.views import MemorySnapshot
     from memflow.stream.pipeline import MemFlowPipeline
     from memflow.stream.stream import Chunk, Stream
 

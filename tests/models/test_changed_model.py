@@ -18,6 +18,7 @@ from memflow.models.wan import graphs
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.changes import refuse_hooks, text_version
 from memflow.models.weights import weights_digest
+from memflow.stream.saved import identity_of
 from memflow_bench.untrained import noise_pipeline
 
 STORY, SMALL = ["a red boat", "an owl"], {"height": 32, "width": 32, "seconds_per_prompt": 3 * 0.75}
@@ -137,7 +138,7 @@ def test_a_state_is_not_resumed_with_other_weights(pipe, lora, change, tmp_path)
     stream = pipe.stream(STORY, **SMALL)
     next(stream)
     stream.save(tmp_path / "state")
-    pipe.identity()
+    identity_of(pipe)
     change(pipe, lora)
     with pytest.raises(MemFlowError, match="saved with another model, it differs in: transformer"):
         pipe.resume(tmp_path / "state")

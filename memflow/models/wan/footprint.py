@@ -23,7 +23,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from memflow.decoders.wan import WanDecoder
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import Prompt, make_memory
+from memflow.memory.frames import make_memory
+from memflow.memory.views import Prompt
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.checkpoints import kept_dtype
 from memflow.models.wan.float8 import float8_linears
