@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +19,7 @@ from memflow.cli.story import Job, jobs, settings
 from memflow.cli.terminal import Lines, bars, print_numbers, say
 from memflow.errors import MemFlowError
 from memflow.output.video import VideoWriter, marked
-from memflow.parallel import ALONE, Alone, launched
+from memflow.parallel import Alone, together
 
 
 @dataclass
@@ -79,9 +79,7 @@ class Unseen:
 
 def generate(request: Request) -> int:
     """Make the videos of `request`; returns the exit code, 0 or (after Ctrl-C) 130. MemFlowError says what is wrong."""
-    if launched():
-        from memflow.parallel.joining import meet  # and torch with it
-    with meet(request.device) if launched() else nullcontext(ALONE) as ranks:
+    with together(request.device) as ranks:
         todo = ranks.from_first(lambda: jobs(request))
         console = Console(stderr=True, highlight=False, markup=False, quiet=not ranks.first)
         films: list[Film] = []
