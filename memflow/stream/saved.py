@@ -141,7 +141,7 @@ def load_stream(pipeline, path, make: Callable):
         if "history" in tensors and tensors["history"].dtype != torch.float32:
             raise ValueError(f"history must be torch.float32, got {tensors['history'].dtype}")
         stream.driver.load_state_dict(tensors, header["counters"])
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # the digest was right: somebody made this file
         reason = f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, IndexError)) else str(error)

@@ -171,6 +171,18 @@ def test_other_versions_are_named(toy, state, tmp_path, form, sentence):
     assert sentence in outcome(toy, path, expected)
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_state_is_not_blamed_for_want_of_memory(toy, state, tmp_path, error):
+    """Whoever resumes it would throw it away, and tell the story anew."""
+    (tmp_path / "state").write_bytes(state[0])
+
+    def make(*_, **__):
+        raise error("81 GiB")
+
+    with pytest.raises(error, match="81 GiB"):
+        saved.load_stream(toy, tmp_path / "state", make)
+
+
 def test_a_pipe_is_no_state(toy, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(MemFlowError, match="it is not a regular file"):
