@@ -53,15 +53,6 @@ class FrameMemory:
     extra_slots = 0
     padding_counts = False  # in relevance
     counters: ClassVar[tuple[str, ...]] = ("bank_used", "updated_for")  # whole numbers of a state
-    kinds: ClassVar[list[type[FrameMemory]]] = []  # the memories that serve some settings in this one's place
-
-    def __init_subclass__(cls) -> None:
-        FrameMemory.kinds.append(cls)
-
-    @classmethod
-    def serves(cls, config: MemoryConfig) -> bool:
-        """Whether settings `config` ask for this kind of memory."""
-        return True
 
     def __init__(
         self,
@@ -290,7 +281,11 @@ def make_memory(config: MemoryConfig, **sizes) -> FrameMemory:
         >>> memory.pool.key.shape  # layers, batch, tokens of all slots, heads, head_dim
         torch.Size([2, 1, 108, 2, 24])
     """
-    for name in ("held", "published"):  # they build on this module and enter themselves in `kinds`
-        import_module(f"memflow.memory.{name}")
-    kind = next((kind for kind in FrameMemory.kinds if kind.serves(config)), FrameMemory)
-    return kind(config, **sizes)
+    if config.published_mode is not None:
+        kind = "published", "PublishedMemory"
+    elif config.held_frames is not None or config.keeps_all:
+        kind = "held", "HeldMemory"
+    else:
+        return FrameMemory(config, **sizes)
+    # By name: they build on this module.
+    return getattr(import_module(f"memflow.memory.{kind[0]}"), kind[1])(config, **sizes)

@@ -26,10 +26,6 @@ class HeldMemory(FrameMemory):
     shown: [layers, B, bank] numbers in the bank slots, -1 = empty.
     """
 
-    @classmethod
-    def serves(cls, config: MemoryConfig) -> bool:
-        return config.published_mode is None and (config.held_frames is not None or config.keeps_all)
-
     def __init__(self, config: MemoryConfig, **shape):
         self.extra_slots = config.held_frames or 0
         super().__init__(config, **shape)

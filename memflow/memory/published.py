@@ -22,10 +22,6 @@ class PublishedMemory(FrameMemory):
     padding_counts = True
     counters = ("bank_used", "pending_frame", "pending_is_new", "recorded", "text_known")
 
-    @classmethod
-    def serves(cls, config: MemoryConfig) -> bool:
-        return config.published_mode is not None
-
     def __init__(self, config: MemoryConfig, **shape):
         super().__init__(config, **shape)
         bank = config.bank_frames
