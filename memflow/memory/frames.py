@@ -19,7 +19,7 @@ from memflow.memory.attention import Pass
 from memflow.memory.places import Rotation
 from memflow.memory.policies import POLICIES, Held
 from memflow.memory.slots import FramePool, RelativeFramePool, copy_exactly, note_frame
-from memflow.memory.views import Prompt, Scores, policy_view, snapshot_of
+from memflow.memory.views import Prompt, policy_view, relevance_of, snapshot_of
 from memflow.parallel import ALONE, Alone
 from memflow.parallel.ranks import require_division
 
@@ -106,7 +106,6 @@ class FrameMemory:
         self.updated_for = -1
         self.scene_starts = torch.zeros(0, dtype=torch.int64, device=device)
         self.policy = POLICIES[config.policy]()
-        self.scores = Scores(config, self.pool)
         self.seeds = torch.tensor(list(seeds) or [0] * batch, dtype=torch.int64, device=device)
 
     # -- one chunk ---------------------------------------------------------------------------------------------------
@@ -240,7 +239,7 @@ class FrameMemory:
 
         Padding tokens do not count.
         """
-        return self.scores.of_frames(prompt, self.held_means, *self._used_slots(), padding=self.padding_counts)
+        return relevance_of(self, prompt, self.held_means, *self._used_slots())
 
     def held_means(self) -> Tensor:
         """[layers, B, n, H, D]: mean keys of the frames held."""
@@ -260,7 +259,7 @@ class FrameMemory:
         slot = self.pool.slot_of(prototype)
         means = lambda: self.pool.means(slot, 1)  # noqa: E731
         frames = torch.full_like(self.shown[..., :1], prototype)
-        return policy_view(self, frames, means, lambda: self.scores.of_frames(prompt, means, slot, 1))
+        return policy_view(self, frames, means, lambda: relevance_of(self, prompt, means, slot, 1))
 
     def _candidates(self, start: int, stop: int, bank: int) -> int:
         # While the sink itself is being made its frames are the chunk's own: all of them are seen.

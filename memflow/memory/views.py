@@ -4,6 +4,7 @@ snapshot."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,9 +16,7 @@ from memflow.memory.policies import Held
 from memflow_kernels import prompt_relevance
 
 if TYPE_CHECKING:
-    from memflow.memory.config import MemoryConfig
     from memflow.memory.frames import FrameMemory
-    from memflow.memory.slots import FramePool
 
 
 class Prompt(NamedTuple):
@@ -53,44 +52,34 @@ class MemorySnapshot(NamedTuple):
     words: Sequence[dict[int, list[str]]] = ()
 
 
-class Scores:
-    """How much a prompt calls for frames, as the layers see it.
+def relevance_of(
+    memory: FrameMemory, prompt: Prompt, means: Callable[[], Tensor], first_slot: int, count: int
+) -> Tensor:
+    """[layers, B, count] float32: relevance of the frames in the pool's slots from `first_slot` on, as the layers voted
+    on it. means: call it for their mean keys, [layers, B, count, H, D]."""
+    key, pool, aggregate = prompt.key, memory.pool, memory.config.aggregate
+    mask = None if memory.padding_counts else prompt.mask.repeat(len(key), 1)
+    if aggregate == "mean":
+        scores = prompt_relevance(key.flatten(0, 1), frame_mean=means().flatten(0, 1), text_mask=mask)
+    else:
+        about = {"tokens_per_frame": pool.tokens_per_frame, "text_mask": mask, "aggregate": aggregate}
+        mine = pool.ranks.mine(key).flatten(0, 1)
+        scores = pool.ranks.mean(prompt_relevance(mine, pool.keys(first_slot, count), **about))
+    return _vote(memory, scores.unflatten(0, key.shape[:2]))
 
-    Args:
-        config: how relevance is summed up, and whether layers vote.
-        pool: where the frames are.
-    """
 
-    def __init__(self, config: MemoryConfig, pool: FramePool):
-        self.config, self.pool = config, pool
+def _token_relevance(memory: FrameMemory, prompt: Prompt) -> Tensor:
+    """[layers, B, T, n] float32: relevance of what is held to each token, as the layers voted on it; 0 for padding."""
+    key, mask, means = prompt.key, prompt.mask.repeat(len(prompt.key), 1), memory.held_means().flatten(0, 1)
+    scores = prompt_relevance(key.flatten(0, 1), frame_mean=means, text_mask=mask, aggregate="token")
+    return _vote(memory, scores.unflatten(0, key.shape[:2]))
 
-    def of_frames(
-        self, prompt: Prompt, means: Callable[[], Tensor], first_slot: int, count: int, *, padding: bool = False
-    ) -> Tensor:
-        """[layers, B, count] float32: relevance of the frames in the slots from `first_slot` on, as the layers voted
-        on it. means: call it for their mean keys, [layers, B, count, H, D]. padding: tokens of padding count too."""
-        key, pool, aggregate = prompt.key, self.pool, self.config.aggregate
-        mask = None if padding else prompt.mask.repeat(len(key), 1)
-        if aggregate == "mean":
-            scores = prompt_relevance(key.flatten(0, 1), frame_mean=means().flatten(0, 1), text_mask=mask)
-        else:
-            about = {"tokens_per_frame": pool.tokens_per_frame, "text_mask": mask, "aggregate": aggregate}
-            mine = pool.ranks.mine(key).flatten(0, 1)
-            scores = pool.ranks.mean(prompt_relevance(mine, pool.keys(first_slot, count), **about))
-        return self.vote(scores.unflatten(0, key.shape[:2]))
 
-    def of_tokens(self, prompt: Prompt, means: Tensor) -> Tensor:
-        """[layers, B, T, n] float32: relevance of frames with the mean keys `means` [layers, B, n, H, D] to each token,
-        as the layers voted on it; 0 for padding."""
-        key, mask = prompt.key, prompt.mask.repeat(len(prompt.key), 1)
-        scores = prompt_relevance(key.flatten(0, 1), frame_mean=means.flatten(0, 1), text_mask=mask, aggregate="token")
-        return self.vote(scores.unflatten(0, key.shape[:2]))
-
-    def vote(self, scores: Tensor) -> Tensor:
-        """[layers, ...] as they are, or their mean over all layers but the first in every layer."""
-        if self.config.layers == "each" or len(scores) == 1:
-            return scores
-        return scores[1:].mean(0, keepdim=True).expand_as(scores)
+def _vote(memory: FrameMemory, scores: Tensor) -> Tensor:
+    """[layers, ...] as they are, or their mean over all layers but the first in every layer."""
+    if memory.config.layers == "each" or len(scores) == 1:
+        return scores
+    return scores[1:].mean(0, keepdim=True).expand_as(scores)
 
 
 def policy_view(
@@ -102,12 +91,12 @@ def policy_view(
     turned = memory.config.positions == "absolute" and memory.rotation is not None
     at_zero = (lambda: place_keys(means(), -frames, memory.rotation)) if turned else means
     scene = lambda: torch.bucketize(frames.contiguous(), memory.scene_starts, right=True)  # noqa: E731
-    held = Held(frames, at_zero, relevance, memory.scores.vote, memory.seeds, scene)
+    held = Held(frames, at_zero, relevance, partial(_vote, memory), memory.seeds, scene)
     if prompt is None:
         return held
     preferred, mask = memory.config.scene_frame, prompt.mask.float()
     return held._replace(
-        token_relevance=lambda: memory.scores.of_tokens(prompt, memory.held_means()),
+        token_relevance=lambda: _token_relevance(memory, prompt),
         token_weight=mask / mask.sum(1, keepdim=True).clamp(min=1),
         passed_over=None if preferred == "any" else lambda: passed_over(frames, scene(), preferred),
     )
@@ -120,9 +109,7 @@ def snapshot_of(memory: FrameMemory, stop: int, prompt: Prompt) -> MemorySnapsho
     by_token = torch.full((*held.shape, tokens), torch.nan)
     if here.any():
         relevance[here] = memory.relevance(prompt).float().cpu().flatten()
-        by_token[here] = (
-            memory.scores.of_tokens(prompt, memory.held_means()).float().cpu().transpose(2, 3).reshape(-1, tokens)
-        )
+        by_token[here] = _token_relevance(memory, prompt).float().cpu().transpose(2, 3).reshape(-1, tokens)
     shown, spans = memory.shown.cpu().numpy().copy(), memory.pool.sink_and_window(stop)
     return MemorySnapshot(held.numpy().copy(), relevance.numpy(), shown, *spans, by_token.transpose(2, 3).numpy())
 
