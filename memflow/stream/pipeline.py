@@ -15,7 +15,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from memflow.decoders import current_class, stream_decoder
+from memflow.decoders import StreamDecoder, current_class, stream_decoder
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.memory.config import MemoryConfig
 from memflow.models.wan.adapter import WanModel
@@ -261,14 +261,9 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         batch = len(prompts[0]) if isinstance(prompts[0], (list, tuple)) else 1
         texts = [prompt_texts(prompt, batch) for prompt in prompts]
         height, width = self.whole_size(height, width)
-        stream = Stream(
-            self,
-            plan=Plan(texts, self.chunks_for(seconds_per_prompt)),
-            config=self.memory_config if memory is None else memory,
-            seeds=one_seed_each(seed, batch),
-            height=height,
-            width=width,
-        )
+        plan, seeds = Plan(texts, self.chunks_for(seconds_per_prompt)), one_seed_each(seed, batch)
+        config = self.memory_config if memory is None else memory
+        stream = Stream(self, plan=plan, config=config, seeds=seeds, height=height, width=width)
         self.warn_of_losses(text for row in texts for text in row)
         return stream
 
@@ -279,9 +274,13 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         driver.open(len(seeds), height // self.spatial_factor, width // self.spatial_factor)
         return driver
 
+    def decoder(self) -> StreamDecoder:
+        """A decoder at the start of a video: latents to frames, chunk by chunk."""
+        return stream_decoder(self.vae)
+
     def resume(self, path: str | Path) -> Stream:
         """The stream that `Stream.save` wrote to `path`; its next chunks are those of the uninterrupted one."""
-        return load_stream(self, path, Stream)
+        return load_stream(self, path, Stream, WanModel)
 
     def __call__(self, prompts: Sequence[str] | Sequence[Sequence[str]], **settings: Any) -> MemFlowOutput:
         """The whole video at once. Arguments as in `stream`."""

@@ -9,6 +9,7 @@ import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,9 @@ from memflow.files import write_whole
 from memflow.memory.config import MemoryConfig
 from memflow.models.weights import weights_digest
 from memflow.stream.plan import Plan
+
+if TYPE_CHECKING:
+    from memflow.models.base import VideoModel
 
 FORMAT = "memflow-stream-2"
 _DTYPES = {
@@ -57,7 +61,7 @@ def _save(stream, path, extra: dict[str, str], tensors: dict[str, Tensor], count
         "width": stream.width,
         "counters": counters,
         "timings": stream.timings,
-        "model": identity_of(stream.pipeline),
+        "model": identity_of(stream.pipeline, stream.driver.model),
         "extra": extra,
     }
     text = json.dumps(header)
@@ -68,14 +72,12 @@ def _save(stream, path, extra: dict[str, str], tensors: dict[str, Tensor], count
         raise MemFlowError(f"the state cannot be written to {path}: {error.strerror}") from error
 
 
-def identity_of(pipeline) -> dict:
+def identity_of(pipeline, model: VideoModel) -> dict:
     """What a saved stream must find again: digests of the weights, and the settings that decide what comes out.
 
     The text encoder goes by its weights where it is in memory and by its files where a `PromptCache` loads it; the
     one says nothing about the other.
     """
-    from memflow.models.wan.adapter import WanModel  # the command reads headers before any model library is there
-
     text, encoder, vae = {}, pipeline.text_encoder, pipeline.vae
     if pipeline.prompts is not None:
         if pipeline.prompts.encoder is not None:
@@ -83,7 +85,7 @@ def identity_of(pipeline) -> dict:
     elif encoder is not None:
         text = {"text_encoder": weights_digest(encoder)}
     return text | {
-        "transformer": WanModel(pipeline.transformer).identity(),
+        "transformer": model.identity(),
         "vae": f"{type(vae).__name__} {weights_digest(vae)}",
         "denoising_steps": list(pipeline.config.denoising_steps),
         "sigmas": pipeline.schedule.sigmas,
@@ -104,19 +106,20 @@ def read_header(path, *, digest: bool = True) -> dict:
     return _read(path, digest)[0]
 
 
-def load_stream(pipeline, path, make: Callable):
+def load_stream(pipeline, path, make: Callable, model: Callable[..., VideoModel]):
     """The stream that was saved to `path`.
 
     Args:
         pipeline: holds the model that it was saved with.
         path: the file.
         make: `Stream`.
+        model: makes the `VideoModel` of a transformer.
 
     Raises:
         MemFlowError: as `read_header`; another model; or a state that no stream could have saved.
     """
     header, tensors = _read(path, digest=True)
-    identity = identity_of(pipeline)
+    identity = identity_of(pipeline, model(pipeline.transformer))
     saved = header["model"]
     names = {*identity, *saved} - ({*_ENCODER} - ({*identity} & {*saved}))
     differing = sorted(name for name in names if identity.get(name) != saved.get(name))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memflow.decoders import stream_decoder
 from memflow.errors import MemFlowError
 from memflow.models.wan.text import token_words
 from memflow.modes import own_modes
@@ -82,7 +81,7 @@ class Stream(Iterator[Chunk]):
         self.timings = {"text": 0.0, "loop": 0.0, "decode": 0.0}
         self.driver: ChunkDriver = pipeline.driver(config, self.seeds, height, width)
         self.latent_shape = (self.driver.model.channels, config.frames_per_chunk, *self.driver.size[1:])
-        self.decoder = stream_decoder(pipeline.vae)
+        self.decoder = pipeline.decoder()
         self.ranks = self.driver.model.ranks
         self._lock = threading.RLock()
 

@@ -13,6 +13,7 @@ import torch
 
 from memflow import MemFlowError
 from memflow.memory import MemoryConfig
+from memflow.models.wan.adapter import WanModel
 from memflow.stream import saved
 
 CHUNK_SECONDS = 0.75
@@ -180,7 +181,7 @@ def test_a_state_is_not_blamed_for_want_of_memory(toy, state, tmp_path, error):
         raise error("81 GiB")
 
     with pytest.raises(error, match="81 GiB"):
-        saved.load_stream(toy, tmp_path / "state", make)
+        saved.load_stream(toy, tmp_path / "state", make, WanModel)
 
 
 def test_a_pipe_is_no_state(toy, tmp_path):
