@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from rich.console import Console
 from rich.text import Text
@@ -29,7 +28,7 @@ class Film:
     wall: seconds."""
 
     job: Job
-    video: VideoWriter | Unseen
+    video: VideoWriter
     before: int
     stop: int | None
     length: int
@@ -56,25 +55,6 @@ class Film:
     def save(self, stream, extra: dict[str, str]) -> None:
         stream.save(os.path.realpath(self.state), extra | self.video.mark)  # a link stays one
         self.saved = stream.position
-
-
-class Unseen:
-    """The video in a process that makes a story with others and is not the one that writes it."""
-
-    frames = 0
-    mark: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, fps: float):
-        self.fps = fps
-
-    def __enter__(self) -> Unseen:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def write(self, frames: object) -> None:
-        pass
 
 
 def generate(request: Request) -> int:
@@ -162,7 +142,7 @@ def _stream(pipe, job: Job, request: Request):
 def _film(stream, job: Job, request: Request, console: Console) -> Film:
     """The film that `stream` makes: a new one, or one that goes on."""
     if not stream.ranks.first:
-        video = Unseen(stream.pipeline.fps)
+        video = VideoWriter(None, stream.pipeline.fps)  # the first process writes; nothing comes here
     elif job.story is not None or not job.output.exists():
         video = VideoWriter(job.output, stream.pipeline.fps)
         if job.story is None:
@@ -211,7 +191,8 @@ def _make(
                 line = Text(f"{minutes}:{seconds:02d}  {shown(' '.join(chunk.prompts[0].split()))}")
                 line.truncate(bar.console.width, overflow="ellipsis")
                 bar.console.print(line, style="dim")
-            writing = writer.submit(video.write, chunk.frames[0].numpy())
+            if ranks.first:
+                writing = writer.submit(video.write, chunk.frames[0].numpy())
             snapshot = stream.snapshot() if film.job.report else None
             if report is not None:
                 report.add(chunk, snapshot)
