@@ -163,6 +163,10 @@ def test_other_files_are_refused_by_name(tmp_path):
     for name in ("x.pth", "missing.pth", "missing.safetensors"):
         with pytest.raises(MemFlowError, match="cannot be read as a checkpoint"):
             TinyVideoDecoder.from_original(tmp_path / name)
+    for content in ([1], torch.zeros(2), {1: torch.zeros(2)}, {"decoder.1.weight": "x"}):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(MemFlowError, match=r"cannot be read as a checkpoint|not a TAEHV decoder"):
+            TinyVideoDecoder.from_original(tmp_path / "x.pth")
 
 
 # -- in the pipeline ---------------------------------------------------------------------------------------------------
