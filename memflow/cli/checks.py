@@ -45,8 +45,10 @@ def check_files(request: Request, jobs: list[Job]) -> None:
             check_output(job.output)
             _keep_foreign(job.output, is_ours, request.overwrite or request.resume)
             if job.report is not None:
+                from memflow.output.report import is_ours as is_report
+
                 check_writable(job.report)
-                _keep_foreign(job.report, _is_report, request.overwrite)
+                _keep_foreign(job.report, is_report, request.overwrite)
         if request.save_state is not None:
             check_writable(request.save_state)
             _keep_foreign(request.save_state, _is_state, request.overwrite)
@@ -71,12 +73,6 @@ def made_folder(path: Path) -> Iterator[None]:
 def _keep_foreign(path: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
     if not overwrite and path.exists() and path.stat().st_size and not is_ours(path):
         raise MemFlowError(f"{path}: is there and memflow did not make it; --overwrite replaces it")
-
-
-def _is_report(path: Path) -> bool:
-    from memflow.output.report import is_ours
-
-    return is_ours(path)
 
 
 def _is_state(path: Path) -> bool:

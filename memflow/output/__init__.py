@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memflow.errors import MemFlowError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def check_writable(path: str | Path, *suffixes: str) -> None:
@@ -53,3 +58,14 @@ def check_regular(path: str | Path) -> None:
         raise MemFlowError(f"{path}: is a folder, a file is needed")
     if not stat.S_ISREG(mode):
         raise MemFlowError(f"{path}: is not a regular file (a pipe or a device)")
+
+
+def jpeg(frame: np.ndarray, quality: int, most: tuple[int, int] | None = None) -> bytes:
+    """A frame, uint8 [H, W, 3], as JPEG; no larger than `most`, (width, height) in pixels."""
+    from PIL import Image
+
+    image, file = Image.fromarray(frame), io.BytesIO()
+    if most is not None:
+        image.thumbnail(most)
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()

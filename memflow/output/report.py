@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from memflow.errors import MemFlowError, MemFlowWarning
+from memflow.output import jpeg
 from memflow.output.lettering import missing
 from memflow.output.timeline import Entry, Held, Timeline
 
@@ -69,7 +69,7 @@ class MemoryReport:
             Entry(
                 index=chunk.index,
                 prompt=chunk.prompts[0],
-                thumbnail=_thumbnail(np.asarray(chunk.frames[0, 0])),
+                thumbnail=jpeg(np.asarray(chunk.frames[0, 0]), 85, _THUMBNAIL),
                 bank=_bank(snapshot, frames_per_chunk),
                 sink=_span(snapshot.sink, frames_per_chunk),
                 window=_span(snapshot.window, frames_per_chunk),
@@ -126,14 +126,6 @@ def _called(snapshot, frames_per_chunk: int) -> list[tuple[int, str]]:
 
 def _span(frames: list[int], frames_per_chunk: int) -> tuple[int, int]:
     return (min(frames) // frames_per_chunk, max(frames) // frames_per_chunk + 1) if frames else (0, 0)
-
-
-def _thumbnail(frame: np.ndarray) -> bytes:
-    image = Image.fromarray(frame)
-    image.thumbnail(_THUMBNAIL)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return file.getvalue()
 
 
 def _attended(config) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import time
@@ -13,14 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from memflow.errors import MemFlowError
 from memflow.files import claim
+from memflow.output import jpeg
 from memflow.output.video import VideoWriter
 from memflow.tellers.teller import Turn
 
-_THUMBNAIL = 128  # pixels, the longer side
+_THUMBNAIL = (128, 128)  # pixels at most
 _SUFFIXES = (".mp4", ".jsonl", ".safetensors")
 
 
@@ -102,13 +101,13 @@ class Film:
         chunk, start, began = turn.chunk, self.video.frames, time.perf_counter()
         frames = chunk.frames[0].numpy()
         data = self.video.write(frames)
-        images = [_jpeg(frame, 80) for frame in frames] if format == "jpeg" else []
+        images = [jpeg(frame, 80) for frame in frames] if format == "jpeg" else []
         about: dict[str, Any] = {"chunk": chunk.index, "start_frame": start, "frames": len(frames)}
         about |= {"prompt": chunk.prompts[0], "switched": chunk.switched, "dropped_event_ids": list(turn.dropped)}
         about["generate_ms"] = round(generate_ms, 1)
         if report:
             about["memory"] = memory_of(turn.snapshot, self.about["frames_per_chunk"])
-            about["thumbnail"] = "data:image/jpeg;base64," + base64.b64encode(_thumbnail(frames[0])).decode()
+            about["thumbnail"] = "data:image/jpeg;base64," + base64.b64encode(jpeg(frames[0], 70, _THUMBNAIL)).decode()
         about["encode_ms"] = round((time.perf_counter() - began) * 1e3, 1)
         try:
             self._write(about)
@@ -201,15 +200,3 @@ def memory_of(snapshot, frames_per_chunk: int) -> dict[str, Any]:
             }
         )
     return {"held": frames, "sink": [int(n) for n in snapshot.sink], "window": [int(n) for n in snapshot.window]}
-
-
-def _thumbnail(frame: np.ndarray) -> bytes:
-    image = Image.fromarray(frame)
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return _jpeg(np.asarray(image), 70)
-
-
-def _jpeg(frame: np.ndarray, quality: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, "JPEG", quality=quality)
-    return file.getvalue()
