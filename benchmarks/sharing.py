@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import nullcontext
 from typing import NamedTuple
 
 FRAMES, TOKENS = 3, 4680  # of a chunk at 480 x 832
@@ -186,11 +185,10 @@ def main() -> None:
     if len(sys.argv) == 1:
         print(tables(), end="")
         return
-    from memflow.parallel import ALONE, launched
-    from memflow.parallel.joining import meet
+    from memflow.parallel import together
 
     size = next(size for size in SIZES if size.name == sys.argv[1])
-    with meet(None) if launched() else nullcontext(ALONE) as ranks:
+    with together(None) as ranks:
         found = measure(size, ranks)
         if ranks.first:
             sending = sent(size, ranks.size) / found["exchange"] / 1e9 if ranks.size > 1 else 0.0

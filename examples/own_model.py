@@ -12,8 +12,8 @@ from torch import nn
 
 from memflow import ChunkDriver, MemoryConfig
 from memflow.memory.attention import attend_with_memory
-from memflow.memory.frames import Prompt
 from memflow.memory.places import Rotation
+from memflow.memory.views import Prompt
 from memflow.models.weights import weights_digest
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memflow.errors import MemFlowError
     from memflow.memory.config import MemoryConfig
-    from memflow.memory.frames import MemorySnapshot
+    from memflow.memory.views import MemorySnapshot
     from memflow.stream.chunks import ChunkDriver
     from memflow.stream.pipeline import MemFlowPipeline
     from memflow.stream.stream import Chunk, Stream
@@ -32,7 +32,7 @@ _HOME = {
     "MemFlowError": "memflow.errors",
     "MemFlowPipeline": "memflow.stream.pipeline",
     "MemoryConfig": "memflow.memory.config",
-    "MemorySnapshot": "memflow.memory.frames",
+    "MemorySnapshot": "memflow.memory.views",
     "Stream": "memflow.stream.stream",
 }
 

@@ -17,6 +17,10 @@ class MemFlowError(ValueError):
     """
 
 
+class OutOfMemory(MemFlowError):
+    """A story that this machine, or its GPU, has no room for."""
+
+
 class MemFlowWarning(UserWarning):
     """Something the user gave is not used as it stands: a prompt that is cut, a word that the model does not know."""
 

@@ -88,32 +88,33 @@ def _activation(lines: list[dict]) -> Iterator[str]:
 
 def _endless(lines: list[dict]) -> Iterator[str]:
     labels = [label for label in RULES if any(line["about"]["rule"] == label for line in lines)]
-    yield "| scenes | " + " | ".join(f"{label}: place | colour" for label in labels) + " |"
-    yield "|---|" + "---|" * 2 * len(labels)
+    measures = ("place", "colour", "first colour")
+    yield "Place and colour in the last chunk of a scene, and the colour in its first, before the window copies it on."
+    yield ""
+    yield f"| scenes | {' | '.join(f'{label}: place | colour | first colour' for label in labels)} |"
+    yield "|---|" + "---|" * len(measures) * len(labels)
     for (scenes,), group in _groups(lines, ("scenes",)):
-        cells = [_by_rule(group, label, name) for label in labels for name in ("place", "colour")]
-        yield (
-            f"| {scenes} | "
-            + " | ".join(f"{found.hits} of {found.count}" if found.count else "" for found in cells)
-            + " |"
-        )
+        cells = [_by_rule(group, label, name) for label in labels for name in measures]
+        counts = (f"{found.hits} of {found.count}" if found.count else "" for found in cells)
+        yield f"| {scenes} | {' | '.join(counts)} |"
     yield ""
-    yield "Colours right, by character; the story is the same under every rule."
+    yield "Colours right by character, last and first chunk; the story is the same under every rule."
     yield ""
-    yield f"| character | {' | '.join(labels)} |"
-    yield "|---|" + "---|" * len(labels)
+    yield f"| character | {' | '.join(f'{label}: last | first' for label in labels)} |"
+    yield "|---|" + "---|" * 2 * len(labels)
     for number, name in enumerate(NAMES):
-        yield f"| {name} | {' | '.join(_of_character(lines, label, number) for label in labels)} |"
+        cells = [_of_character(lines, label, number, measure) for label in labels for measure in measures[1:]]
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
-def _of_character(lines: list[dict], label: str, number: int) -> str:
+def _of_character(lines: list[dict], label: str, number: int, measure: str) -> str:
     scenes, found = endless_script().scenes, []
     for line in lines:
         if line["about"]["rule"] == label:
             first = int(line["about"]["scenes"].split()[0])
-            told = zip(scenes[first:], line["outcomes"]["colour"], strict=False)
+            told = zip(scenes[first:], line["outcomes"].get(measure, ""), strict=False)
             found += [right == "1" for scene, right in told if scene.name == number]
-    return f"{sum(found)} of {len(found)}"
+    return f"{sum(found)} of {len(found)}" if found else ""
 
 
 _TABLES = {"retrieval": _retrieval, "generated": _generated, "activation": _activation, "endless": _endless}

@@ -55,8 +55,8 @@ def _key(about: dict) -> str:
 
 
 def share(lines: list[dict], measure: str) -> Share:
-    """Of all returns in `lines`."""
-    values = "".join(line["outcomes"][measure] for line in lines)
+    """Of all returns in `lines`; earlier lines may lack a measure."""
+    values = "".join(line["outcomes"].get(measure, "") for line in lines)
     return Share(values.count("1"), len(values))
 
 

@@ -84,8 +84,9 @@ def endless_script(scenes: int = 1000) -> Script:
 def tell_endless(
     pipeline, results: Results, *, rule: str = BETTER, scenes: int = 1000, state: Path | None = None
 ) -> None:
-    """A story of `scenes` scenes of five chunks: whether place and colour are right at the end of each scene. A line
-    per hundred scenes; `state` keeps the stream in between."""
+    """A story of `scenes` scenes of five chunks: whether place and colour are right at the end of each scene, and the
+    colour in its first chunk, which the memory alone tells. A line per hundred scenes; `state` keeps the stream in
+    between."""
     script, chosen = endless_script(scenes), RULES[rule]
     memory = chosen.config(pipeline.memory_config)
     abouts = [
@@ -106,13 +107,18 @@ def tell_endless(
         last = min(first + 100, scenes)
         if stream.position >= last * SCENE_OF_ENDLESS:
             continue
-        begin, found = time.perf_counter(), {"place": [], "colour": []}
+        begin, found = time.perf_counter(), {"place": [], "colour": [], "first colour": []}
         for chunk in stream:
-            if (chunk.index + 1) % SCENE_OF_ENDLESS == 0:
-                scene = script.scenes[chunk.index // SCENE_OF_ENDLESS]
+            scene, place = divmod(chunk.index, SCENE_OF_ENDLESS)
+            if place in (0, SCENE_OF_ENDLESS - 1):
+                scene = script.scenes[scene]
                 shown, _ = measure_latents(pipeline.vae, chunk.latents)
-                found["place"].append(most(shown.place[0]) == scene.place)
-                found["colour"].append(most(shown.hue[0]) == script.looks[scene.name].hue)
+                colour = most(shown.hue[0]) == script.looks[scene.name].hue
+                if place == 0:
+                    found["first colour"].append(colour)
+                else:
+                    found["place"].append(most(shown.place[0]) == scene.place)
+                    found["colour"].append(colour)
             if stream.position == last * SCENE_OF_ENDLESS:
                 break
         if state is not None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from rich.console import Console
 from rich.text import Text
@@ -19,7 +18,7 @@ from memflow.cli.story import Job, jobs, settings
 from memflow.cli.terminal import Lines, bars, print_numbers, say
 from memflow.errors import MemFlowError, shown
 from memflow.output.video import VideoWriter, marked
-from memflow.parallel import ALONE, Alone, launched
+from memflow.parallel import Alone, together
 
 
 @dataclass
@@ -29,7 +28,7 @@ class Film:
     wall: seconds."""
 
     job: Job
-    video: VideoWriter | Unseen
+    video: VideoWriter
     before: int
     stop: int | None
     length: int
@@ -58,30 +57,9 @@ class Film:
         self.saved = stream.position
 
 
-class Unseen:
-    """The video in a process that makes a story with others and is not the one that writes it."""
-
-    frames = 0
-    mark: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, fps: float):
-        self.fps = fps
-
-    def __enter__(self) -> Unseen:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def write(self, frames: object) -> None:
-        pass
-
-
 def generate(request: Request) -> int:
     """Make the videos of `request`; returns the exit code, 0 or (after Ctrl-C) 130. MemFlowError says what is wrong."""
-    if launched():
-        from memflow.parallel.joining import meet  # and torch with it
-    with meet(request.device) if launched() else nullcontext(ALONE) as ranks:
+    with together(request.device) as ranks:
         todo = ranks.from_first(lambda: jobs(request))
         console = Console(stderr=True, highlight=False, markup=False, quiet=not ranks.first)
         films: list[Film] = []
@@ -164,7 +142,7 @@ def _stream(pipe, job: Job, request: Request):
 def _film(stream, job: Job, request: Request, console: Console) -> Film:
     """The film that `stream` makes: a new one, or one that goes on."""
     if not stream.ranks.first:
-        video = Unseen(stream.pipeline.fps)
+        video = VideoWriter(None, stream.pipeline.fps)  # the first process writes; nothing comes here
     elif job.story is not None or not job.output.exists():
         video = VideoWriter(job.output, stream.pipeline.fps)
         if job.story is None:
@@ -213,7 +191,8 @@ def _make(
                 line = Text(f"{minutes}:{seconds:02d}  {shown(' '.join(chunk.prompts[0].split()))}")
                 line.truncate(bar.console.width, overflow="ellipsis")
                 bar.console.print(line, style="dim")
-            writing = writer.submit(video.write, chunk.frames[0].numpy())
+            if ranks.first:
+                writing = writer.submit(video.write, chunk.frames[0].numpy())
             snapshot = stream.snapshot() if film.job.report else None
             if report is not None:
                 report.add(chunk, snapshot)

@@ -13,11 +13,10 @@ import typer
 
 from memflow.errors import MemFlowError
 from memflow.memory.config import RECALLS, SCENE_FRAMES
-from memflow.memory.policies import POLICIES
+from memflow.memory.policies import OFFERED
 
-MEMORIES = (*(name for name, policy in POLICIES.items() if not policy.by_hand), "published")
-_SAID = {name: " ".join(policy.__doc__.split(".")[0].split()) for name, policy in POLICIES.items()}
-_MEANING = "".join(f"{name}: {_SAID.get(name, 'What the published code does')}. " for name in MEMORIES)
+MEMORIES = (*OFFERED, "published")
+_MEANING = "".join(f"{name}: {OFFERED.get(name, 'What the published code does')}. " for name in MEMORIES)
 
 
 class Dtype(str, Enum):

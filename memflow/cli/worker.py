@@ -13,7 +13,7 @@ import torch
 
 from memflow.cli.loading import backend, load, size_and_memory
 from memflow.cli.options import Request
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, OutOfMemory
 from memflow.output.video import VideoWriter, marked
 from memflow.stream.saved import read_header
 from memflow.tellers.records import FOLDER, Task, begin, claimed, finish, is_done, sync
@@ -77,9 +77,9 @@ class FilmWorker:
                 video = VideoWriter.resume(task.film, fps, *marked(known))
                 self._teller.resume(task.id)
                 return video
+            except OutOfMemory:
+                raise
             except MemFlowError as error:
-                if "out of memory" in str(error):
-                    raise
                 if task.film.stat().st_size and not task.overwrite:
                     raise MemFlowError(f"{error}; --overwrite tells the story anew") from None
             task.state.unlink()

@@ -32,9 +32,6 @@ class StreamDecoder(Protocol):
     temporal_factor: int
     spatial_factor: int
 
-    def video_frames(self, latent_frames: int) -> int:
-        """Video frames that the next `latent_frames` latent frames of this stream decode to."""
-
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, F, h, w] of the next F frames -> uint8 video [B, T, H, W, 3] on the CPU."""
 

@@ -28,9 +28,6 @@ class IndependentDecoder:
         self.codec = codec
         self.temporal_factor, self.spatial_factor = codec.temporal_factor, codec.spatial_factor
 
-    def video_frames(self, latent_frames: int) -> int:
-        return latent_frames * self.temporal_factor
-
     @own_modes()
     def decode(self, latents: Tensor) -> Tensor:
         return self.codec.decode(latents).cpu()

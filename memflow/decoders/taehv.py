@@ -129,7 +129,7 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         Raises:
             MemFlowError: The file is of another layout; the parameters are named.
         """
-        tensors = {name: x for name, x in _read(Path(path)).items() if name.startswith("decoder.")}
+        tensors = _read(Path(path))
         try:
             sizes = _sizes(tensors)
         except (KeyError, IndexError, ZeroDivisionError) as error:
@@ -200,9 +200,10 @@ def _sizes(tensors: dict[str, Tensor]) -> dict:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    """The decoder's tensors, by name."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        found = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        return {name: x for name, x in found.items() if name.startswith("decoder.") and isinstance(x, Tensor)}
     except Exception as error:  # a pickle that is none, or damaged, fails in any way
         raise MemFlowError(f"{path}: cannot be read as a checkpoint: {error}") from None

@@ -26,19 +26,10 @@ class CausalDecoder:
         """Video in [-1, 1], [B, 3, t, H, W], piece by piece."""
         raise NotImplementedError
 
-    def video_frames(self, latent_frames: int) -> int:
-        dropped = self.temporal_factor - 1 if latent_frames and not self.frames else 0
-        return latent_frames * self.temporal_factor - dropped
-
     @own_modes()
     def decode(self, latents: Tensor) -> Tensor:
         """As `StreamDecoder`; latents in the transformer's (normalised) units, of any float dtype."""
         return torch.cat([_to_uint8(part) for part in self._parts(latents)], dim=1)
-
-    @own_modes()
-    def decode_float(self, latents: Tensor) -> Tensor:
-        """As `decode`, but [B, 3, T, H, W] in [-1, 1], in the VAE's dtype and on its device."""
-        return torch.cat(list(self._parts(latents)), dim=2)
 
 
 class WanDecoder(CausalDecoder):

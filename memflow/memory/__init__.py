@@ -8,18 +8,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from memflow.memory.attention import Pass
     from memflow.memory.config import MemoryConfig
-    from memflow.memory.frames import FrameMemory, MemorySnapshot, Pass, Prompt, make_memory
+    from memflow.memory.frames import FrameMemory, make_memory
     from memflow.memory.held import HeldMemory
     from memflow.memory.published import PublishedMemory
+    from memflow.memory.views import MemorySnapshot, Prompt
 
 _HOME = {
     "FrameMemory": "frames",
     "HeldMemory": "held",
     "MemoryConfig": "config",
-    "MemorySnapshot": "frames",
-    "Pass": "frames",
-    "Prompt": "frames",
+    "MemorySnapshot": "views",
+    "Pass": "attention",
+    "Prompt": "views",
     "PublishedMemory": "published",
     "make_memory": "frames",
 }

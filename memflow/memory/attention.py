@@ -14,16 +14,56 @@ examples/own_engine.py is such a loop.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from memflow.memory.places import place_keys
+from memflow.memory.places import Rotation, Unplaced, place_keys
 from memflow_kernels import Pool, frame_means, memory_attention
 
 if TYPE_CHECKING:
-    from memflow.memory.frames import Pass
+    from memflow.memory.views import Prompt
+
+
+class Pass(NamedTuple):
+    """One call of the transformer as the attention processors need it.
+
+    pools: the layers' pools. prompt: what cross-attention attends to. grid: token rows and columns of a frame.
+    start_frame: [1] int64 on the device, the place of its first frame (`memflow.memory.places`).
+    slots: [n] int32, where the frames of the call are written (-1: nowhere).
+    first_slot, end_slot: the slots attended to. candidates: how many of them compete.
+    top_k: blocks of the candidates that a head attends to; None = all. block: tokens of a block, a frame's where None.
+    unplaced: with relative positions, what a clean pass writes beside its keys, by layer.
+    rotation: how keys turn with time.
+    query_block: queries that choose together; None = all.
+    block_means: mean keys of the blocks, where these are smaller than frames, by layer: [B, blocks, H, D].
+    """
+
+    pools: tuple[Pool, ...]
+    prompt: Prompt | None
+    grid: tuple[int, int]
+    start_frame: Tensor
+    slots: Tensor
+    first_slot: int
+    end_slot: int
+    candidates: int
+    top_k: int | None
+    unplaced: tuple[Unplaced | None, ...] = ()
+    rotation: Rotation | None = Rotation()
+    block: int | None = None
+    query_block: int | None = None
+    block_means: tuple[Tensor, ...] = ()
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in a frame."""
+        return 1 if self.block is None else self.grid[0] * self.grid[1] // self.block
+
+    @property
+    def chooses(self) -> bool:
+        """Whether heads attend to a choice of the candidates in this call."""
+        return self.top_k is not None and self.top_k < self.candidates * self.blocks
 
 
 def attend_with_memory(

@@ -167,26 +167,35 @@ class MemoryConfig:
     def _check_published(self) -> None:
         _require_one_of("published_mode", self.published_mode, PUBLISHED_MODES)
         _require_count("bank_frames", self.bank_frames, 1)
-        for name, value in (
-            ("policy", "prompt"),
-            ("layers", "each"),
-            ("aggregate", "mean"),
-            ("positions", "absolute"),
-            ("recache", True),
-        ):
+        needed = {"policy": "prompt", "layers": "each", "aggregate": "mean", "positions": "absolute", "recache": True}
+        for name, value in needed.items():
             _require_one_of(name, getattr(self, name), (value,))
-        for name in ("activated", "activation_block", "query_block"):
+        for name in ("activated", "activation_block", "query_block", "held_frames"):
             if getattr(self, name) is not None:
                 mode = self.published_mode
                 raise ValueError(f"{name} must be None with published_mode={mode!r}, got {getattr(self, name)!r}")
-        if self.held_frames is not None:
-            mode = self.published_mode
-            raise ValueError(f"held_frames must be None with published_mode={mode!r}, got {self.held_frames}")
 
     @property
     def keeps_all(self) -> bool:
         """Whether the policy forgets nothing, so that all past frames are held, in host memory."""
         return POLICIES[self.policy].keeps_all
+
+    def activated_blocks(self, candidates: int, tokens: int) -> int | None:
+        """Blocks of so many candidate frames, of so many tokens each, that a head attends to; None = all."""
+        block = self.activation_block or tokens
+        if self.activated is None:
+            return self.top_k and self.top_k * (tokens // block)
+        keys = self.activated * candidates * tokens if isinstance(self.activated, float) else self.activated
+        return max(1, round(keys / block))
+
+    def leaving_prototype(self, start: int) -> int | None:
+        """The recorded frame that the chunk at frame `start` will overwrite in the window; None: there is none, or no
+        bank to take it."""
+        chunk, leaving = self.frames_per_chunk, start - self.window_frames
+        prototype = -(-leaving // chunk) * chunk
+        recorded = prototype % (chunk * self.record_interval) == 0
+        inside = max(leaving, self.sink_frames) <= prototype < leaving + chunk
+        return prototype if self.bank_frames and recorded and inside else None
 
     def changed(self, **changes) -> MemoryConfig:
         """These settings with others in place of some.

@@ -9,96 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from memflow.errors import MemFlowError
-from memflow.memory.places import Places, Rotation, Unplaced, place_keys
+from memflow.memory.attention import Pass
+from memflow.memory.places import Rotation
 from memflow.memory.policies import POLICIES, Held
-from memflow.memory.scenes import passed_over
-from memflow.memory.slots import FramePool, RelativeFramePool, copy_exactly
+from memflow.memory.slots import FramePool, RelativeFramePool, copy_exactly, note_frame
+from memflow.memory.views import Prompt, policy_view, relevance_of, snapshot_of
 from memflow.parallel import ALONE, Alone
 from memflow.parallel.ranks import require_division
-from memflow_kernels import Pool, prompt_relevance
 
 if TYPE_CHECKING:
     from memflow.memory.config import MemoryConfig
-
-
-class Prompt(NamedTuple):
-    """A prompt as the transformer's layers see it.
-
-    key, value: [layers, B, T, H, D], the cross-attention keys (normed, not rotated) and values.
-    mask: [B, T] bool, True where a token counts (padding: False).
-    """
-
-    key: Tensor
-    value: Tensor
-    mask: Tensor
-
-
-class Pass(NamedTuple):
-    """One call of the transformer as the attention processors need it.
-
-    pools: the layers' pools. prompt: what cross-attention attends to. grid: token rows and columns of a frame.
-    start_frame: [1] int64 on the device, the place of its first frame (`memflow.memory.places`).
-    slots: [n] int32, where the frames of the call are written (-1: nowhere).
-    first_slot, end_slot: the slots attended to. candidates: how many of them compete.
-    top_k: blocks of the candidates that a head attends to; None = all. block: tokens of a block, a frame's where None.
-    unplaced: with relative positions, what a clean pass writes beside its keys, by layer.
-    rotation: how keys turn with time.
-    query_block: queries that choose together; None = all.
-    block_means: mean keys of the blocks, where these are smaller than frames, by layer: [B, blocks, H, D].
-    """
-
-    pools: tuple[Pool, ...]
-    prompt: Prompt | None
-    grid: tuple[int, int]
-    start_frame: Tensor
-    slots: Tensor
-    first_slot: int
-    end_slot: int
-    candidates: int
-    top_k: int | None
-    unplaced: tuple[Unplaced | None, ...] = ()
-    rotation: Rotation | None = Rotation()
-    block: int | None = None
-    query_block: int | None = None
-    block_means: tuple[Tensor, ...] = ()
-
-    @property
-    def blocks(self) -> int:
-        """Blocks in a frame."""
-        return 1 if self.block is None else self.grid[0] * self.grid[1] // self.block
-
-    @property
-    def chooses(self) -> bool:
-        """Whether heads attend to a choice of the candidates in this call."""
-        return self.top_k is not None and self.top_k < self.candidates * self.blocks
-
-
-class MemorySnapshot(NamedTuple):
-    """What the memory holds and shows, on the host.
-
-    held: [layers, B, n] frame numbers, -1 = empty place. relevance: [layers, B, n], of each to the prompt in force, as
-    the layers voted on it; NaN = empty. recalled: [layers, B, bank] numbers of the held frames that attention sees,
-    -1 = empty place. sink, window: frame numbers.
-    token_relevance: [layers, B, T, n], of each held frame to each token of the prompt in force, as the layers voted on
-    it; NaN = empty.
-    words: for each batch row the frames that attention sees in the bank, by number, and the words of the prompt that
-    called for each, the strongest first; empty where nobody knows the text (`Stream.snapshot` does).
-    """
-
-    held: np.ndarray
-    relevance: np.ndarray
-    recalled: np.ndarray
-    sink: list[int]
-    window: list[int]
-    token_relevance: np.ndarray
-    words: Sequence[dict[int, list[str]]] = ()
 
 
 class FrameMemory:
@@ -125,15 +51,8 @@ class FrameMemory:
     """
 
     extra_slots = 0
-    kinds: ClassVar[list[type[FrameMemory]]] = []  # the memories that serve some settings in this one's place
-
-    def __init_subclass__(cls) -> None:
-        FrameMemory.kinds.append(cls)
-
-    @classmethod
-    def serves(cls, config: MemoryConfig) -> bool:
-        """Whether settings `config` ask for this kind of memory."""
-        return True
+    padding_counts = False  # in relevance
+    counters: ClassVar[tuple[str, ...]] = ("bank_used", "updated_for")  # whole numbers of a state
 
     def __init__(
         self,
@@ -159,7 +78,10 @@ class FrameMemory:
         relative = config.positions == "relative"
         if relative and rotation is None:
             raise ValueError("positions must be 'absolute' for a model whose keys do not turn with time")
-        self.places = Places(config.sink_frames, config.bank_frames, config.window_frames) if relative else None
+        tokens, block = grid[0] * grid[1], config.activation_block
+        if block is not None and tokens % block:
+            frame = f"the {tokens} tokens of a frame ({grid[0]} rows of {grid[1]})"
+            raise MemFlowError(f"activation_block must divide {frame}, got {block}")
         make_pool = partial(RelativeFramePool, rotation=rotation) if relative else FramePool
         self.pool = make_pool(
             bank=config.bank_frames,
@@ -168,20 +90,14 @@ class FrameMemory:
             extra=self.extra_slots,
             layers=layers,
             batch=batch,
-            tokens_per_frame=grid[0] * grid[1],
+            tokens_per_frame=tokens,
             heads=heads // ranks.size,
             head_dim=head_dim,
             dtype=dtype,
             device=device,
             ranks=ranks,
         )
-        tokens, block = grid[0] * grid[1], config.activation_block
         if block is not None:
-            if tokens % block:
-                raise MemFlowError(
-                    f"activation_block must divide the {tokens} tokens of a frame ({grid[0]} rows of {grid[1]}), "
-                    f"got {block}"
-                )
             self.pool.keep_block_means(block)
         self.layer_pools = tuple(self.pool.layer(i) for i in range(layers))
         self.unplaced = tuple(self.pool.unplaced(i) for i in range(layers))
@@ -206,12 +122,11 @@ class FrameMemory:
         if self.updated_for == start:
             return
         self.updated_for = start
-        prototype = self._leaving_prototype(start)
+        prototype = self.config.leaving_prototype(start)
         if prototype is not None:
             self.admit(prototype, prompt)
         self.recall(prompt)
-        if self.places is not None:
-            self.pool.place(self._slot_places(start + self.config.frames_per_chunk))
+        self.pool.place(start + self.config.frames_per_chunk)
         self.pool.average_blocks()
 
     def admit(self, prototype: int, prompt: Prompt) -> None:
@@ -242,12 +157,12 @@ class FrameMemory:
             pools=self.layer_pools,
             prompt=prompt,
             grid=self.grid,
-            start_frame=torch.full((1,), self._place(start, stop), dtype=torch.int64, device=device),
+            start_frame=torch.full((1,), pool.place_of(start, stop), dtype=torch.int64, device=device),
             slots=torch.tensor(slots, dtype=torch.int32).to(device, non_blocking=True),
             first_slot=config.bank_frames - bank,
             end_slot=config.bank_frames + min(stop, config.sink_frames + config.window_frames),
             candidates=candidates,
-            top_k=self._activated(candidates),
+            top_k=config.activated_blocks(candidates, pool.tokens_per_frame),
             unplaced=self.unplaced,
             rotation=self.rotation,
             block=config.activation_block,
@@ -288,21 +203,12 @@ class FrameMemory:
         """Bank frames that attention sees."""
         return self.bank_used
 
-    def snapshot(self, stop: int, prompt: Prompt) -> MemorySnapshot:
-        """What is held when the frames before `stop` have been made. Waits for the device: for reports."""
-        held, tokens = self.held.cpu(), prompt.mask.shape[1]
-        here, relevance = held >= 0, torch.full(held.shape, torch.nan)
-        by_token = torch.full((*held.shape, tokens), torch.nan)
-        if here.any():
-            relevance[here] = self.relevance(prompt).float().cpu().flatten()
-            by_token[here] = self.token_relevance(prompt).float().cpu().transpose(2, 3).reshape(-1, tokens)
-        by_token, shown = by_token.transpose(2, 3), self.shown.cpu().numpy().copy()
-        return MemorySnapshot(held.numpy().copy(), relevance.numpy(), shown, *self._spans(stop), by_token.numpy())
+    snapshot = snapshot_of
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that a resumed stream needs: tensors and whole numbers apart."""
         tensors = {**self.pool.state_dict(), "shown": self.shown, "scene_starts": self.scene_starts}
-        return tensors, {name: getattr(self, name) for name in self._counters()}
+        return tensors, {name: getattr(self, name) for name in self.counters}
 
     def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         self.pool.load_state_dict(tensors)
@@ -320,7 +226,7 @@ class FrameMemory:
 
     def _checked(self, counters: dict[str, int]) -> dict[str, int]:
         """`counters` that `state_dict` may have given; ValueError for others."""
-        found = {name: counters.get(name) for name in self._counters()}
+        found = {name: counters.get(name) for name in self.counters}
         for name, value in found.items():
             if not isinstance(value, int) or not -1 <= value < 2**62:
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
@@ -328,39 +234,16 @@ class FrameMemory:
             raise ValueError(f"bank_used must be 0 to {self.config.bank_frames}, got {found['bank_used']}")
         return found
 
-    def _counters(self) -> tuple[str, ...]:
-        return ("bank_used", "updated_for")
-
     def relevance(self, prompt: Prompt) -> Tensor:
-        """[layers, B, bank_used] float32: relevance of the held frames to the prompt, as the layers voted on it.
+        """[layers, B, n] float32: relevance of the held frames to the prompt, as the layers voted on it.
 
         Padding tokens do not count.
         """
-        mask = prompt.mask.repeat(prompt.key.shape[0], 1)
-        return self._vote(self._relevance(prompt.key, mask, *self._used_slots()))
+        return relevance_of(self, prompt, self.held_means, *self._used_slots())
 
-    def token_relevance(self, prompt: Prompt) -> Tensor:
-        """[layers, B, T, n] float32: relevance of the held frames to each token of the prompt, as the layers voted on
-        it; 0 for padding."""
-        mask, means = prompt.mask.repeat(prompt.key.shape[0], 1), self._held_means().flatten(0, 1)
-        scores = prompt_relevance(prompt.key.flatten(0, 1), frame_mean=means, text_mask=mask, aggregate="token")
-        return self._vote(scores.unflatten(0, prompt.key.shape[:2]))
-
-    def _held_means(self) -> Tensor:
+    def held_means(self) -> Tensor:
         """[layers, B, n, H, D]: mean keys of the frames held."""
         return self.pool.means(*self._used_slots())
-
-    def _relevance(self, text_key: Tensor, text_mask: Tensor | None, first_slot: int, count: int) -> Tensor:
-        if self.config.aggregate == "mean":
-            frames = {"frame_mean": self.pool.means(first_slot, count).flatten(0, 1)}
-        else:
-            frames = {"key": self.pool.keys(first_slot, count), "tokens_per_frame": self.pool.tokens_per_frame}
-            text_key = self.ranks.mine(text_key)
-        scores = prompt_relevance(
-            text_key.flatten(0, 1), text_mask=text_mask, aggregate=self.config.aggregate, **frames
-        )
-        scores = scores if self.config.aggregate == "mean" else self.ranks.mean(scores)
-        return scores.unflatten(0, text_key.shape[:2])
 
     def _used_slots(self) -> tuple[int, int]:
         """First slot and number of the frames held."""
@@ -369,85 +252,18 @@ class FrameMemory:
     def _held(self, prompt: Prompt) -> Held:
         """What is held, as the policy sees it."""
         frames = self.shown[..., self.config.bank_frames - self.bank_used :]
-        return self._view(frames, self._held_means, lambda: self.relevance(prompt), prompt)
+        return policy_view(self, frames, self.held_means, lambda: self.relevance(prompt), prompt)
 
     def _newcomer(self, prototype: int, prompt: Prompt) -> Held:
         """A frame of the window, as the policy sees it."""
-        slot, mask = self.pool.slot_of(prototype), prompt.mask.repeat(prompt.key.shape[0], 1)
+        slot = self.pool.slot_of(prototype)
+        means = lambda: self.pool.means(slot, 1)  # noqa: E731
         frames = torch.full_like(self.shown[..., :1], prototype)
-        relevance = lambda: self._vote(self._relevance(prompt.key, mask, slot, 1))  # noqa: E731
-        return self._view(frames, lambda: self.pool.means(slot, 1), relevance)
-
-    def _view(self, frames: Tensor, means, relevance, prompt: Prompt | None = None) -> Held:
-        """prompt: that the frames are chosen for, where they are held already."""
-        # Absolute keys are turned by the number of their frame; memories are compared as they were before that.
-        turned = self.places is None and self.rotation is not None
-        at_zero = (lambda: place_keys(means(), -frames, self.rotation)) if turned else means
-        scene = lambda: torch.bucketize(frames.contiguous(), self.scene_starts, right=True)  # noqa: E731
-        held = Held(frames, at_zero, relevance, self._vote, self.seeds, scene)
-        if prompt is None:
-            return held
-        preferred, mask = self.config.scene_frame, prompt.mask.float()
-        return held._replace(
-            token_relevance=lambda: self.token_relevance(prompt),
-            token_weight=mask / mask.sum(1, keepdim=True).clamp(min=1),
-            passed_over=None if preferred == "any" else lambda: passed_over(frames, scene(), preferred),
-        )
-
-    def _activated(self, candidates: int) -> int | None:
-        """Blocks of so many candidate frames that a head attends to; None = all."""
-        config = self.config
-        tokens = self.pool.tokens_per_frame
-        block = config.activation_block or tokens
-        if config.activated is None:
-            return config.top_k and config.top_k * (tokens // block)
-        keys = config.activated * candidates * tokens if isinstance(config.activated, float) else config.activated
-        return max(1, round(keys / block))
-
-    def _vote(self, scores: Tensor) -> Tensor:
-        """[layers, ...] as they are, or their mean over all layers but the first in every layer."""
-        if self.config.layers == "each" or len(scores) == 1:
-            return scores
-        return scores[1:].mean(0, keepdim=True).expand_as(scores)
-
-    def _spans(self, stop: int) -> tuple[list[int], list[int]]:
-        """Frames of sink and window when the frames before `stop` have been made."""
-        config = self.config
-        window = range(max(config.sink_frames, stop - config.window_frames), stop)
-        return list(range(min(stop, config.sink_frames))), list(window)
-
-    def _place(self, start: int, stop: int) -> int:
-        """Where attention sees the first frame of a call over the frames from `start` to `stop`."""
-        return start if self.places is None else self.places.of_window(start, stop)
-
-    def _slot_places(self, stop: int) -> list[int]:
-        """Places of all slots that the calls up to frame `stop` attend to, from slot 0 on."""
-        places, (sink, window) = self.places, self._spans(stop)
-        return [
-            *(places.of_bank(slot) for slot in range(self.config.bank_frames)),
-            *(places.of_sink(frame, stop) for frame in sink),
-            *(places.of_window(frame, stop) for frame in sorted(window, key=self.pool.slot_of)),
-        ]
-
-    def _leaving_prototype(self, start: int) -> int | None:
-        """The recorded frame that the chunk at `start` will overwrite, if there is one and a bank to take it."""
-        config = self.config
-        chunk, leaving = config.frames_per_chunk, start - config.window_frames
-        prototype = -(-leaving // chunk) * chunk
-        recorded = prototype % (chunk * config.record_interval) == 0
-        inside = max(leaving, config.sink_frames) <= prototype < leaving + chunk
-        return prototype if config.bank_frames and recorded and inside else None
+        return policy_view(self, frames, means, lambda: relevance_of(self, prompt, means, slot, 1))
 
     def _candidates(self, start: int, stop: int, bank: int) -> int:
         # While the sink itself is being made its frames are the chunk's own: all of them are seen.
         return bank + self.config.sink_frames if start >= self.config.sink_frames else 0
-
-
-def note_frame(frames: Tensor, index: Tensor, prototype: int) -> None:
-    """Write number `prototype` into `frames` [layers, B, n] at place `index` [layers, B]; nowhere where that is -1."""
-    index = index.long().unsqueeze(-1)
-    here = index.clamp(min=0)
-    frames.scatter_(2, here, torch.where(index < 0, frames.gather(2, here), prototype))
 
 
 def make_memory(config: MemoryConfig, **sizes) -> FrameMemory:
@@ -464,7 +280,11 @@ def make_memory(config: MemoryConfig, **sizes) -> FrameMemory:
         >>> memory.pool.key.shape  # layers, batch, tokens of all slots, heads, head_dim
         torch.Size([2, 1, 108, 2, 24])
     """
-    for name in ("held", "published"):  # they build on this module and enter themselves in `kinds`
-        import_module(f"memflow.memory.{name}")
-    kind = next((kind for kind in FrameMemory.kinds if kind.serves(config)), FrameMemory)
-    return kind(config, **sizes)
+    if config.published_mode is not None:
+        kind = "published", "PublishedMemory"
+    elif config.held_frames is not None or config.keeps_all:
+        kind = "held", "HeldMemory"
+    else:
+        return FrameMemory(config, **sizes)
+    # By name: they build on this module.
+    return getattr(import_module(f"memflow.memory.{kind[0]}"), kind[1])(config, **sizes)

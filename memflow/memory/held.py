@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import FrameMemory, Prompt, note_frame
+from memflow.memory.frames import FrameMemory
 from memflow.memory.policies import Held
 from memflow.memory.recall import CHOICES
-from memflow.memory.slots import FramePool, copy_exactly
-from memflow_kernels import prompt_relevance
+from memflow.memory.slots import FramePool, copy_exactly, note_frame
+from memflow.memory.views import Prompt, policy_view
 
 
 class HeldMemory(FrameMemory):
@@ -25,10 +25,6 @@ class HeldMemory(FrameMemory):
     stored: [layers, B, n] numbers of the frames in the store, -1 = empty: all that is held.
     shown: [layers, B, bank] numbers in the bank slots, -1 = empty.
     """
-
-    @classmethod
-    def serves(cls, config: MemoryConfig) -> bool:
-        return config.published_mode is None and (config.held_frames is not None or config.keeps_all)
 
     def __init__(self, config: MemoryConfig, **shape):
         self.extra_slots = config.held_frames or 0
@@ -66,14 +62,6 @@ class HeldMemory(FrameMemory):
         self.store.bring(source, first)
         shown.copy_(torch.where(source < 0, shown, held.frames.gather(2, source.clamp(min=0))))
 
-    def relevance(self, prompt: Prompt) -> Tensor:
-        """[layers, B, n] float32: relevance of all that is held to the prompt, as the layers voted on it."""
-        if not self.config.keeps_all:
-            return super().relevance(prompt)
-        mask, means = prompt.mask.repeat(prompt.key.shape[0], 1), self._held_means().flatten(0, 1)
-        scores = prompt_relevance(prompt.key.flatten(0, 1), frame_mean=means, text_mask=mask)
-        return self._vote(scores.unflatten(0, prompt.key.shape[:2]))
-
     def state_dict(self):
         tensors, counters = super().state_dict()
         return {**tensors, **self.store.state_dict(), "stored": self.stored}, {**counters, "used": self.store.used}
@@ -99,9 +87,9 @@ class HeldMemory(FrameMemory):
 
     def _held(self, prompt: Prompt) -> Held:
         frames = self.stored[..., : self.store.used]
-        return self._view(frames, self._held_means, lambda: self.relevance(prompt), prompt)
+        return policy_view(self, frames, self.held_means, lambda: self.relevance(prompt), prompt)
 
-    def _held_means(self) -> Tensor:
+    def held_means(self) -> Tensor:
         return self.store.means()
 
 

@@ -177,6 +177,8 @@ POLICIES: dict[str, type[PromptPolicy]] = {
     "oracle": OraclePolicy,
     "none": NoPolicy,
 }
+# By name what each does, in a sentence, without those that a program asks for by hand.
+OFFERED = {name: " ".join(kind.__doc__.split(".")[0].split()) for name, kind in POLICIES.items() if not kind.by_hand}
 
 
 def _draw(frames: Tensor, seeds: Tensor) -> Tensor:

@@ -10,18 +10,17 @@ from __future__ import annotations
 import torch
 
 from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import FrameMemory, Prompt
+from memflow.memory.frames import FrameMemory
 from memflow.memory.slots import copy_exactly
+from memflow.memory.views import Prompt
 
 
 class PublishedMemory(FrameMemory):
     """`FrameMemory` with the published update. One more slot, the last, holds the pending prototype."""
 
     extra_slots = 1
-
-    @classmethod
-    def serves(cls, config: MemoryConfig) -> bool:
-        return config.published_mode is not None
+    padding_counts = True
+    counters = ("bank_used", "pending_frame", "pending_is_new", "recorded", "text_known")
 
     def __init__(self, config: MemoryConfig, **shape):
         super().__init__(config, **shape)
@@ -81,9 +80,6 @@ class PublishedMemory(FrameMemory):
         # Without a sink the published attention never looks at the bank.
         return min(self.recorded, self.config.bank_frames) if self.config.sink_frames else 0
 
-    def relevance(self, prompt: Prompt) -> torch.Tensor:
-        return self._relevance(prompt.key, None, *self._used_slots())
-
     def state_dict(self):
         tensors, counters = super().state_dict()
         return {**tensors, "order": self.order}, counters
@@ -91,9 +87,6 @@ class PublishedMemory(FrameMemory):
     def load_state_dict(self, tensors, counters) -> None:
         super().load_state_dict(tensors, counters)
         copy_exactly(self.order, tensors, "order")
-
-    def _counters(self) -> tuple[str, ...]:
-        return ("bank_used", "pending_frame", "pending_is_new", "recorded", "text_known")
 
     def _candidates(self, start: int, stop: int, bank: int) -> int:
         return bank + min(self.config.sink_frames, stop)

@@ -7,12 +7,11 @@ contiguous range of slots: attention reads a view. Softmax does not care for the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from memflow.memory.places import Rotation, Unplaced
+from memflow.memory.places import Places, Rotation, Unplaced
 from memflow.parallel import ALONE, Alone
 from memflow_kernels import Pool, frame_means, replace_frame, rotate_keys_write
 
@@ -131,8 +130,17 @@ class FramePool:
         self.value[row][..., tokens, :, :].copy_(value, non_blocking=True)
         self.frame_mean[row][..., slot, :, :].copy_(frame_mean)
 
-    def place(self, places: Sequence[int]) -> None:
-        """Turn the keys of the first slots to `places`; nothing to do where a frame's place is its number."""
+    def sink_and_window(self, stop: int) -> tuple[list[int], list[int]]:
+        """Numbers of the frames in either when the frames before `stop` have been made."""
+        window = range(max(self.sink_slots, stop - self.window_slots), stop)
+        return list(range(min(stop, self.sink_slots))), list(window)
+
+    def place_of(self, frame: int, stop: int) -> int:
+        """Where attention sees a frame of a call over frames up to `stop` (places.py)."""
+        return frame
+
+    def place(self, stop: int) -> None:
+        """Turn the keys to where calls up to frame `stop` see them; nothing to do where a place is a number."""
 
     def clear_sink_and_window(self) -> None:
         first, count = self.bank_slots, self.sink_slots + self.window_slots
@@ -167,6 +175,13 @@ def copy_exactly(buffer: Tensor, tensors: dict[str, Tensor], name: str, ranks: A
     buffer.copy_(ranks.mine(found))
 
 
+def note_frame(frames: Tensor, index: Tensor, prototype: int) -> None:
+    """Write number `prototype` into `frames` [layers, B, n] at place `index` [layers, B]; nowhere where that is -1."""
+    index = index.long().unsqueeze(-1)
+    here = index.clamp(min=0)
+    frames.scatter_(2, here, torch.where(index < 0, frames.gather(2, here), prototype))
+
+
 class RelativeFramePool(FramePool):
     """Slots whose keys are placed anew before every chunk, always from what they are at place 0: no rounding adds up.
 
@@ -179,6 +194,7 @@ class RelativeFramePool(FramePool):
     def __init__(self, *, rotation: Rotation, **sizes) -> None:
         super().__init__(**sizes)
         self.rotation = rotation
+        self.places = Places(self.sink_slots, self.bank_slots, self.window_slots)
         self.channels = rotation.channels_of(self.key.shape[-1])
         layers, batch, tokens, heads, _ = self.key.shape
         still = self.key.new_zeros((layers, batch, heads, tokens, self.channels))
@@ -213,7 +229,14 @@ class RelativeFramePool(FramePool):
         self.still_key[row][..., tokens, :, :].copy_(key[..., : self.channels], non_blocking=True)
         self.still_mean[row][..., slot, :, :].copy_(frame_mean)
 
-    def place(self, places: Sequence[int]) -> None:
+    def place_of(self, frame: int, stop: int) -> int:
+        return self.places.of_window(frame, stop)
+
+    def place(self, stop: int) -> None:
+        sink, window = self.sink_and_window(stop)
+        places = [self.places.of_bank(slot) for slot in range(self.bank_slots)]
+        places += [self.places.of_sink(frame, stop) for frame in sink]
+        places += [self.places.of_window(frame, stop) for frame in sorted(window, key=self.slot_of)]
         places = torch.tensor(places).to(self.key.device, non_blocking=True)
         rows = Pool(self.key.flatten(0, 1), self.value.flatten(0, 1), self.frame_mean.flatten(0, 1))
         theta = self.rotation.theta

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from memflow.memory.frames import Pass, Prompt
+    from memflow.memory.attention import Pass
     from memflow.memory.places import Rotation
+    from memflow.memory.views import Prompt
 
 
 class VideoModel(Protocol):

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -72,3 +74,8 @@ ALONE = Alone()
 def launched() -> bool:
     """Whether a launcher started this process with others."""
     return os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
+
+
+def together(device: str | None) -> AbstractContextManager[Alone]:
+    """The processes that a launcher started for --device, until all are here again; or this one by itself."""
+    return import_module("memflow.parallel.joining").meet(device) if launched() else nullcontext(ALONE)

@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from memflow import __version__
-from memflow.memory.policies import POLICIES
+from memflow.memory.policies import OFFERED
 from memflow.serve import protocol
 from memflow.serve.film import remove
 from memflow.serve.gate import Gate
@@ -89,14 +89,11 @@ async def _video(socket: WebSocket) -> None:
 async def _info(request: Request) -> Response:
     stories: Stories = request.app.state.stories
     pipe, config = stories.pipeline, stories.pipeline.memory_config
-    offered = [policy for policy in POLICIES.items() if not policy[1].by_hand]
     about = {"version": __version__, "model": stories.settings.model, "fps": pipe.fps}
     about |= {"width": pipe.config.width, "height": pipe.config.height, "frames_per_chunk": pipe.frames_per_chunk}
     about["examples"] = _EXAMPLES.get(stories.settings.model, ())
     about |= {"latent_frames_per_chunk": config.frames_per_chunk, "memory": config.to_dict()}
-    about["policies"] = [
-        {"name": name, "about": " ".join(kind.__doc__.split(".")[0].split())} for name, kind in offered
-    ]
+    about["policies"] = [{"name": name, "about": said} for name, said in OFFERED.items()]
     return JSONResponse(about | {"limits": stories.settings.public(), "sessions": len(stories.tellings)})
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -93,20 +93,11 @@ class Gate:
         return True
 
     def _shows_token(self, scope: Scope, headers: Headers) -> bool:
-        shown = [_asked(scope)]
         kind, _, value = headers.get("authorization", "").partition(" ")
-        shown += [value.strip()] if kind.lower() == "bearer" else []
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            cookie = None
-        shown += [cookie.value] if cookie else []
+        bearer = value.strip() if kind.lower() == "bearer" else None
+        shown = (_asked(scope), HTTPConnection(scope).cookies.get(COOKIE), bearer)
         return any(hmac.compare_digest(one.encode(), self.token.encode()) for one in shown if one)
 
 
 def _asked(scope: Scope) -> str | None:
-    try:
-        found = parse_qs(scope.get("query_string", b"").decode("latin-1"), max_num_fields=20).get("token")
-    except ValueError:  # more fields than any address of this server has
-        return None
-    return found[0] if found else None
+    return HTTPConnection(scope).query_params.get("token")

@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Any
 
 from memflow.errors import MemFlowError
-from memflow.memory.policies import POLICIES
+from memflow.memory.policies import OFFERED
 from memflow.serve.settings import Settings
 from memflow.stream.plan import check_text
 from memflow.tellers.teller import check_id
@@ -243,9 +243,8 @@ def _memory(ours: dict[str, Any], settings: Settings) -> dict[str, Any]:
     memory = {name: value for name, value in given if value is not None or name in _OPTIONAL}
     if unknown := sorted(set(memory) - {*_MEMORY}):
         raise Refused(f"memory: {_short(unknown[0])} is no setting; there are {', '.join(_MEMORY)}")
-    offered = [name for name, policy in POLICIES.items() if not policy.by_hand]
-    if "policy" in memory and memory["policy"] not in offered:
-        raise Refused(f"memory: policy must be one of {', '.join(offered)}, {_short(memory['policy'])} came")
+    if "policy" in memory and memory["policy"] not in tuple(OFFERED):  # JSON has what no dict looks up
+        raise Refused(f"memory: policy must be one of {', '.join(OFFERED)}, {_short(memory['policy'])} came")
     for name, kind, least, most in (
         ("bank_frames", _WHOLE, 0, settings.bank_frames),
         ("held_frames", _WHOLE, 1, settings.held_frames),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, OutOfMemory
 from memflow.models.wan.text import unread
 from memflow.serve import protocol
 from memflow.serve.film import is_full
@@ -204,7 +204,8 @@ class Session:
             limit = telling.film.video.frames >= self.settings.story_seconds * telling.fps
             raise _Ended(self._done("limit" if limit else "told"))
         text = self.stories.said(telling.error)
-        kind = "out_of_memory" if "out of memory" in text else "disk_full" if is_full(text) else "failed"
+        short = isinstance(telling.error, OutOfMemory)
+        kind = "out_of_memory" if short else "disk_full" if is_full(text) else "failed"
         plain = isinstance(telling.error, MemFlowError)
         raise self._ended(text if plain else f"the model failed: {type(telling.error).__name__}", kind)
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, OutOfMemory
 from memflow.output.video import marked
 from memflow.serve.film import Film, files_of, is_full, read_journal, remove, scenes_of
 from memflow.serve.metrics import Metrics
@@ -112,7 +112,7 @@ class Stories:
         try:
             telling = await (self._begin(start) if start.resume is None else self._resume(start))
         except MemFlowError as error:
-            code = "out_of_memory" if "out of memory" in str(error) else "bad_start"
+            code = "out_of_memory" if isinstance(error, OutOfMemory) else "bad_start"
             raise Refused(self.said(error), code) from None
         except OSError as error:
             said = f"the folder of this server cannot be written: {error.strerror}"

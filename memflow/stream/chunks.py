@@ -2,35 +2,28 @@
 
     prompt -> update -> denoising passes -> keep -> clean pass, and the window encoded again where a prompt switches
 
-It knows no text, no sampler, no video and no model family; streams, `StreamingAttention`, the storybook's evaluation
-and every server drive a story through it.
+It knows no text, no sampler, no video and no model family. Streams, `StreamingAttention` and servers stand on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from memflow.errors import MemFlowError
+from memflow.memory.attention import Pass
 from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import FrameMemory, MemorySnapshot, Pass, Prompt, make_memory
+from memflow.memory.frames import FrameMemory, make_memory
+from memflow.memory.views import MemorySnapshot
 from memflow.modes import own_modes
 from memflow.parallel import ALONE
 from memflow.stream import given
 
 if TYPE_CHECKING:
     from memflow.models.base import VideoModel
-
-
-class EncodedText(NamedTuple):
-    """embeds: [B, T, text_dim]. mask: [B, T]. prompt: what the model has made of them."""
-
-    embeds: Tensor
-    mask: Tensor
-    prompt: Prompt
 
 
 class ChunkDriver:
@@ -68,8 +61,8 @@ class ChunkDriver:
         self.history: Tensor | None = None
         self.position = 0
         self.size: tuple[int, int, int] | None = None
-        self.in_force: EncodedText | None = None
-        self.coming: EncodedText | None = None
+        self.in_force: given.EncodedText | None = None
+        self.coming: given.EncodedText | None = None
         self._version: Hashable = None  # of the model that has encoded them
         self._begun = self._ready = -1  # chunk whose preparation began, and the last that it ended for
         self._step: Pass | None = None
@@ -101,8 +94,7 @@ class ChunkDriver:
             return
         if self.size is not None:
             raise MemFlowError(f"latents: a stream keeps its size; it began with {self.size} (B, h, w), not {size}")
-        given.check_size(size)
-        batch, rows, columns = size = (int(batch), int(rows), int(columns))
+        batch, rows, columns = size = given.latent_size(size)
         model = self.model
         try:
             grid = model.grid(rows, columns)
@@ -131,7 +123,7 @@ class ChunkDriver:
         self.follow_model()
         with own_modes():
             mask = (embeds != 0).any(-1) if mask is None else mask.bool()
-            self.coming = self._encoded(embeds, mask, copy=True)
+            self.coming = given.EncodedText.of(self.model, embeds, mask, copy=True)
 
     def denoise(self, latents: Tensor, timestep: float | Tensor) -> Tensor:
         """What the model predicts for the noisy chunk in hand.
@@ -150,7 +142,7 @@ class ChunkDriver:
         timestep = given.one_timestep(timestep, latents.shape[0] if latents.ndim else 1)
         self.begin(latents.shape)
         with own_modes():
-            return self.model.denoise(self._input(latents), timestep, self._step).to(latents)
+            return self.model.denoise(latents.to(self.memory.pool.key), timestep, self._step).to(latents)
 
     def keep(self, latents: Tensor) -> None:
         """The clean chunk is the result: remember it, and go on to the next.
@@ -167,7 +159,7 @@ class ChunkDriver:
             latents = latents.detach().clone()  # the caller's, who may go on to write into them
             kept = self.config.sink_frames + self.config.window_frames
             history = latents if self.history is None else torch.cat([self.history, latents], dim=2)[:, :, -kept:]
-        self.history, self._unwritten, self._step = history, (self._input(latents), self._step), None
+        self.history, self._unwritten, self._step = history, (latents.to(self.memory.pool.key), self._step), None
         self.position += 1
 
     def begin(self, shape: Sequence[int] | None = None) -> None:
@@ -177,14 +169,12 @@ class ChunkDriver:
         Args:
             shape: of the chunk's latents, where it has not been checked.
         """
-        channels, frames, text = self.model.channels, self.config.frames_per_chunk, self.coming or self.in_force
+        frames, text = self.config.frames_per_chunk, self.coming or self.in_force
         if text is None:
             raise MemFlowError("which prompt? Call prompt(embeds) before the first chunk")
         if shape is not None:
-            batch = text.mask.shape[0]
-            if len(shape) != 5 or list(shape[:3]) != [batch, channels, frames]:
-                raise MemFlowError(f"latents must be [{batch}, {channels}, {frames}, h, w], got {list(shape)}")
-            self.open(batch, *shape[3:])
+            given.check_shape(shape, (text.mask.shape[0], self.model.channels, frames))
+            self.open(shape[0], *shape[3:])
         if self._ready == self.position:
             return
         if self.in_hand:
@@ -198,7 +188,10 @@ class ChunkDriver:
             if self.coming is not None:
                 self.in_force, self.coming = self.coming, None
                 self.memory.switch_prompt(start, self.in_force.prompt)
-                self._encode_window_again(start)
+                first, count = self.memory.recache_span(start)
+                if count:  # the frames that stay in the window, under the new prompt
+                    step = self.memory.pass_over(first, count, self.in_force.prompt)
+                    self.model.write_clean(self.history[:, :, -count:].to(self.memory.pool.key), step)
             self.memory.update(start, self.in_force.prompt)
             self._step = self.memory.pass_over(start, frames, self.in_force.prompt)
         self._ready = self.position
@@ -237,8 +230,7 @@ class ChunkDriver:
         for name, text in (("text", self.in_force), ("next", self.coming)):
             if text is not None:
                 tensors |= {f"{name}.embeds": text.embeds, f"{name}.mask": text.mask}
-        if self.history is not None:
-            tensors["history"] = self.history
+        tensors |= {} if self.history is None else {"history": self.history}
         return tensors, {"position": self.position, **counters}
 
     def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
@@ -264,30 +256,19 @@ class ChunkDriver:
             raise
 
     def _load(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
-        position = counters.get("position")
-        if not isinstance(position, int) or not 0 <= position < 2**48:
-            raise ValueError(f"position must be a whole number, got {position!r}")
-        self.position = position
+        self.position = given.saved_position(counters)
         memory = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("memory.")}
-        self.memory.load_state_dict(memory, counters)
-        known = {"history", "text.embeds", "text.mask", "next.embeds", "next.mask"}
-        unknown = [*memory, *(name for name in tensors if not name.startswith("memory.") and name not in known)]
-        if unknown:  # `memory` has lost what was loaded
-            raise ValueError(f"unknown tensors: {', '.join(unknown)}")
-        self.history = tensors["history"].to(self.model.device) if "history" in tensors else None
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("memory.")}
+        self.memory.load_state_dict(memory, counters)  # takes out of it what it loads, as the two below do
         kept = min(self.start_frame, self.config.sink_frames + self.config.window_frames)
-        given.check_saved_latents(self.history, (self.size[0], self.model.channels, kept, *self.size[1:]))
-        texts = {}
-        for name in ("text", "next"):
-            if f"{name}.embeds" in tensors:
-                text = tensors[f"{name}.embeds"], tensors.get(f"{name}.mask")
-                given.check_saved_text(name, *text, self.size[0], self.model.text_dim, self.model.dtype)
-                texts[name] = self._encoded(*text)
-        if position and "text" not in texts:
-            raise ValueError("text.embeds is missing: the prompt of the last chunk")
+        self.history = given.saved_latents(own, (self.size[0], self.model.channels, kept, *self.size[1:]), self.model)
+        self.in_force, self.coming = (given.saved_text(own, n, self.size[0], self.model) for n in ("text", "next"))
         self._version = self.model.text_version()
-        self.in_force, self.coming = texts.get("text"), texts.get("next")
-        self._begun = self._ready = position - 1  # no chunk is in hand,
+        if memory or own:
+            raise ValueError(f"unknown tensors: {', '.join([*memory, *own])}")
+        if self.position and self.in_force is None:
+            raise ValueError("text.embeds is missing: the prompt of the last chunk")
+        self._begun = self._ready = self.position - 1  # no chunk is in hand,
         self._step = self._unwritten = None  # and no clean pass is due
 
     def _require_memory(self, name: str) -> None:
@@ -306,29 +287,13 @@ class ChunkDriver:
         with own_modes():
             version = model.text_version()
             if self.memory is not None:
-                pool = self.memory.pool.key
-                given.check_unchanged("device", pool.device, model.device)
-                if version != self._version:
-                    given.check_unchanged("dtype", pool.dtype, model.dtype)
+                given.check_unchanged(self.memory.pool.key, model, dtype=version != self._version)
             if version == self._version:
                 return
-            self.in_force, self.coming = (text and self._encoded(*text[:2]) for text in (self.in_force, self.coming))
+            self.in_force, self.coming = (
+                t and given.EncodedText.of(model, *t[:2]) for t in (self.in_force, self.coming)
+            )
             if self._unwritten is not None:
                 latents, step = self._unwritten
                 self._unwritten = latents, step._replace(prompt=self.in_force.prompt)
         self._version = version
-
-    def _encoded(self, embeds: Tensor, mask: Tensor, copy: bool = False) -> EncodedText:
-        text = embeds.to(self.model.device, self.model.dtype, copy=copy), mask.to(self.model.device, copy=copy)
-        return EncodedText(*text, self.model.encode_prompt(*text))
-
-    def _encode_window_again(self, start: int) -> None:
-        """The frames that stay in the window, under the new prompt."""
-        first, count = self.memory.recache_span(start)
-        if count:
-            step = self.memory.pass_over(first, count, self.in_force.prompt)
-            self.model.write_clean(self._input(self.history[:, :, -count:]), step)
-
-    def _input(self, latents: Tensor) -> Tensor:
-        pool = self.memory.pool.key
-        return latents.to(pool.device, pool.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,25 @@ from torch import Tensor
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
 
+if TYPE_CHECKING:
+    from memflow.memory.views import Prompt
+    from memflow.models.base import VideoModel
+
 _MOST = 2**20  # pixels of a side, tokens of a prompt
+
+
+class EncodedText(NamedTuple):
+    """embeds: [B, T, text_dim]. mask: [B, T]. prompt: what the model has made of them."""
+
+    embeds: Tensor
+    mask: Tensor
+    prompt: Prompt
+
+    @classmethod
+    def of(cls, model: VideoModel, embeds: Tensor, mask: Tensor, *, copy: bool = False) -> EncodedText:
+        """The text for a model, where it is. copy: the caller may go on to write into embeds and mask."""
+        text = embeds.to(model.device, model.dtype, copy=copy), mask.to(model.device, copy=copy)
+        return cls(*text, model.encode_prompt(*text))
 
 
 def one_seed_each(seed: int | Sequence[int], batch: int) -> list[int]:
@@ -44,10 +63,11 @@ def check_recorded(fps: object, text_length: object, height: object, width: obje
     whole_pixels("height", height, 1), whole_pixels("width", width, 1)
 
 
-def check_size(size: Sequence[object]) -> None:
-    """(B, h, w) must be whole numbers of at least 1."""
+def latent_size(size: Sequence[object]) -> tuple[int, int, int]:
+    """(B, h, w), whole numbers of at least 1."""
     if not all(isinstance(count, Integral) and count >= 1 for count in size):
         raise MemFlowError(f"latents: B, h and w must be whole numbers of at least 1, got {tuple(size)}")
+    return tuple(map(int, size))
 
 
 def check_embeds(embeds: object, mask: object, dim: int, batch: int | None) -> None:
@@ -89,27 +109,50 @@ def one_timestep(timestep: object, batch: int) -> float | Tensor:
     return float(timestep)
 
 
-def check_unchanged(name: str, before: torch.dtype | torch.device, now: torch.dtype | torch.device) -> None:
-    """The memory of a stream keeps the dtype and the device that its model had."""
-    if isinstance(before, torch.device) and before.type == now.type and None in (before.index, now.index):
-        return
-    if before != now:
-        raise MemFlowError(
-            f"the model's {name} has changed under a stream, from {before} to {now}: its memory keeps that of its "
-            "first chunk; change it back, or make the stream again"
-        )
+def check_shape(shape: Sequence[int], needed: Sequence[int]) -> None:
+    """Latents of this shape must be `needed` [B, C, F] and h, w."""
+    if len(shape) != 5 or list(shape[:3]) != list(needed):
+        raise MemFlowError(f"latents must be [{', '.join(map(str, needed))}, h, w], got {list(shape)}")
 
 
-def check_saved_text(name: str, embeds: Tensor, mask: Tensor | None, batch: int, dim: int, dtype: torch.dtype) -> None:
-    """ValueError where the embeddings of a state, or their mask, are not those of this model."""
+def check_unchanged(pool: Tensor, model: VideoModel, *, dtype: bool) -> None:
+    """The memory of a stream keeps the device and, where `dtype`, the dtype that its model had."""
+    device = model.device
+    if pool.device.type == device.type and None in (pool.device.index, device.index):
+        device = pool.device
+    for name, before, now in (("device", pool.device, device), ("dtype", pool.dtype, model.dtype))[: 1 + dtype]:
+        if before != now:
+            raise MemFlowError(
+                f"the model's {name} has changed under a stream, from {before} to {now}: its memory keeps that of its "
+                "first chunk; change it back, or make the stream again"
+            )
+
+
+def saved_position(counters: dict[str, int]) -> int:
+    """Chunks kept, of a state; ValueError where it does not say."""
+    position = counters.get("position")
+    if not isinstance(position, int) or not 0 <= position < 2**48:
+        raise ValueError(f"position must be a whole number, got {position!r}")
+    return position
+
+
+def saved_latents(tensors: dict[str, Tensor], needed: Sequence[int], model: VideoModel) -> Tensor | None:
+    """Take the latents out of a state; ValueError where they are not `needed` [B, C, F, h, w]; None: F is 0."""
+    latents = tensors.pop("history", None)
+    found, needed = None if latents is None else list(latents.shape), list(needed) if needed[2] else None
+    if found != needed:
+        raise ValueError(f"history must be {needed}, got {found}")
+    return None if latents is None else latents.to(model.device)
+
+
+def saved_text(tensors: dict[str, Tensor], name: str, batch: int, model: VideoModel) -> EncodedText | None:
+    """Take a prompt out of a state, if it has one; ValueError where the embeddings are not those of the model."""
+    embeds, mask, dim = tensors.pop(f"{name}.embeds", None), tensors.pop(f"{name}.mask", None), model.text_dim
+    if embeds is None:
+        return None
     shape, rows = list(embeds.shape), None if mask is None else list(mask.shape)
     fits = len(shape) == 3 and shape == [batch, shape[1], dim] and rows == shape[:2] and mask.dtype == torch.bool
-    if not fits or embeds.dtype != dtype:
-        raise ValueError(f"{name}.embeds must be {dtype} [{batch}, T, {dim}] with a mask, got {shape} with {rows}")
-
-
-def check_saved_latents(latents: Tensor | None, needed: Sequence[int]) -> None:
-    """ValueError where the latents of a state are not `needed` [B, C, F, h, w]; none of them are None."""
-    found = None if latents is None else list(latents.shape)
-    if found != (list(needed) if needed[2] else None):
-        raise ValueError(f"history must be {list(needed) if needed[2] else None}, got {found}")
+    if not fits or embeds.dtype != model.dtype:
+        needed = f"{model.dtype} [{batch}, T, {dim}] with a mask"
+        raise ValueError(f"{name}.embeds must be {needed}, got {shape} with {rows}")
+    return EncodedText.of(model, embeds, mask)

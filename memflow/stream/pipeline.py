@@ -24,7 +24,6 @@ from memflow.models.wan.graphs import require_gpu
 from memflow.models.wan.parallel import share
 from memflow.models.wan.published import PRESETS, find_preset
 from memflow.models.wan.text import PromptCache, encode_prompts, losses
-from memflow.models.weights import weights_digest
 from memflow.modes import own_modes
 from memflow.parallel import ALONE, Alone
 from memflow.parallel.ranks import Ranks
@@ -263,14 +262,9 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         batch = len(prompts[0]) if isinstance(prompts[0], (list, tuple)) else 1
         texts = [prompt_texts(prompt, batch) for prompt in prompts]
         height, width = self.whole_size(height, width)
-        stream = Stream(
-            self,
-            plan=Plan(texts, self.chunks_for(seconds_per_prompt)),
-            config=self.memory_config if memory is None else memory,
-            seeds=one_seed_each(seed, batch),
-            height=height,
-            width=width,
-        )
+        plan, seeds = Plan(texts, self.chunks_for(seconds_per_prompt)), one_seed_each(seed, batch)
+        config = self.memory_config if memory is None else memory
+        stream = Stream(self, plan=plan, config=config, seeds=seeds, height=height, width=width)
         self.warn_of_losses(text for row in texts for text in row)
         return stream
 
@@ -285,27 +279,9 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """A decoder at the start of a video: latents to frames, chunk by chunk."""
         return stream_decoder(self.vae)
 
-    def identity(self) -> dict:
-        """What a saved stream must find again: digests of the weights, and the settings that decide what comes out.
-
-        The text encoder goes by its weights where it is in memory and by its files where a `PromptCache` loads it; the
-        one says nothing about the other.
-        """
-        if self.prompts is not None:
-            text = {} if self.prompts.encoder is None else {"text_encoder_files": self.prompts.encoder}
-        else:
-            text = {} if self.text_encoder is None else {"text_encoder": weights_digest(self.text_encoder)}
-        return text | {
-            "transformer": WanModel(self.transformer).identity(),
-            "vae": f"{type(self.vae).__name__} {weights_digest(self.vae)}",
-            "denoising_steps": list(self.config.denoising_steps),
-            "sigmas": self.schedule.sigmas,
-            "dtype": str(self.transformer.dtype),
-        }
-
     def resume(self, path: str | Path) -> Stream:
         """The stream that `Stream.save` wrote to `path`; its next chunks are those of the uninterrupted one."""
-        return load_stream(self, path, Stream)
+        return load_stream(self, path, Stream, WanModel)
 
     def __call__(self, prompts: Sequence[str] | Sequence[Sequence[str]], **settings: Any) -> MemFlowOutput:
         """The whole video at once. Arguments as in `stream`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from memflow.errors import MemFlowError
@@ -68,10 +69,8 @@ class Noise:
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers [B, *shape], float32, on the CPU."""
-        rows = (
-            torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for generator in self.generators
-        )
-        return torch.stack(list(rows))
+        size = (len(self.generators), *shape)
+        return randn_tensor(size, self.generators, torch.device("cpu"), torch.float32)
 
     def state(self) -> Tensor:
         """[B, bytes] uint8."""

@@ -9,6 +9,7 @@ import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,11 @@ from torch import Tensor
 from memflow.errors import MemFlowError
 from memflow.files import write_whole
 from memflow.memory.config import MemoryConfig
+from memflow.models.weights import weights_digest
 from memflow.stream.plan import Plan
+
+if TYPE_CHECKING:
+    from memflow.models.base import VideoModel
 
 FORMAT = "memflow-stream-2"
 _DTYPES = {
@@ -56,7 +61,7 @@ def _save(stream, path, extra: dict[str, str], tensors: dict[str, Tensor], count
         "width": stream.width,
         "counters": counters,
         "timings": stream.timings,
-        "model": stream.pipeline.identity(),
+        "model": identity_of(stream.pipeline, stream.driver.model),
         "extra": extra,
     }
     text = json.dumps(header)
@@ -65,6 +70,27 @@ def _save(stream, path, extra: dict[str, str], tensors: dict[str, Tensor], count
         write_whole(path, lambda file: _write(file, metadata, tensors))
     except OSError as error:
         raise MemFlowError(f"the state cannot be written to {path}: {error.strerror}") from error
+
+
+def identity_of(pipeline, model: VideoModel) -> dict:
+    """What a saved stream must find again: digests of the weights, and the settings that decide what comes out.
+
+    The text encoder goes by its weights where it is in memory and by its files where a `PromptCache` loads it; the
+    one says nothing about the other.
+    """
+    text, encoder, vae = {}, pipeline.text_encoder, pipeline.vae
+    if pipeline.prompts is not None:
+        if pipeline.prompts.encoder is not None:
+            text = {"text_encoder_files": pipeline.prompts.encoder}
+    elif encoder is not None:
+        text = {"text_encoder": weights_digest(encoder)}
+    return text | {
+        "transformer": model.identity(),
+        "vae": f"{type(vae).__name__} {weights_digest(vae)}",
+        "denoising_steps": list(pipeline.config.denoising_steps),
+        "sigmas": pipeline.schedule.sigmas,
+        "dtype": str(pipeline.transformer.dtype),
+    }
 
 
 def read_header(path, *, digest: bool = True) -> dict:
@@ -80,19 +106,20 @@ def read_header(path, *, digest: bool = True) -> dict:
     return _read(path, digest)[0]
 
 
-def load_stream(pipeline, path, make: Callable):
+def load_stream(pipeline, path, make: Callable, model: Callable[..., VideoModel]):
     """The stream that was saved to `path`.
 
     Args:
         pipeline: holds the model that it was saved with.
         path: the file.
         make: `Stream`.
+        model: makes the `VideoModel` of a transformer.
 
     Raises:
         MemFlowError: as `read_header`; another model; or a state that no stream could have saved.
     """
     header, tensors = _read(path, digest=True)
-    identity = pipeline.identity()
+    identity = identity_of(pipeline, model(pipeline.transformer))
     saved = header["model"]
     names = {*identity, *saved} - ({*_ENCODER} - ({*identity} & {*saved}))
     differing = sorted(name for name in names if identity.get(name) != saved.get(name))
@@ -117,7 +144,7 @@ def load_stream(pipeline, path, make: Callable):
         if "history" in tensors and tensors["history"].dtype != torch.float32:
             raise ValueError(f"history must be torch.float32, got {tensors['history'].dtype}")
         stream.driver.load_state_dict(tensors, header["counters"])
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # the digest was right: somebody made this file
         reason = f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, IndexError)) else str(error)

@@ -22,7 +22,8 @@ from memflow.stream.words import called_by
 
 if TYPE_CHECKING:
     from memflow.memory.config import MemoryConfig
-    from memflow.memory.frames import FrameMemory, MemorySnapshot
+    from memflow.memory.frames import FrameMemory
+    from memflow.memory.views import MemorySnapshot
     from memflow.stream.chunks import ChunkDriver
 
 

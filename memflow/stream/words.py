@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from memflow.memory.frames import MemorySnapshot
+    from memflow.memory.views import MemorySnapshot
 
 MOST = 3  # words of a frame
 _FRACTION = 0.5  # of what the strongest word says: below this a word did not call for the frame

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, OutOfMemory
 from memflow.stream.plan import prompt_texts
 
 if TYPE_CHECKING:
-    from memflow.memory.frames import MemorySnapshot
+    from memflow.memory.views import MemorySnapshot
     from memflow.stream.pipeline import MemFlowPipeline
     from memflow.stream.stream import Chunk, Stream
 
@@ -257,4 +257,4 @@ def _plain(error: Exception, others: int) -> Exception:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return MemFlowError(f"out of memory for this story; {others} others are being told, a smaller picture needs less")
+    return OutOfMemory(f"out of memory for this story; {others} others are being told, a smaller picture needs less")

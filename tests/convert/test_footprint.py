@@ -66,7 +66,7 @@ def test_the_estimates_are_the_tensors_of_the_real_pass(model, found):
     step = stream.memory.pass_over(15, 3, stream.driver.in_force.prompt)
     with torch.no_grad(), _Peak() as peak:
         stream.driver.model.denoise(torch.zeros(1, 16, 3, 4, 6, dtype=torch.bfloat16), 937.5, step)
-    # The attention of the CPU reference makes tensors of its own, inside one operator of the fake run.
+    # The attention of the CPU reference makes tensors of its own, inside one operator of the run without data.
     assert found.denoising <= peak.peak
     with torch.no_grad(), _Peak() as peak:
         stream.decoder._frame(torch.zeros(1, 16, 1, 4, 6, dtype=torch.bfloat16))

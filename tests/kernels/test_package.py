@@ -33,10 +33,13 @@ def test_import_is_light():
     assert not {"diffusers", "transformers", "triton", "memflow", "peft", "matplotlib"} & set(runs[0][1])
 
 
-def test_no_private_name_of_torch():
+@pytest.mark.parametrize("package", ["memflow_kernels", "memflow"])
+def test_no_private_name_of_torch(package):
     """But for the fused attention of aten, and torch.utils, where torch's documentation has dispatch modes."""
     private = re.compile(r"\btorch(\.\w+)*\._[a-zA-Z]|from torch[\w.]* import .*\b_[a-zA-Z]|\bforward_ad\._")
-    for path in Path(memflow_kernels.__file__).parent.rglob("*.py"):
+    paths = list((Path(memflow_kernels.__file__).parents[1] / package).rglob("*.py"))
+    assert paths
+    for path in paths:
         assert not private.search(re.sub(r"torch\.(ops\.aten\._scaled|utils\._)", "", path.read_text())), path
 
 

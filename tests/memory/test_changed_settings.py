@@ -3,10 +3,9 @@
 import pytest
 
 from memflow.memory.config import MemoryConfig
-from memflow.memory.policies import POLICIES
+from memflow.memory.policies import OFFERED
 
 TRAINED = MemoryConfig(bank_frames=6, held_frames=24, policy="original", recall="coverage", scene_frame="first")
-OFFERED = [name for name, policy in POLICIES.items() if not policy.by_hand]
 
 
 @pytest.mark.parametrize("policy", OFFERED)

@@ -13,7 +13,7 @@ from memflow import MemFlowError
 from memflow.memory import MemoryConfig, Prompt, make_memory
 from memflow.memory.attention import attend_with_memory
 from memflow.memory.policies import PromptPolicy
-from memflow.memory.scenes import passed_over
+from memflow.memory.views import passed_over
 
 CHUNK_SECONDS = 0.75
 BETTER = {"recall": "coverage", "scene_frame": "first"}

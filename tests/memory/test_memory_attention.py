@@ -74,7 +74,7 @@ def test_with_relative_positions_every_frame_is_turned_to_its_place():
     memory, prompt = memory_of(MemoryConfig(positions="relative", bank_frames=2))
     for buffer in (memory.pool.key, memory.pool.value):
         buffer.zero_()  # `place` turns slots that nobody has written, too
-    keys, values, places = [], [], memory.places
+    keys, values, places = [], [], memory.pool.places
     for chunk in range(4):
         start, stop = CHUNK * chunk, CHUNK * (chunk + 1)
         memory.update(start, prompt)

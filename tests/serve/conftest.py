@@ -159,3 +159,11 @@ def shared(toy, tmp_path_factory) -> Iterator[Running]:
     running = Running(toy, Settings(folder=tmp_path_factory.mktemp("stories"), model="noise"))
     yield running
     running.stop()
+
+
+def upgrade(running: Running, **headers: str) -> bytes:
+    """The request that asks for a WebSocket."""
+    fields = {"Host": f"127.0.0.1:{running.port}", "Upgrade": "websocket", "Connection": "Upgrade"}
+    fields |= {"Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Version": "13"} | headers
+    lines = [f"{name}: {value}" for name, value in fields.items()]
+    return ("GET /v1/realtime/video HTTP/1.1\r\n" + "\r\n".join(lines) + "\r\n\r\n").encode()

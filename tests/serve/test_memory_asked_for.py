@@ -6,10 +6,8 @@ import pytest
 
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
-from memflow.memory.policies import POLICIES
+from memflow.memory.policies import OFFERED
 from memflow.serve.stories import memory_asked_for
-
-OFFERED = [name for name, policy in POLICIES.items() if not policy.by_hand]
 
 
 @pytest.mark.parametrize("mode", ["interactive", "single"])

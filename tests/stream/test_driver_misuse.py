@@ -1,5 +1,7 @@
 """ChunkDriver as people call it by mistake: a sentence, and the chunk goes on as if nothing had been."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -75,6 +77,20 @@ def test_there_is_no_state_without_a_memory(streaming):
         streaming.state_dict()
     with pytest.raises(MemFlowError, match="load_state_dict: there is no memory yet; call open"):
         streaming.load_state_dict({}, {"position": 0})
+
+
+@pytest.mark.parametrize("position", [-1, 2**48, 1.0, "3", None])
+def test_a_position_is_a_whole_number(streaming, position):
+    streaming.open(1, 8, 8)
+    with pytest.raises(ValueError, match=re.escape(f"position must be a whole number, got {position!r}")):
+        streaming.load_state_dict({}, {"position": position})
+
+
+def test_a_state_of_the_beginning_is_one(streaming):
+    streaming.open(1, 8, 8)
+    tensors, counters = streaming.state_dict()
+    streaming.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, counters)
+    assert streaming.position == 0
 
 
 @pytest.mark.parametrize("size", [(0, 8, 8), (1, -8, 8), (1, 8.0, 8)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -78,3 +80,22 @@ def test_what_is_wrong_is_named(toy):
     streaming.keep(latents)
     with pytest.raises(MemFlowError, match=r"it began with \(1, 8, 8\) \(B, h, w\), not \(1, 8, 16\)"):
         streaming.keep(torch.zeros(1, 192, 3, 8, 16))
+
+
+def test_weights_that_change_after_a_state_was_taken_are_those_of_the_prompt_too(toy):
+    """The clean pass is made by then: only the prompt's keys and values are left to be made anew."""
+    transformer = copy.deepcopy(toy.transformer)
+    first, second = StreamingAttention(transformer), StreamingAttention(transformer)
+    first.prompt(torch.randn(1, 5, transformer.config.text_dim, generator=torch.Generator().manual_seed(1)))
+    latents = torch.randn(1, transformer.config.in_channels, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    before = first.denoise(latents, 500.0)
+    first.keep(latents)
+    tensors, counters = first.state_dict()
+    state = {name: tensor.clone() for name, tensor in tensors.items()}
+    with torch.no_grad():
+        transformer.blocks[0].attn2.to_k.weight.mul_(-2)
+        transformer.blocks[0].attn2.to_v.weight.mul_(3)
+    second.open(1, 8, 8)
+    second.load_state_dict(state, counters)
+    after = first.denoise(latents, 500.0)
+    assert torch.equal(after, second.denoise(latents, 500.0)) and not torch.equal(after, before)

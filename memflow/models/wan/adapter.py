@@ -11,8 +11,9 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from memflow.errors import MemFlowError
-from memflow.memory.frames import Pass, Prompt
+from memflow.memory.attention import Pass
 from memflow.memory.places import Rotation
+from memflow.memory.views import Prompt
 from memflow.models.wan.attention import CleanPassDone, StreamContext, install, uninstall
 from memflow.models.wan.changes import adapters, layout, refuse_hooks, text_version
 from memflow.models.wan.graphs import GraphedPasses

@@ -26,7 +26,7 @@ from memflow.parallel import ALONE, Alone
 from memflow_kernels import Pool, memory_attention, qk_norm_rope, qk_norm_rope_write
 
 if TYPE_CHECKING:
-    from memflow.memory.frames import Pass
+    from memflow.memory.attention import Pass
 
 
 class CleanPassDone(Exception):

@@ -1,30 +1,34 @@
 """What a model takes of a GPU's memory, computed from shapes: nothing is loaded and no GPU is needed.
 
-Weights, pool, prompt and the VAE's cache are exact. Activations are an estimate: the model's own code is run on fake
-tensors, which have shapes and no data, and the tensors alive at the same time are added up. What libraries take beside
-them (workspaces, the CUDA context, gaps between allocations) is not in it.
+Weights, pool, prompt and the VAE's cache are exact. Activations are an estimate: the model's own code is run on tensors
+of torch's meta device, which have shapes and no data, and those alive at the same time are added up. What libraries
+take beside them (workspaces, the CUDA context, gaps between allocations) is not in it.
 """
 
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import UMT5Config, UMT5EncoderModel
 
 from memflow.decoders.wan import WanDecoder
 from memflow.errors import MemFlowError
+from memflow.memory.attention import Pass
 from memflow.memory.config import MemoryConfig
-from memflow.memory.frames import Prompt, make_memory
+from memflow.memory.frames import make_memory
+from memflow.memory.views import Prompt
 from memflow.models.wan.adapter import WanModel
+from memflow.models.wan.attention import CleanPassDone
 from memflow.models.wan.checkpoints import kept_dtype
 from memflow.models.wan.float8 import float8_linears
 from memflow.parallel.ranks import numbers_that_do
@@ -88,7 +92,7 @@ def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int =
     Raises:
         MemFlowError: Sizes that do not fit the model.
     """
-    with init_empty_weights():
+    with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(model.transformer)
         vae = AutoencoderKLWan.from_config(model.vae)
         text_encoder = UMT5EncoderModel(UMT5Config(**model.text_encoder))
@@ -103,27 +107,22 @@ def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int =
     saved = sum(weight.numel() * (dtype.itemsize - 1) - 4 * len(weight) for weight in converted)
     latents = (batch, transformer.config.in_channels, model.height // factor, model.width // factor)
     grid = latents[2] // patch[1], latents[3] // patch[2]
-    shape = {"batch": batch, "grid": grid, "dtype": dtype}
-    memory = make_memory(model.memory, **_heads(transformer), **shape, device=torch.device("meta"))
-    pool = memory.pool.nbytes
-    with FakeTensorMode(), torch.no_grad(), warnings.catch_warnings():
+    shape = {"batch": batch, "grid": grid, "dtype": dtype, "device": torch.device("meta")}
+    pool = make_memory(model.memory, **_heads(transformer), **shape).pool.nbytes
+    with torch.device("meta"), torch.no_grad(), _Fused(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Layers do not add up in activations: two of them tell.
-        with init_empty_weights():
-            shallow = WanTransformer3DModel.from_config({**model.transformer, "num_layers": 2})
-        fake, fake_vae = _fake(shallow, _weights(shallow, dtype)), _fake(vae, weights["vae"])
-        fake = WanModel(fake)
-        sizes = _heads(fake.transformer)
-        memory = make_memory(model.memory, **sizes, **shape, device=torch.device("cpu"))
+        wan = _shallow(model.transformer, dtype)
+        sizes = _heads(wan.transformer)
+        memory = make_memory(model.memory, **sizes, **shape)
         key = torch.empty(sizes["layers"], batch, model.text_length, sizes["heads"], sizes["head_dim"], dtype=dtype)
         prompt = Prompt(key, torch.empty_like(key), torch.ones(batch, model.text_length, dtype=torch.bool))
         memory.bank_used = memory.recorded = model.memory.bank_frames
         start = 10 * (model.memory.sink_frames + model.memory.window_frames) * model.memory.frames_per_chunk
-        denoise = lambda noisy, step: fake.denoise(noisy, 1000.0, step)  # noqa: E731
-        denoising = _pass(memory, prompt, latents, start, model.memory.frames_per_chunk, dtype, denoise)
-        _, span = memory.recache_span(start)
-        recache = _pass(memory, prompt, latents, start - span, span, dtype, fake.write_clean) if span else 0
-        decoder = WanDecoder(fake_vae)
+        denoising = _pass(wan, memory.pass_over(start, model.memory.frames_per_chunk, prompt), latents, clean=False)
+        first, count = memory.recache_span(start)
+        recache = _pass(wan, memory.pass_over(first, count, prompt), latents, clean=True) if count else 0
+        _set_weights(vae, weights["vae"])
+        decoder = WanDecoder(vae)
         latent = torch.empty(*latents[:2], 1, *latents[2:], dtype=dtype)
         for _ in range(2):  # until the cache is as large as it gets
             decoder._frame(latent)
@@ -145,13 +144,26 @@ def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int =
     )
 
 
-def _pass(memory, prompt, latents, start: int, frames: int, dtype, run) -> int:
-    """Bytes that a call over `frames` frames takes beside weights, pool and prompt."""
-    step = memory.pass_over(start, frames, prompt)
-    with _Peak() as peak:
-        batch, channels, rows, columns = latents
-        noisy = torch.empty(batch, channels, frames, rows, columns, dtype=dtype)
-        run(noisy, step)
+def _shallow(config: dict, dtype: torch.dtype) -> WanModel:
+    """The model with two layers, which tell: layers do not add up in activations."""
+    transformer = WanTransformer3DModel.from_config({**config, "num_layers": 2})
+    weights = _weights(transformer, dtype)
+    # A memory wants weights that are there: here one number each, until it is installed.
+    there = {name: torch.zeros((), device="cpu").expand(shape) for name, (shape, _) in weights.items()}
+    transformer.load_state_dict(there, assign=True)
+    model = WanModel(transformer.eval())
+    _set_weights(transformer, weights)
+    return model
+
+
+def _pass(model: WanModel, step: Pass, latents: tuple[int, int, int, int], *, clean: bool) -> int:
+    """Bytes that a call takes beside weights, pool and prompt."""
+    batch, channels, rows, columns = latents
+    # Not by the model's `denoise` and `write_clean`: they switch autocast off, which the meta device does not know.
+    with _Peak() as peak, model.context.during(step, clean=clean), suppress(CleanPassDone):
+        noisy = torch.empty(batch, channels, len(step.slots), rows, columns, dtype=model.dtype)
+        timestep, no_text = torch.empty(batch), noisy.new_empty((batch, 0, model.text_dim))
+        model.transformer(noisy, timestep, no_text, return_dict=False)
     return peak.peak
 
 
@@ -174,13 +186,21 @@ def _total(weights: dict[str, tuple[torch.Size, torch.dtype]]) -> int:
     return sum(shape.numel() * dtype.itemsize for shape, dtype in weights.values())
 
 
-def _fake(model: nn.Module, weights: dict[str, tuple[torch.Size, torch.dtype]]) -> nn.Module:
-    """`model` with fake tensors for weights; to be called under a FakeTensorMode."""
-    for name, (shape, dtype) in weights.items():
-        module, _, parameter = name.rpartition(".")
-        holder = model.get_submodule(module)
-        holder._parameters[parameter] = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-    return model.eval()
+def _set_weights(model: nn.Module, weights: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Give `model` weights of these shapes and dtypes, on the meta device."""
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in weights.items()}
+    model.load_state_dict(empty, assign=True)
+
+
+class _Fused(TorchFunctionMode):
+    """Attention and RMS norms by one kernel each, as on other devices: what comes out, and a float32 number for each
+    row. On the meta device they are made of many operators, with the scores among their results."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in (functional.scaled_dot_product_attention, functional.rms_norm):
+            return func(*args, **(kwargs or {}))
+        x = args[0]
+        return (x.new_empty(x.shape[:-1], dtype=torch.float32), torch.empty_like(x))[1]  # both are there at once
 
 
 class _Peak(TorchDispatchMode):
@@ -205,12 +225,13 @@ class _Peak(TorchDispatchMode):
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                known = self._alive.get(storage._cdata)
+                reference = StorageWeakRef(storage)
+                known = self._alive.get(reference.cdata)
                 if known is not None and known[0].expired():
                     self._forget()
                     known = None
                 if known is None:
-                    self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), made
+                    self._alive[reference.cdata] = reference, storage.nbytes(), made
 
     def _forget(self) -> None:
         gone = [key for key, (reference, _, _) in self._alive.items() if reference.expired()]

@@ -19,7 +19,8 @@ from torch import Tensor
 from memflow.errors import MemFlowError
 
 if TYPE_CHECKING:
-    from memflow.memory.frames import Pass, Prompt
+    from memflow.memory.attention import Pass
+    from memflow.memory.views import Prompt
 
 EAGER_CALLS = 8  # of a size, before it is captured: most sizes of a memory that still grows are gone by then
 
