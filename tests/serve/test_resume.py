@@ -63,7 +63,7 @@ def test_a_lost_connection_costs_nothing(shared, whole):
 
 def test_whoever_removes_a_story_holds_it_until_its_files_are_gone(tmp_path, monkeypatch):
     """Another server may ask for it at any moment, and must not begin with half of it."""
-    Film(tmp_path, "a", {"fps": 16}).close()
+    Film(tmp_path, "a", {"fps": 16, "width": 64, "height": 48, "frames_per_chunk": 3}).close()
     (tmp_path / "a.mp4").write_bytes(b"film")
     found, unlink = [], Path.unlink
 
