@@ -82,7 +82,7 @@ class Noise:
         if state.shape != own.shape or state.dtype != own.dtype:
             raise ValueError(f"noise must be {own.dtype} {list(own.shape)}, got {state.dtype} {list(state.shape)}")
         for generator, row in zip(self.generators, state, strict=True):
-            generator.set_state(row)
+            generator.set_state(row.clone())  # torch 2.13 reads beyond a view that begins later than its memory
 
 
 def to_device(noise: Tensor, device: torch.device) -> Tensor:

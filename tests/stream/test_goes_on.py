@@ -1,4 +1,7 @@
-"""A chunk that fails before it begins is still to be made: the stream goes on, or is saved, as if nothing had been."""
+"""Streams go on as if nothing had been: after a chunk that failed before it began, and several stories from a state."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,3 +59,17 @@ def test_a_prompt_sent_meanwhile_goes_first(toy, monkeypatch):
         ([STORY[0]], True),
         ([STORY[0]], False),
     ]
+
+
+def test_a_batch_resumes_bit_identical(tmp_path):
+    """In a process of its own: torch 2.13 ended it without a word."""
+    path = tmp_path / "state"
+    made = (
+        "import torch; from memflow_bench.untrained import noise_pipeline; pipe = noise_pipeline()\n"
+        "def rest(stream): return torch.cat([chunk.latents for chunk in stream], dim=2)\n"
+        "stream = pipe.stream([('a boat', 'an owl', 'a fox')], seconds_per_prompt=2.25, height=32, width=32, seed=5)\n"
+        f"next(stream); stream.save({str(path)!r})\n"
+        f"assert torch.equal(rest(pipe.resume({str(path)!r})), rest(stream))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", made], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -140,6 +140,9 @@ def test_what_a_state_says_of_its_model_is_not_repeated(toy, state, tmp_path):
     path.write_bytes(rewritten(state[0], lambda header, _: header["model"].update({"\x1b[2J\n": 1})))
     with pytest.raises(MemFlowError, match=r"it differs in: parts that this one has not$"):
         toy.resume(path)
+    path.write_bytes(rewritten(state[0], lambda header, _: header["model"].update({"transformer": "another"})))
+    with pytest.raises(MemFlowError, match=r"it differs in: transformer$"):
+        toy.resume(path)
 
 
 def test_an_edit_without_the_digest_is_damage(toy, state, tmp_path):

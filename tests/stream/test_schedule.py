@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from memflow.errors import MemFlowError
-from memflow.stream.sampler import DistilledSchedule
+from memflow.stream.sampler import DistilledSchedule, Noise, to_device
 
 SCHEDULER = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0)
 
@@ -35,3 +35,15 @@ def test_refuses_steps(steps):
 def test_refuses_other_schedulers(scheduler):
     with pytest.raises(MemFlowError, match=f"scheduler must hold .* got {type(scheduler).__name__}"):
         DistilledSchedule(scheduler, (1000, 500))
+
+
+def test_noise_goes_on_where_its_state_was_taken():
+    noise, again = Noise([3, 4]), Noise([5, 6])
+    noise((2,))
+    state = noise.state()
+    expected = to_device(noise((3, 2)), torch.device("cpu"))
+    again.set_state(state)
+    assert torch.equal(again((3, 2)), expected)
+    for wrong in (state[:1], state.to(torch.int16), state[:, 1:]):
+        with pytest.raises(ValueError, match="noise must be"):
+            again.set_state(wrong)
