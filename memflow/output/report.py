@@ -115,11 +115,13 @@ def _bank(snapshot, frames_per_chunk: int) -> list[Held]:
     held, relevance, recalled = (np.asarray(x)[:, 0] for x in (snapshot.held, snapshot.relevance, snapshot.recalled))
     if not (held >= 0).any():
         return []
-    relevance = np.where(held >= 0, relevance, np.nan)
-    low = np.nanmin(relevance, axis=1, keepdims=True)
-    spread = np.nanmax(relevance, axis=1, keepdims=True) - low
-    # Frames of equal relevance, a single one too, are neither the least nor the most relevant.
-    relevance = np.where(spread > 0, (relevance - low) / np.where(spread > 0, spread, 1), 0.5)
+    known = {"where": (held >= 0) & np.isfinite(relevance), "axis": 1, "keepdims": True}
+    low = np.min(relevance, initial=np.inf, **known)
+    spread = np.max(relevance, initial=-np.inf, **known) - low
+    # Frames of equal relevance, a single one too, and those without one are neither the least nor the most relevant.
+    ranked = known["where"] & (spread > 0)
+    part, low, spread = (np.where(ranked, x, other) for x, other in ((relevance, 0), (low, 0), (spread, 1)))
+    relevance = np.where(ranked, (part - low) / spread, 0.5)
     found = []
     for chunk in np.unique(held[held >= 0] // frames_per_chunk):
         here = held // frames_per_chunk == chunk

@@ -125,6 +125,15 @@ def test_equal_relevance_is_neither_least_nor_most():
     assert _bank(memory([[-1, -1]], [[np.nan, np.nan]]), 3) == []
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_frame_without_a_relevance_is_drawn_between_the_others(number):
+    """Also where a layer has none at all, or holds nothing."""
+    held, relevance = [[3, 6, 9], [3, -1, -1], [-1, -1, -1]], [[1.0, number, 2.0], [number] * 3, [np.nan] * 3]
+    bank = {entry.chunk: entry.relevance for entry in _bank(memory(held, relevance), 3)}
+    assert bank == {1: 0.25, 2: 0.5, 3: 1.0}
+
+
 def test_the_copies_of_a_frame_in_one_layer_count_once():
     assert _bank(memory([[27, 27, 27]], [[1.0, 1.0, 1.0]]), 3) == [Held(9, 1.0, 1.0, 0.5)]
 
