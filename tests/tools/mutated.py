@@ -98,6 +98,8 @@ EQUIVALENT = [  # (file, part of its line, part of the change, why no test can s
     ),
     ("csrc/gather.cu", "GATHER_THREADS = 256", "257", SPEED),
     ("csrc/gather.cu", "static_cast<int>(head_dim / VEC)", "* VEC", "more blocks than have something to do"),
+    ("memflow/files.py", "hexdigest()[:12]", "12 -> 13", "any length does"),
+    ("memflow/stream/sampler.py", 'device.type == "cuda"', "not device", "pinned or not, it arrives"),
     ("csrc/gather.cu", "int64_t rest = tokens", "- candidate_frames /", "more blocks than have something to do"),
     ("csrc/gather.cu", "blocks > INT32_MAX ||", ">= INT32_MAX", LIMIT),
     ("csrc/gather.cu", "blocks > INT32_MAX ||", ">= 65535", LIMIT),
