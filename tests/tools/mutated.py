@@ -105,6 +105,7 @@ EQUIVALENT = [  # (file, part of its line, part of the change, why no test can s
     ("csrc/gather.cu", "blocks > INT32_MAX ||", ">= 65535", LIMIT),
     ("csrc/gather.cu", "if (batch < 1 ||", "batch < 1 &&", "a launch of no blocks is refused with the same code"),
     ("csrc/replacement.cu", "COPY_THREADS = 256", "257", SPEED),
+    ("csrc/replacement.cu", "if (batch < 1 ||", "heads < 1 &&", "a launch of no blocks is refused with the same code"),
     ("csrc/replacement.cu", "blocks > INT32_MAX)", ">= INT32_MAX", LIMIT),
     ("csrc/replacement.cu", "Frames mean{", "token, 1,", "a stride that means do not use"),
     ("csrc/relevance.cu", "if (threadIdx.x == 0) score", "== 1", "every thread has the sum"),
