@@ -105,3 +105,12 @@ def test_where_files_need_a_name_what_was_left_behind_is_removed(tmp_path, monke
     os.utime(left, (0, 0))
     write_whole(tmp_path / "state", lambda file: file.write(b"new"))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".memflow-2.partial", "state"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the files that a process has open are listed on Linux")
+def test_nothing_stays_open(tmp_path):
+    write_whole(tmp_path / "state", lambda file: file.write(b"old"))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        write_whole(tmp_path / "state", lambda file: file.write(b"new"))
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -78,6 +78,17 @@ def test_scores_that_are_not_numbers(host):
     assert host.select_frames(query, means, 9).tolist() == [[[0, 1, 2, 3, 4, 5]]]
 
 
+@pytest.mark.parametrize(("tokens", "layout"), [(60, "heads_first"), (23, "fused"), (130, "heads_first")])
+def test_replace_frame_moves_all_of_a_frame(host, tokens, layout):
+    """More than a block copies at a time, and not a multiple of it."""
+    pool = pool_of(1, 3, tokens, 2, 64, torch.float32, layout)
+    expected = [part.clone() for part in pool]
+    numbers = torch.tensor([1], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    reference.replace_frame(*expected, *numbers)
+    host.replace_frame(*pool, *numbers)
+    assert all(map(torch.equal, pool, expected))
+
+
 def pool_of(batch, slots, tokens, heads, head_dim, dtype, layout):
     parts = [states(batch, slots * tokens, heads, head_dim, dtype=dtype, layout=layout, seed=seed) for seed in (0, 1)]
     return [*parts, states(batch, slots, heads, head_dim, layout="heads_first", seed=2)]

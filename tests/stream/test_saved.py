@@ -152,8 +152,15 @@ def test_an_edit_without_the_digest_is_damage(toy, state, tmp_path):
     def later(header, tensors):
         header["counters"]["position"] += 1
 
-    path.write_bytes(rewritten(data, later, signed=False))
-    assert outcome(toy, path, expected).endswith("is damaged: its contents are not those that were saved")
+    def reshaped(header, tensors):  # the same bytes
+        tensors["noise"] = tensors["noise"].view(-1, 2)
+
+    def renamed(header, tensors):
+        tensors["noisy"] = tensors.pop("noise")
+
+    for change in (later, reshaped, renamed):
+        path.write_bytes(rewritten(data, change, signed=False))
+        assert outcome(toy, path, expected).endswith("is damaged: its contents are not those that were saved")
 
 
 @pytest.mark.parametrize(
