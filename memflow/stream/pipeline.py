@@ -65,6 +65,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         height: of the video in pixels, by default.
         width: likewise.
         memory: fields of the `MemoryConfig` that this model was trained for; its defaults where not given.
+        first_denoising_steps: those of a stream's first chunk; None = denoising_steps.
 
     Attributes:
         prompts: None, or a `PromptCache` that is asked for embeddings in the encoder's place.
@@ -94,6 +95,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         height: int = 480,
         width: int = 832,
         memory: dict | None = None,
+        first_denoising_steps: list | tuple | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -101,13 +103,14 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         self.register_to_config(
             denoising_steps=list(denoising_steps),
+            first_denoising_steps=None if first_denoising_steps is None else list(first_denoising_steps),
             fps=fps,
             text_length=text_length,
             height=height,
             width=width,
             memory=dict(memory or {}),
         )
-        DistilledSchedule(scheduler, denoising_steps)  # refuses what cannot work here and not in the first chunk
+        _ = self.schedule, self.first_schedule  # which refuse what cannot work here and not in a chunk
         self.spatial_factor = stream_decoder(vae).spatial_factor
         self.cuda_graphs = False
 
@@ -166,6 +169,12 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def schedule(self) -> DistilledSchedule:
         """Noise levels of the denoising steps."""
         return DistilledSchedule(self.scheduler, self.config.denoising_steps)
+
+    @property
+    def first_schedule(self) -> DistilledSchedule:
+        """Those of a stream's first chunk."""
+        steps = self.config.first_denoising_steps
+        return self.schedule if steps is None else DistilledSchedule(self.scheduler, steps, "first_denoising_steps")
 
     @property
     def memory_config(self) -> MemoryConfig:
