@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memflow.integrations.bank import FrameBank
 from memflow.integrations.cache import FrameCache, Step
 from memflow.integrations.checks import Call
 from memflow_kernels import memory_attention, merge_attention, qk_norm_rope_write, select_frames
+from memflow_kernels.choosing import best_of_few
 
 if TYPE_CHECKING:
     from memflow.integrations.settings import Settings
@@ -107,36 +109,38 @@ class CallerAttention:
     def _write(self, planned: Planned) -> tuple[Tensor, Tensor | None]:
         """Queries [B, L, H, D] and, where heads choose frames, their mean [B, H, D]."""
         module, call, step = self.module, planned.call, planned.step
-        x, heads = call.x, module.num_heads
-        if getattr(module, "fused_projections", False):
+        x, norm_q, norm_k = call.x, module.norm_q, module.norm_k
+        if vars(module).get("fused_projections", False):
             projected = module.to_qkv(x).chunk(3, dim=-1)
         else:
             projected = module.q(x), module.k(x), module.v(x)
-        held = call.kv_cache["k"]
-        query, key, value = (y.view(*x.shape[:2], heads, -1) for y in projected)
-        if query.shape[0] != held.shape[0] or query.shape[2:] != held.shape[2:] or query.dtype != held.dtype:
-            raise ValueError(
-                f"{self.name}: kv_cache['k'] is {held.dtype} {list(held.shape)}; q, k and v of this call give "
-                f"{query.dtype}, batch {query.shape[0]}, {query.shape[2]} heads x {query.shape[3]}"
-            )
+        shape = (*x.shape[:2], module.num_heads, -1)
+        query, key, value = (y.view(shape) for y in projected)
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             raise ValueError(
                 f"{self.name}.forward: gradients are asked for, and a patched model writes into its cache in place: "
                 "call it under torch.no_grad() or torch.inference_mode(), and unpatch(model) to train it"
             )
-        written = qk_norm_rope_write(
-            query,
-            key,
-            value,
-            weight_q=module.norm_q.weight,
-            weight_k=module.norm_k.weight,
-            eps=module.norm_q.eps,
-            grid=call.grid[1:],
-            start_frame=step.start,
-            pool=planned.cache.pool(call.kv_cache),
-            slots=step.slots,
-            query_mean=planned.chooses,
-        )
+        try:
+            written = qk_norm_rope_write(
+                query,
+                key,
+                value,
+                weight_q=norm_q.weight,
+                weight_k=norm_k.weight,
+                eps=norm_q.eps,
+                grid=call.grid[1:],
+                start_frame=step.start,
+                pool=planned.cache.pool(call.kv_cache),
+                slots=step.slots,
+                query_mean=planned.chooses,
+            )
+        except (TypeError, ValueError) as error:
+            held = call.kv_cache["k"]
+            raise ValueError(
+                f"{self.name}: kv_cache['k'] is {held.dtype} {list(held.shape)}; q, k and v of this call give "
+                f"{query.dtype}, batch {query.shape[0]}, {query.shape[2]} heads x {query.shape[3]}: {error}"
+            ) from error
         planned.cache.written(call.kv_cache)
         return written if planned.chooses else (written, None)
 
@@ -154,17 +158,8 @@ class CallerAttention:
             scores.append(torch.einsum("bhd,bfhd->bhf", query_mean, means))
         states = _frames(cache, 0, held, tokens)
         if _small(states[0]):
-            parts = zip(*bank_part, states, strict=True)  # copied so that a head's tokens follow one another
-            states = [torch.cat([x.transpose(1, 2) for x in part], dim=2).transpose(1, 2) for part in parts]
-            return memory_attention(
-                query,
-                *states,
-                tokens_per_frame=tokens,
-                candidate_frames=seen + sink,
-                top_k=top_k,
-                frame_mean=means,
-                query_mean=query_mean,
-            )
+            mask = _shown(query_mean, means, top_k, seen + held, tokens).to(query.dtype)
+            return _attention_over([*bank_part, states], query, tokens, mask)
         choice = select_frames(query_mean.unsqueeze(1), means, top_k)
         if query.device.type == "cpu":  # what was chosen is known here: nothing but that is attended to
             sources = [*bank_part, _frames(cache, 0, sink, tokens)]
@@ -202,9 +197,32 @@ def _small(key: Tensor) -> bool:
     return key.device.type == "cpu" and key.numel() < JOIN_BELOW
 
 
-def _attention_over(parts: list[tuple[Tensor, Tensor]], query: Tensor, tokens: int) -> Tensor:
+def _shown(query_mean: Tensor, means: Tensor, top_k: int, frames: int, tokens: int) -> Tensor:
+    """[B, H, 1, frames * N], to be added to the logits: every head sees the top_k best of the frames that `means`
+    [B, F, H, D] belong to, as select_frames chooses them, and all behind them. Masking the others takes a small model's
+    host less time than gathering these."""
+    scores = (query_mean.unsqueeze(1) * means).sum(-1).transpose(1, 2).flatten(0, 1).tolist()
+    best = best_of_few(scores, top_k)
+    if best is None:
+        best = select_frames(query_mean.unsqueeze(1), means, top_k).flatten(0, 1).tolist()
+    rest, candidates = [0.0] * (frames - means.shape[1]), range(means.shape[1])
+    rows = [[0.0 if frame in chosen else -torch.inf for frame in candidates] + rest for chosen in best]
+    mask = torch.tensor(rows, device=means.device).unsqueeze(-1).expand(-1, -1, tokens)
+    return mask.reshape(*query_mean.shape[:2], 1, -1)
+
+
+def _attention_over(
+    parts: list[tuple[Tensor, Tensor]], query: Tensor, tokens: int, mask: Tensor | None = None
+) -> Tensor:
+    """mask: of parts that are joined, on a CPU."""
     if len(parts) > 1 and _small(parts[-1][0]):
         parts = [tuple(torch.cat(states, dim=1) for states in zip(*parts, strict=True))]
+    if len(parts) == 1 and query.device.type == "cpu":
+        # What memory_attention comes to there, which on the way takes as long as a small model's attention: no table
+        # is asked for, no log-sum-exp, no gradient.
+        key, value = parts[0]
+        states = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return F.scaled_dot_product_attention(*states, attn_mask=mask).transpose(1, 2)
     if len(parts) == 1:
         return memory_attention(query, *parts[0], tokens_per_frame=tokens)
     outs = [memory_attention(query, *part, tokens_per_frame=tokens, return_lse=True) for part in parts]

@@ -179,10 +179,15 @@ def qk_norm_rope_write(
     for frame, slot, count in _runs(places):
         new_key, new_value, turns = normed_key, value, table
         if count < len(places):
-            source = slice(frame * tokens, (frame + count) * tokens)
-            new_key, new_value, turns = normed_key[:, source], value[:, source], table[source]
-        target = pool_key[:, slot * tokens : (slot + count) * tokens]
+            source = frame * tokens, count * tokens
+            new_key, new_value, turns = (
+                normed_key.narrow(1, *source),
+                value.narrow(1, *source),
+                table.narrow(0, *source),
+            )
+        place = slot * tokens, count * tokens
+        target = pool_key.narrow(1, *place)
         rotate(new_key, turns, out=target)
-        pool_value[:, slot * tokens : (slot + count) * tokens].copy_(new_value)
-        pool_frame_mean[:, slot : slot + count].copy_(frame_means(target, tokens))
+        pool_value.narrow(1, *place).copy_(new_value)
+        pool_frame_mean.narrow(1, slot, count).copy_(frame_means(target, tokens))
     return _turned_query(normed_query, table, query_mean)

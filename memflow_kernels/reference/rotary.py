@@ -44,7 +44,10 @@ def rms_norm_heads(x: Tensor, weight: Tensor, eps: float, per_head: bool = False
     """The same for x [B, L, H, D] of any strides, over all heads together, weight [H*D], or per head, weight [D]."""
     together = norm_shape(x, per_head)
     inverse = inverse_rms(x, tuple(range(-len(together), 0)), eps)
-    return (x * inverse).to(x.dtype).mul_(weight.view(together))
+    normed = x * inverse
+    if normed.dtype != x.dtype:
+        normed = normed.to(x.dtype)
+    return normed.mul_(weight.view(together))
 
 
 def rotation_table(
