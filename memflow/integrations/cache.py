@@ -170,6 +170,7 @@ class FrameCache:
         self.held = Held((), 0, 0)
         self.global_end, self.local_end = Mirror(GLOBAL), Mirror(LOCAL)
         self.expected: tuple[int, int] | None = None
+        self.passed: tuple[tuple, Callable[[], Tensor | None]] | None = None  # a checked write: its kind; the values
         self.user: Callable[[], object] | None = None  # whose call was the last, weakly
 
     @classmethod
