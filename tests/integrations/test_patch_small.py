@@ -9,9 +9,10 @@ import pytest
 import torch
 from causal_wan import DeferringModel, Generator
 from test_patch import assert_same, built, patched, told
+from torch.autograd.forward_ad import dual_level, make_dual
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memflow.integrations import attention
+from memflow.integrations import attention, patch, returns
 from memflow.integrations.mirror import Beside
 from memflow_kernels import select_frames
 
@@ -84,3 +85,57 @@ def test_what_is_kept_beside_a_tensor_goes_with_it():
     del x
     gc.collect()
     assert not beside.known
+
+
+def streaming(monkeypatch) -> tuple[Generator, list]:
+    """A generator in the middle of its stream, and what goes through the checks of the op from now on."""
+    model, checked, own = built(DeferringModel), [], attention.qk_norm_rope_write
+    patch(model, check=False, returns=returns.with_update)
+    generator = told(Generator(model, places=None), 8)
+
+    def seen(*args, **kwargs):
+        checked.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "qk_norm_rope_write", seen)
+    generator.chunk()
+    assert not checked
+    return generator, checked
+
+
+def call(generator: Generator, x: torch.Tensor) -> None:
+    """The first self-attention alone."""
+    arguments = {"seq_lens": None, "grid_sizes": torch.tensor([[3, 2, 3]]), "freqs": generator.model.freqs}
+    arguments |= {"kv_cache": generator.cache[0], "current_start": generator.position * 18, "block_mask": None}
+    generator.model.blocks[0].self_attn(x, **arguments)
+
+
+def test_what_was_checked_once_is_not_checked_again_unless_it_changes(monkeypatch):
+    generator, checked = streaming(monkeypatch)
+    generator.cache[0]["v"] = generator.cache[0]["v"].clone()
+    generator.chunk()
+    assert len(checked) == 1
+    norm = generator.model.blocks[1].self_attn.norm_q
+    norm.weight = torch.nn.Parameter(norm.weight.data.clone(), requires_grad=False)
+    generator.chunk()
+    assert len(checked) == 2
+
+
+@pytest.mark.parametrize("change", ["values", "model"])
+def test_what_changes_for_the_worse_is_refused(change, monkeypatch):
+    generator, _ = streaming(monkeypatch)
+    x = torch.zeros(1, 18, 48)
+    if change == "values":
+        generator.cache[0]["v"] = generator.cache[0]["v"].double()
+    else:
+        generator.model.blocks[0].self_attn.double()
+        x = x.double()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^blocks\.0\.self_attn: kv_cache\['k'\] is torch.float32"):
+        call(generator, x)
+
+
+def test_tangents_are_refused(monkeypatch):
+    generator, _ = streaming(monkeypatch)
+    x = torch.ones(1, 18, 48)
+    with torch.no_grad(), dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        call(generator, make_dual(x, x))
