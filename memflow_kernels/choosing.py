@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 
-def best_of_few(rows: list[list[float]], top_k: int) -> list[list[int]] | None:
+def best_of_few(rows: Sequence[Sequence[float]], top_k: int) -> list[list[int]] | None:
     """The choice [rows][k] from scores [rows][F]; None where some may be NaN."""
     total = sum(map(sum, rows))
     if total != total:  # NaN, or infinities of both signs

@@ -177,7 +177,7 @@ class CallerAttention:
             scores.append(torch.einsum("bhd,bfhd->bhf", query_mean, means))
         states = _frames(cache, 0, held, tokens)
         if _small(states[0]):
-            mask = _shown(query_mean, means, top_k, seen + held, tokens).to(query.dtype)
+            mask = _shown(query_mean, means, top_k, seen + held, tokens, query.dtype)
             return _attention_over([*bank_part, states], query, tokens, mask)
         choice = select_frames(query_mean.unsqueeze(1), means, top_k)
         if query.device.type == "cpu":  # what was chosen is known here: nothing but that is attended to
@@ -198,7 +198,7 @@ class CallerAttention:
 
     def _means(self, planned: Planned) -> Tensor:
         """[B, candidates, H, D]: mean keys of the frames that heads choose among, the bank's and then the sink's."""
-        means = planned.cache.frame_mean[:, : planned.sink]
+        means = planned.cache.frame_mean.narrow(1, 0, planned.sink)
         if not planned.seen:
             return means
         return torch.cat([planned.bank.frame_means(planned.call.kv_bank, planned.seen), means], dim=1)
@@ -223,18 +223,18 @@ def _small(key: Tensor) -> bool:
     return key.device.type == "cpu" and key.numel() < JOIN_BELOW
 
 
-def _shown(query_mean: Tensor, means: Tensor, top_k: int, frames: int, tokens: int) -> Tensor:
+def _shown(query_mean: Tensor, means: Tensor, top_k: int, frames: int, tokens: int, dtype: torch.dtype) -> Tensor:
     """[B, H, 1, frames * N], to be added to the logits: every head sees the top_k best of the frames that `means`
     [B, F, H, D] belong to, as select_frames chooses them, and all behind them. Masking the others takes a small model's
     host less time than gathering these."""
-    scores = (query_mean.unsqueeze(1) * means).sum(-1).transpose(1, 2).flatten(0, 1).tolist()
-    best = best_of_few(scores, top_k)
+    scores = (query_mean.unsqueeze(1) * means).sum(-1).tolist()  # [B][F][H]
+    best = best_of_few([head for row in scores for head in zip(*row, strict=True)], top_k)
     if best is None:
         best = select_frames(query_mean.unsqueeze(1), means, top_k).flatten(0, 1).tolist()
     rest, candidates = [0.0] * (frames - means.shape[1]), range(means.shape[1])
     rows = [[0.0 if frame in chosen else -torch.inf for frame in candidates] + rest for chosen in best]
-    mask = torch.tensor(rows, device=means.device).unsqueeze(-1).expand(-1, -1, tokens)
-    return mask.reshape(*query_mean.shape[:2], 1, -1)
+    mask = torch.tensor(rows, dtype=dtype, device=means.device).view(*query_mean.shape[:2], 1, frames, 1)
+    return mask.expand(-1, -1, -1, -1, tokens).flatten(3)
 
 
 def _attention_over(

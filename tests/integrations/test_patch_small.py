@@ -34,7 +34,7 @@ def test_what_is_shown_is_what_select_frames_chooses(scores, frames, top_k):
         means[:] = means[:, :1]
     elif scores != "random":
         means[1, 2, 0, 0] = torch.nan if scores == "nan" else torch.inf
-    shown = attention._shown(query_mean, means, top_k, frames + 2, 5)
+    shown = attention._shown(query_mean, means, top_k, frames + 2, 5, torch.float32)
     assert shown.shape == (2, 3, 1, (frames + 2) * 5) and set(shown.unique().tolist()) <= {0.0, -torch.inf}
     by_frame = shown.unflatten(-1, (frames + 2, 5)).squeeze(2) == 0
     assert (by_frame == by_frame[..., :1]).all() and by_frame[:, :, frames:].all()
