@@ -206,8 +206,8 @@ class CallerAttention:
 
 def _recorded(*states: Tensor) -> bool:
     """Whether autograd may have something to record of them, backwards or forwards."""
-    if torch.is_grad_enabled():
-        return True
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return torch.is_grad_enabled()
     return any(unpack_dual(x).tangent is not None for x in states)
 
 
