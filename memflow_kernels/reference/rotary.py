@@ -43,10 +43,8 @@ def norm_shape(x: Tensor, per_head: bool) -> torch.Size:
 def rms_norm_heads(x: Tensor, weight: Tensor, eps: float, per_head: bool = False) -> Tensor:
     """The same for x [B, L, H, D] of any strides, over all heads together, weight [H*D], or per head, weight [D]."""
     together = norm_shape(x, per_head)
-    wide = x.to(statistics_dtype(x.dtype))  # once: norm and product would each make a copy of it
-    inverse = inverse_rms(wide, tuple(range(-len(together), 0)), eps)
-    normed = x * inverse if wide is x else wide.mul_(inverse).to(x.dtype)
-    return normed.mul_(weight.view(together))
+    inverse = inverse_rms(x, tuple(range(-len(together), 0)), eps)
+    return (x * inverse).to(x.dtype).mul_(weight.view(together))
 
 
 def rotation_table(
