@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from memflow.modes import own_modes
 from memflow.parallel import ALONE, Alone
 from memflow.parallel.ranks import Ranks
 from memflow.stream.chunks import ChunkDriver
-from memflow.stream.given import one_seed_each, whole_pixels
+from memflow.stream.given import one_seed_each, prompt_seconds, whole_pixels
 from memflow.stream.plan import Plan, prompt_texts
 from memflow.stream.sampler import DistilledSchedule
 from memflow.stream.saved import load_stream
@@ -38,7 +37,6 @@ _GONE = {
     "toy": "the preset 'toy' is called 'storybook' now",
     "noise": "the preset 'noise' has left memflow: memflow_bench.untrained.noise_pipeline() makes it",
 }
-_LONGEST = 1e7  # seconds of one prompt
 _UNTRIED = "its exchanges have not been tried in graphs"
 
 
@@ -111,8 +109,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             memory=dict(memory or {}),
         )
         _ = self.schedule, self.first_schedule  # which refuse what cannot work here and not in a chunk
-        self.spatial_factor = stream_decoder(vae).spatial_factor
-        self.cuda_graphs = False
+        self.spatial_factor, self.cuda_graphs = stream_decoder(vae).spatial_factor, False
 
     @classmethod
     def from_preset(cls, name: str = "storybook", *, dtype: torch.dtype = torch.float32) -> MemFlowPipeline:
@@ -232,9 +229,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def chunks_for(self, seconds: float) -> int:
         """Whole chunks nearest to `seconds` of video, at least one."""
-        if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds <= _LONGEST:
-            raise MemFlowError(f"seconds_per_prompt must be above 0 and at most {_LONGEST:g}, got {seconds!r}")
-        return max(1, round(seconds * self.fps / self.frames_per_chunk))
+        return max(1, round(prompt_seconds(seconds) * self.fps / self.frames_per_chunk))
 
     def whole_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(height, width) of a video in pixels, the model's own where None; MemFlowError for what it cannot make."""
