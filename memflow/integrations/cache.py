@@ -221,6 +221,8 @@ class FrameCache:
             self.held = step.unstored
             return
         self.held = step.stored
+        if self.expected == self.ends():  # what the caller's indices said when the call began
+            return
         self.expected = self.ends()
         if GLOBAL in kv_cache:
             self.global_end.write(kv_cache, self.expected[0])
