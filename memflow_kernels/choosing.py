@@ -1,10 +1,20 @@
-"""memory_attention_top_k of a backend that has the choice and the attention as operators of their own."""
+"""The choice of few frames on the host, and memory_attention_top_k from the operators of a backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
+
+
+def best_of_few(rows: Sequence[Sequence[float]], top_k: int) -> list[list[int]] | None:
+    """The choice [rows][k] from scores [rows][F]; None where some may be NaN."""
+    total = sum(map(sum, rows))
+    if total != total:  # NaN, or infinities of both signs
+        return None
+    frames = range(len(rows[0]))
+    # sorted is stable: of equal scores, the lower index
+    return [sorted(sorted(frames, key=row.__getitem__, reverse=True)[:top_k]) for row in rows]
 
 
 def composed(frame_means: Callable, select_frames: Callable, memory_attention: Callable) -> Callable:

@@ -1,8 +1,8 @@
 """`memflow convert`: files of the original repositories become a folder that this pipeline and diffusers load.
 
-Which file is what is told by the names of its tensors. Everything is checked before anything is written; weights are
-streamed, finished files are kept when a conversion is interrupted, and model_index.json, without which a folder is no
-pipeline, comes last.
+Which file is what is told by the names of its tensors. Everything but the numbers of large files is checked before
+anything is written; weights are streamed, finished files are kept when a conversion is interrupted, and
+model_index.json, without which a folder is no pipeline, comes last.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from memflow.convert.sources import Sources, find_sources
 from memflow.errors import MemFlowError, shown
 from memflow.files import write_whole
 from memflow.models.wan.checkpoints import Layout, kept_dtype, layout_of, listed
-from memflow.models.wan.published import Preset, find_preset
+from memflow.models.wan.published import MODELS, Preset, find_preset
 
 _STEM = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 _RECORD = "conversion.json"
@@ -61,8 +61,8 @@ def convert(request: Conversion) -> None:
         request: What is wanted.
 
     Raises:
-        MemFlowError: Something is wrong with the sources or the output, nothing has been written then; or the disk is
-            full.
+        MemFlowError: Something is wrong with the sources or the output, nothing has been written then; or a weight
+            holds NaN or infinity, or the disk is full.
     """
     console = Console(stderr=True, highlight=False, markup=False)
     preset = find_preset(request.preset) if request.preset else Preset()
@@ -71,8 +71,11 @@ def convert(request: Conversion) -> None:
         _refuse_incomplete(sources, request)
         parts = {name: _part(name, sources, request) for name in _STEM if name in sources.models}
         _refuse_strangers(parts, sources)
+        _refuse_another_model(parts, sources, request.preset)
     record = _record(sources, request)
     _check_output(request.output, record, parts)
+    for note in sources.unreadable:
+        console.print(f"left out: {note}", soft_wrap=True)
     for name, part in parts.items():
         for note in part.layout.notes:
             console.print(shown(f"left out of the {name}: {note}"), soft_wrap=True)
@@ -108,6 +111,7 @@ def _part(name: str, sources: Sources, request: Conversion) -> Part:
             tensors[old],
             tensors[old].dtype if dtype is None else kept_dtype(layout.model, new, dtype),
             tuple(lora.updates[old] for lora in merged if old in lora.updates),
+            f"{title}: {old}",
         )
         for new, old in layout.original.items()
     ]
@@ -135,6 +139,18 @@ def _refuse_strangers(parts: dict[str, Part], sources: Sources) -> None:
         )
 
 
+def _refuse_another_model(parts: dict[str, Part], sources: Sources, preset: str | None) -> None:
+    """Run in the way of another model a transformer makes noise, or nothing that its memory was trained for."""
+    if preset is None or "transformer" not in parts:
+        return
+    config = parts["transformer"].layout.model.config
+    needed = {"in_channels": 16, "out_channels": 16, **MODELS[preset].transformer}
+    wrong = [f"{name} {config[name]} (needs {size})" for name, size in needed.items() if config[name] != size]
+    if wrong:
+        title = sources.titles["transformer"]
+        raise MemFlowError(f"{title} is not the model of --preset {preset}: {', '.join(wrong)}")
+
+
 def _refuse_incomplete(sources: Sources, request: Conversion) -> None:
     missing = [name.replace("_", " ") for name in _STEM if name not in sources.models]
     if sources.tokenizer is None:
@@ -142,7 +158,7 @@ def _refuse_incomplete(sources: Sources, request: Conversion) -> None:
     if missing and not request.partial:
         raise MemFlowError(
             f"a pipeline needs more than the given files: no {', no '.join(missing)} among them; "
-            "--partial converts what is there"
+            f"{''.join(f'{note}; ' for note in sources.unreadable)}--partial converts what is there"
         )
     if not sources.models:
         raise MemFlowError("there is no model among the given files")

@@ -85,6 +85,9 @@ def read_lora(checkpoint: Checkpoint, alpha: float | None = None, published: tup
         a, b = pair["A"], pair["B"]
         if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0] or not a.shape[0]:
             raise MemFlowError(f"{source}: {module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit")
+        for factor, numbers in pair.items():
+            if not torch.isfinite(numbers).all():
+                raise MemFlowError(f"{source}: {module}.lora_{factor} holds NaN or infinity")
         rank = a.shape[0]
         recorded = published[1] if published is not None and published[0] == rank else None
         stated = (alpha, alphas.get(module), config.get("lora_alpha"), recorded, rank)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from memflow.convert.lora import Update
+from memflow.errors import MemFlowError
 from memflow.files import write_whole
 
 _BLOCK = 32 * 2**20  # bytes of a tensor in hand at a time
@@ -34,20 +35,27 @@ class Weight(NamedTuple):
     source: Tensor  # mapped from an original file
     dtype: torch.dtype
     updates: tuple[Update, ...] = ()  # added to it (2-d weights)
+    origin: str = ""  # how errors call it
 
     @property
     def nbytes(self) -> int:
         return self.source.numel() * self.dtype.itemsize
 
     def blocks(self) -> Iterator[Tensor]:
-        """The bytes to write, in order, uint8 [n]. What was mapped of the source is let go again."""
+        """The bytes to write, in order, uint8 [n]. What was mapped of the source is let go again. MemFlowError for
+        numbers that are none."""
         rows = self.source if self.source.ndim else self.source[None]
         step = max(1, _BLOCK // max(1, rows[:1].numel() * 4))
         for start in range(0, len(rows), step):
             mapped = block = rows[start : start + step]
             for update in self.updates:
                 block = update.added_to(block, start)
-            yield block.to(self.dtype).contiguous().view(-1).view(torch.uint8)
+            block = block.to(self.dtype).contiguous()
+            if not torch.isfinite(block).all():
+                given = torch.isfinite(mapped).all()
+                what = f"has numbers that {self.dtype} cannot hold" if given else "holds NaN or infinity"
+                raise MemFlowError(f"{self.origin} {what}")
+            yield block.view(-1).view(torch.uint8)
             _release(mapped)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from memflow.convert.lora import Lora, read_lora
 from memflow.errors import MemFlowError
-from memflow.models.wan.checkpoints import GENERATORS, SUFFIXES, Checkpoint, read_checkpoint
+from memflow.models.wan.checkpoints import GENERATORS, SUFFIXES, Checkpoint, Unreadable, read_checkpoint
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
@@ -28,6 +28,7 @@ class Sources:
     loras: list[Lora] = field(default_factory=list)
     tokenizer: PreTrainedTokenizerBase | None = None
     files: list[Path] = field(default_factory=list)  # all that were read
+    unreadable: list[str] = field(default_factory=list)  # what is wrong with files of a folder that are damaged
 
 
 def find_sources(
@@ -63,6 +64,7 @@ def find_sources(
         sources.loras += [lora for lora in found.loras if lora.path.resolve() not in taken]
         sources.tokenizer = found.tokenizer or sources.tokenizer
         sources.files += [file for file in found.files if file not in sources.files]
+        sources.unreadable += found.unreadable
     return sources
 
 
@@ -70,6 +72,9 @@ def _take_folder(found: Sources, folder: Path, alphas: tuple, weights: str) -> N
     for file in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES):
         try:
             checkpoint = None if file in found.files else read_checkpoint(file, weights)
+        except Unreadable as error:
+            found.unreadable.append(str(error))
+            continue
         except MemFlowError:
             continue  # other models may lie there too; what is missing in the end is said by name
         if checkpoint:

@@ -10,16 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from memflow.integrations.cache import GLOBAL, LOCAL
-from memflow.integrations.mirror import Mirror, version
+from memflow.integrations.mirror import Beside, Mirror, version
 from memflow_kernels import frame_means
 
 if TYPE_CHECKING:
     from memflow.integrations.settings import Settings
 
-_KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # key buffer -> FrameBank
+_KNOWN: Beside[FrameBank] = Beside()  # by key buffer
 
 
 class FrameBank:
@@ -35,7 +34,7 @@ class FrameBank:
         """The state of a caller's bank."""
         bank = _KNOWN.get(kv_bank["k"])
         if bank is None or bank.tokens != tokens:
-            bank = _KNOWN[kv_bank["k"]] = cls(tokens)
+            bank = _KNOWN.set(kv_bank["k"], cls(tokens))
         return bank
 
     def ends(self, kv_bank: dict, stop: int, settings: Settings) -> tuple[int, int]:

@@ -8,16 +8,16 @@ newest frames behind it in order. Here a new frame takes the slot of the oldest 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from memflow.integrations.mirror import Mirror, version
+from memflow.integrations.mirror import Beside, Mirror, version
 from memflow_kernels import Pool, frame_means
 
-_KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # key buffer -> FrameCache
+_KNOWN: Beside[FrameCache] = Beside()  # by key buffer
 
 GLOBAL, LOCAL = INDICES = ("global_end_index", "local_end_index")
 
@@ -61,7 +61,9 @@ def _held_by_indices(stop: int, held: int, sink: int) -> Held:
 class Step(NamedTuple):
     """One call. places: the slot of each of its frames, -1 for those that are not kept. slots: the same as a tensor.
     start: number of its first frame, as the kernels take it. frames: what the slots hold when it has been written.
-    overwritten: (slot, frame) of the stored frames that give way to it. stored, unstored: what is held after it."""
+    overwritten: (slot, frame) of the stored frames that give way to it. stored, unstored: what is held after it.
+    kind: how many frames the cache held, -1 where it is full then; whether a chunk was in hand, the call is a video's
+    first, brings new frames, overwrites some."""
 
     places: list[int]
     slots: Tensor
@@ -70,6 +72,7 @@ class Step(NamedTuple):
     overwritten: list[tuple[int, int]]
     stored: Held
     unstored: Held
+    kind: tuple[int, bool, bool, bool, bool]
 
 
 @functools.lru_cache(maxsize=64)  # all layers, and the passes of a chunk
@@ -114,6 +117,13 @@ def _step(
         overwritten,
         held if held.is_like(stored) else stored,
         held if held.is_like(unstored) else unstored,
+        (
+            -1 if len(after) == slots else len(held.frames),
+            held.unstored is not None,
+            start == 0,
+            stop > max(held.frames, default=-1) + 1,
+            bool(overwritten),
+        ),
     )
 
 
@@ -160,6 +170,8 @@ class FrameCache:
         self.held = Held((), 0, 0)
         self.global_end, self.local_end = Mirror(GLOBAL), Mirror(LOCAL)
         self.expected: tuple[int, int] | None = None
+        self.passed: tuple[tuple, Callable[[], Tensor | None]] | None = None  # a checked write: its kind; the values
+        self.user: Callable[[], object] | None = None  # whose call was the last, weakly
 
     @classmethod
     def of(cls, kv_cache: dict, tokens: int, sink: int, rolls: bool, start: int) -> FrameCache:
@@ -167,7 +179,7 @@ class FrameCache:
         key = kv_cache["k"]
         cache = _KNOWN.get(key)
         if cache is None or cache.tokens != tokens:  # a buffer of its size may serve a video of another
-            cache = _KNOWN[key] = cls(key, tokens)
+            cache = _KNOWN.set(key, cls(key, tokens))
         if sink != cache.sink:
             cache.sink, cache.expected = sink, None
         cache.rolls = rolls
@@ -209,6 +221,8 @@ class FrameCache:
             self.held = step.unstored
             return
         self.held = step.stored
+        if self.expected == self.ends():  # what the caller's indices said when the call began
+            return
         self.expected = self.ends()
         if GLOBAL in kv_cache:
             self.global_end.write(kv_cache, self.expected[0])
@@ -262,7 +276,7 @@ def contents(kv_cache: dict) -> tuple[Tensor, Tensor]:
 
 def put_in_order(key: Tensor, value: Tensor) -> None:
     """Move the frames of a patched layer's buffers to where its own code looks for them."""
-    cache = _KNOWN.pop(key, None)
+    cache = _KNOWN.pop(key)
     if cache is None:  # the only calls with these buffers failed
         return
     order = cache.order()

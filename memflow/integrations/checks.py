@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from memflow.integrations.cache import INDICES
-from memflow.integrations.mirror import version
+from memflow.integrations.mirror import Beside, version
 from memflow.memory.config import MemoryConfig
 from memflow_kernels import MAX_HEAD_DIM
 
@@ -23,8 +22,7 @@ _KNOWN_PARAMETERS = {
     "x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start", "current_end", "cache_start",
     "kv_bank", "update_bank", "is_recache", "update_cache", "sink_recache_after_switch",
 }  # fmt: skip
-_CACHE_ENTRIES = {"k", "v", *INDICES}
-_BANK_ENTRIES = {*_CACHE_ENTRIES, "k_new", "v_new"}
+_ENTRIES = {"kv_cache": {"k", "v", *INDICES}, "kv_bank": {"k", "v", *INDICES, "k_new", "v_new"}}
 
 
 class Call(NamedTuple):
@@ -112,16 +110,19 @@ class Inputs:
     """
 
     def __init__(self, name: str, forward: Callable, memory: MemoryConfig | None, sizes: GridSizes, checked: bool):
-        self.name, self.memory, self.sizes, self.checked = name, memory, sizes, checked
+        self.name, self.sizes, self.checked = name, sizes, checked
+        frames = () if memory is None else (memory.sink_frames + memory.window_frames, memory.bank_frames)
+        self.frames = dict(zip(_ENTRIES, frames, strict=False))  # that memory says of a cache and of a bank
         self.signature = signature = inspect.signature(forward)
         parameters = signature.parameters.values()
         self.positions = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         self.plain = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters)
-        self.needed = {p.name for p in parameters if p.default is p.empty}
+        self.known: set[tuple] = set()  # how many arguments by position, and which by name, have been bound before
         self.unknown = tuple(p.name for p in parameters if p.name not in _KNOWN_PARAMETERS)
         self.ignores_cache_start = _only_compared_with_none(forward, "cache_start")
         self.freqs: Tensor | None = None
+        self.passed: set[tuple] = set()  # caches and banks of these sizes are in order
 
     def read(self, module: nn.Module, args: tuple, kwargs: dict) -> Call:
         given = self._given(args, kwargs)
@@ -141,10 +142,10 @@ class Inputs:
             self._check_freqs(freqs, module)
         tokens = grid[1] * grid[2]
         start, unusual = self._start(given, tokens, x.shape[1])
-        has_indices = self._check_cache(kv_cache, tokens)
+        self._check_frames("kv_cache", kv_cache, tokens)
         update_bank = bool(given.get("update_bank"))
         if kv_bank is not None:
-            self._check_bank(kv_bank, tokens, update_bank)
+            self._check_frames("kv_bank", kv_bank, tokens, update_bank)
         update_cache = given.get("update_cache")
         return Call(
             x,
@@ -156,19 +157,20 @@ class Inputs:
             bool(given.get("is_recache")),
             bool(given.get("sink_recache_after_switch")),
             None if update_cache is None else bool(update_cache),
-            has_indices,
+            INDICES[0] in kv_cache,
             unusual,
             given,
         )
 
     def _given(self, args: tuple, kwargs: dict) -> dict:
         """The arguments by name, as inspect binds them, which would take as long as a small model's attention."""
-        if self.plain and len(args) <= len(self.positions):
-            given = {**self.defaults, **dict(zip(self.positions, args, strict=False)), **kwargs}
-            if len(given) == len(self.signature.parameters) and self.needed <= given.keys():
-                return given
+        names = len(args), *kwargs
+        if names in self.known:
+            return {**self.defaults, **dict(zip(self.positions, args, strict=False)), **kwargs}
         bound = self.signature.bind(*args, **kwargs)  # which says what is wrong with them
         bound.apply_defaults()
+        if self.plain:
+            self.known.add(names)
         return bound.arguments
 
     def _check_unknown(self, parameter: str, value) -> None:
@@ -229,46 +231,33 @@ class Inputs:
             )
         self.freqs = freqs
 
-    def _check_cache(self, kv_cache: dict, tokens: int) -> bool:
-        """Whether it has indices."""
-        if not isinstance(kv_cache, dict) or kv_cache.keys() != _CACHE_ENTRIES:
-            self._check_entries("kv_cache", kv_cache, ("k", "v"), _CACHE_ENTRIES)
-        has_indices = INDICES[0] in kv_cache
-        if has_indices != (INDICES[1] in kv_cache):
-            self._check_entries("kv_cache", kv_cache, tuple(_CACHE_ENTRIES), _CACHE_ENTRIES)
+    def _check_frames(self, argument: str, given, tokens: int, recorded: bool = False) -> None:
+        """A cache or bank has the entries that it needs and no others, and holds whole frames, as many as memory says.
+        recorded: a prototype is put into a bank."""
+        if not isinstance(given, dict) or given.keys() != _ENTRIES[argument]:
+            self._check_entries(argument, given, recorded)
+        kind = argument, tokens, getattr(given["k"], "shape", None), getattr(given["v"], "shape", None)
+        if kind in self.passed:
+            return
+        frames, field = self.frames.get(argument), "local_frames" if argument == "kv_cache" else "bank_frames"
+        said = "" if frames is None else f" as memory says (MemoryConfig.published({field}={frames}))"
         for entry in ("k", "v"):
-            held = kv_cache[entry]
-            if not isinstance(held, Tensor) or held.ndim != 4 or held.shape[1] % tokens or not held.shape[1]:
+            held = given[entry]
+            length = held.shape[1] if isinstance(held, Tensor) and held.ndim == 4 else 0
+            if not length or length % tokens or frames not in (None, length // tokens):
                 got = list(held.shape) if isinstance(held, Tensor) else type(held).__name__
                 raise ValueError(
-                    f"{self.name}: kv_cache[{entry!r}] must be [B, frames * {tokens} tokens, H, D], got {got}"
+                    f"{self.name}: {argument}[{entry!r}] must be [B, {'' if frames is None else f'{frames} '}frames * "
+                    f"{tokens} tokens, H, D]{said}, got {got}"
                 )
-        if self.memory is not None:
-            frames = self.memory.sink_frames + self.memory.window_frames
-            if kv_cache["k"].shape[1] != frames * tokens:
-                raise ValueError(
-                    f"{self.name}: kv_cache['k'] must be [B, {frames} frames * {tokens} tokens, H, D] as memory "
-                    f"says (MemoryConfig.published(local_frames={frames})), got {list(kv_cache['k'].shape)}"
-                )
-        return has_indices
+        self.passed.add(kind)
 
-    def _check_bank(self, kv_bank: dict, tokens: int, recorded: bool) -> None:
-        if not isinstance(kv_bank, dict) or kv_bank.keys() != _BANK_ENTRIES:
-            prototype = ("k_new", "v_new") if recorded else ()
-            self._check_entries("kv_bank", kv_bank, ("k", "v", *INDICES, *prototype), _BANK_ENTRIES)
-        frames = kv_bank["k"].shape[1] // tokens if self.memory is None else self.memory.bank_frames
-        if not frames or kv_bank["k"].shape[1] != frames * tokens:
-            said = f"{frames or 'places'} frames" if self.memory is not None else "places"
-            raise ValueError(
-                f"{self.name}: kv_bank['k'] must be [B, {said} * {tokens} tokens, H, D]"
-                + (f" as memory says (bank_frames={frames})" if self.memory is not None else "")
-                + f", got {list(kv_bank['k'].shape)}"
-            )
-
-    def _check_entries(self, argument: str, given, needed: tuple[str, ...], known: set[str]) -> None:
+    def _check_entries(self, argument: str, given, recorded: bool) -> None:
         if not isinstance(given, dict):
             raise ValueError(f"{self.name}.forward: {argument} must be a dictionary, got {type(given).__name__}")
-        missing = [entry for entry in needed if entry not in given]
+        counted = argument == "kv_bank" or any(entry in given for entry in INDICES)
+        needed = ("k", "v", *(INDICES if counted else ()), *(("k_new", "v_new") if recorded else ()))
+        missing, known = [entry for entry in needed if entry not in given], _ENTRIES[argument]
         if missing:
             raise ValueError(f"{self.name}.forward: {argument} lacks {', '.join(missing)}; it has {', '.join(given)}")
         unknown = [str(entry) for entry in given if entry not in known and not _inactive(given[entry])]
@@ -295,15 +284,16 @@ def _only_compared_with_none(forward: Callable, parameter: str) -> bool:
     return not used
 
 
-_OFF: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> its version when it said that something is off
+_OFF: Beside[int | None] = Beside()  # by tensor: its version when it said that something is off
 
 
 def _inactive(value) -> bool:
     """Whether an entry that is not known says that something is off: nothing, False, 0 or -1, also in a tensor."""
     if isinstance(value, Tensor):
-        if _OFF.get(value) is None or _OFF[value] != version(value):  # read on the host only where it has changed
+        count = version(value)
+        if count is None or _OFF.get(value) != count:  # read on the host only where it has changed
             if value.numel() != 1 or int(value) not in (0, -1):
                 return False
-            _OFF[value] = version(value)
+            _OFF.set(value, count)
         return True
     return value is None or value in (False, -1) or (isinstance(value, str | tuple | list | dict) and not value)

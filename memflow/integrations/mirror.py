@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Generic, TypeVar
+
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Beside(Generic[T]):
+    """What is known of tensors that are somebody else's, each for as long as it lives. (torch's own dictionary of this
+    kind makes an object for every look-up, which a small model's call notices.)"""
+
+    def __init__(self):
+        self.known: dict[int, tuple[weakref.ref, T]] = {}
+
+    def get(self, x: Tensor) -> T | None:
+        found = self.known.get(id(x))
+        return found[1] if found is not None and found[0]() is x else None
+
+    def set(self, x: Tensor, value: T) -> T:
+        number = id(x)
+        self.known[number] = weakref.ref(x, lambda _: self.known.pop(number, None)), value
+        return value
+
+    def pop(self, x: Tensor) -> T | None:
+        value = self.get(x)
+        if value is not None:
+            del self.known[id(x)]
+        return value
 
 
 def version(x: Tensor) -> int | None:

@@ -201,10 +201,11 @@ class Patch:
         call = self.inputs.read(self.module, args, kwargs)
         settings = self.settings.read(call.has_indices, call.kv_bank is not None)
         stored = self.mode.stores if call.update_cache is None else call.update_cache
-        key = call.kv_cache["k"]
-        if key not in self.buffers:
-            self.buffers[key] = weakref.ref(call.kv_cache["v"])
         planned = self.attention.plan(call, settings, stored, self.returns is not plain)
+        user = planned.cache.user
+        if user is None or user() is not self:
+            planned.cache.user = weakref.ref(self)
+            self.buffers[call.kv_cache["k"]] = weakref.ref(call.kv_cache["v"])
         kind = self.check.due(planned)
         expected = self.check.run_own(planned) if kind is not None or self.returns is None else None
         if self.returns is None:

@@ -54,14 +54,10 @@ class SelfCheck:
 
     def due(self, planned: Planned) -> tuple | None:
         """The kind of a call if it is to be checked."""
-        call, held = planned.call, planned.cache.held
-        full = len(planned.step.frames) == planned.cache.slots
+        call, step = planned.call, planned.step
         kind = (
-            min(self.rolled, ROLLS_CHECKED) if full else len(held.frames),
-            held.unstored is not None,
-            call.start == 0,
-            call.start + call.grid[0] > max(held.frames, default=-1) + 1,
-            bool(planned.step.overwritten),
+            min(self.rolled, ROLLS_CHECKED) if step.kind[0] < 0 else 0,
+            step.kind,
             planned.stored,
             call.is_recache,
             call.over_sink,
@@ -72,7 +68,7 @@ class SelfCheck:
             call.x.shape,
             call.x.dtype,
         )
-        if (planned.step.overwritten and planned.stored) or (held.unstored is None and planned.step.overwritten):
+        if step.overwritten and (planned.stored or planned.cache.held.unstored is None):
             self.rolled += 1
         return kind if self.seen[kind] < self.calls else None
 

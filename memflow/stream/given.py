@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _MOST = 2**20  # pixels of a side, tokens of a prompt
 
 
+LONGEST = 1e7  # seconds of one prompt
+
+
 class EncodedText(NamedTuple):
     """embeds: [B, T, text_dim]. mask: [B, T]. prompt: what the model has made of them."""
 
@@ -42,6 +45,13 @@ def one_seed_each(seed: int | Sequence[int], batch: int) -> list[int]:
     if isinstance(seed, (list, tuple)) and len(seeds) != batch:
         raise MemFlowError(f"seed must be one whole number or {batch} of them, one per story, got {len(seeds)}")
     return [int(value) for value in seeds] if len(seeds) == batch else [int(seeds[0]) + row for row in range(batch)]
+
+
+def prompt_seconds(seconds: object) -> float:
+    """How long a prompt's part of a video is."""
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds <= LONGEST:
+        raise MemFlowError(f"seconds_per_prompt must be above 0 and at most {LONGEST:g}, got {seconds!r}")
+    return seconds
 
 
 def whole_pixels(name: str, pixels: object, step: int) -> int:

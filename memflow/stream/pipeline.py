@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from memflow.modes import own_modes
 from memflow.parallel import ALONE, Alone
 from memflow.parallel.ranks import Ranks
 from memflow.stream.chunks import ChunkDriver
-from memflow.stream.given import check_recorded, one_seed_each, whole_pixels
+from memflow.stream.given import check_recorded, one_seed_each, prompt_seconds, whole_pixels
 from memflow.stream.plan import Plan, prompt_texts
 from memflow.stream.sampler import DistilledSchedule
 from memflow.stream.saved import load_stream
@@ -38,7 +37,6 @@ _GONE = {
     "toy": "the preset 'toy' is called 'storybook' now",
     "noise": "the preset 'noise' has left memflow: memflow_bench.untrained.noise_pipeline() makes it",
 }
-_LONGEST = 1e7  # seconds of one prompt
 _UNTRIED = "its exchanges have not been tried in graphs"
 
 
@@ -65,6 +63,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         height: of the video in pixels, by default.
         width: likewise.
         memory: fields of the `MemoryConfig` that this model was trained for; its defaults where not given.
+        first_denoising_steps: those of a stream's first chunk; None = denoising_steps.
 
     Attributes:
         prompts: None, or a `PromptCache` that is asked for embeddings in the encoder's place.
@@ -94,6 +93,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         height: int = 480,
         width: int = 832,
         memory: dict | None = None,
+        first_denoising_steps: list | tuple | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -101,6 +101,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         self.register_to_config(
             denoising_steps=list(denoising_steps),
+            first_denoising_steps=None if first_denoising_steps is None else list(first_denoising_steps),
             fps=fps,
             text_length=text_length,
             height=height,
@@ -108,9 +109,8 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             memory=dict(memory or {}),
         )
         check_recorded(fps, text_length, height, width, memory or {})
-        DistilledSchedule(scheduler, denoising_steps)  # refuses what cannot work here and not in the first chunk
-        self.spatial_factor = stream_decoder(vae).spatial_factor
-        self.cuda_graphs = False
+        _ = self.schedule, self.first_schedule  # which refuse what cannot work here and not in a chunk
+        self.spatial_factor, self.cuda_graphs = stream_decoder(vae).spatial_factor, False
 
     @classmethod
     def from_preset(cls, name: str = "storybook", *, dtype: torch.dtype = torch.float32) -> MemFlowPipeline:
@@ -169,6 +169,12 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return DistilledSchedule(self.scheduler, self.config.denoising_steps)
 
     @property
+    def first_schedule(self) -> DistilledSchedule:
+        """Those of a stream's first chunk."""
+        steps = self.config.first_denoising_steps
+        return self.schedule if steps is None else DistilledSchedule(self.scheduler, steps, "first_denoising_steps")
+
+    @property
     def memory_config(self) -> MemoryConfig:
         """The memory that this model was trained for."""
         return MemoryConfig.from_dict(self.config.memory)
@@ -224,9 +230,7 @@ class MemFlowPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def chunks_for(self, seconds: float) -> int:
         """Whole chunks nearest to `seconds` of video, at least one."""
-        if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds <= _LONGEST:
-            raise MemFlowError(f"seconds_per_prompt must be above 0 and at most {_LONGEST:g}, got {seconds!r}")
-        return max(1, round(seconds * self.fps / self.frames_per_chunk))
+        return max(1, round(prompt_seconds(seconds) * self.fps / self.frames_per_chunk))
 
     def whole_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(height, width) of a video in pixels, the model's own where None; MemFlowError for what it cannot make."""

@@ -24,16 +24,17 @@ class DistilledSchedule:
     Args:
         scheduler: a diffusers flow-matching scheduler, for its table `sigmas`: num_train_timesteps entries, shifted.
         steps: unshifted timesteps in (0, num_train_timesteps], most noisy first, e.g. (1000, 750, 500, 250).
+        name: what errors call them.
 
     Raises:
         MemFlowError: steps that do not fall, or a scheduler without such a table.
     """
 
-    def __init__(self, scheduler, steps: Sequence[int]):
+    def __init__(self, scheduler, steps: Sequence[int], name: str = "denoising_steps"):
         total = scheduler.config.num_train_timesteps
         steps = tuple(int(step) for step in steps)
         if not steps or any(not 0 < step <= total for step in steps) or list(steps) != sorted(set(steps), reverse=True):
-            raise MemFlowError(f"denoising_steps must fall from at most {total} to above 0, got {list(steps)}")
+            raise MemFlowError(f"{name} must fall from at most {total} to above 0, got {list(steps)}")
         table = getattr(scheduler, "sigmas", torch.zeros(0, device="cpu"))
         if len(table) < total or not 0.999 <= float(table[0]) <= 1 or not (table[: total - 1] > table[1:total]).all():
             raise MemFlowError(

@@ -88,6 +88,7 @@ def identity_of(pipeline, model: VideoModel) -> dict:
         "transformer": model.identity(),
         "vae": f"{type(vae).__name__} {weights_digest(vae)}",
         "denoising_steps": list(pipeline.config.denoising_steps),
+        "first_denoising_steps": pipeline.config.first_denoising_steps,
         "sigmas": pipeline.schedule.sigmas,
         "dtype": str(pipeline.transformer.dtype),
     }

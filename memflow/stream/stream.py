@@ -202,7 +202,8 @@ class Stream(Iterator[Chunk]):
 
     def _denoise(self) -> Tensor:
         """Clean latents of the chunk in hand, float32."""
-        schedule, device = self.pipeline.schedule, self.driver.model.device
+        pipe, device = self.pipeline, self.driver.model.device
+        schedule = pipe.schedule if self.position else pipe.first_schedule
         # Before the first step: between two of them the host would wait for the device.
         noises = [to_device(self.noise(self.latent_shape), device) for _ in schedule.timesteps]
         latents = noises[0]

@@ -7,11 +7,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..choosing import composed
+from ..choosing import best_of_few, composed
 from .attend import VECTOR, heads_first
 from .attention import memory_attention
 from .means import frame_means
-from .selection import FEW, best_of_few, mean_queries, select_frames
+from .selection import FEW, mean_queries, select_frames
 from .shown import SMALL
 
 _CPU = torch.device("cpu")  # whatever torch's default device is; as a text it would be read in every call

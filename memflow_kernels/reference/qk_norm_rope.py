@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -93,12 +92,25 @@ def qk_norm_rope_backward(
     return grad_query, grad_key, grad_weight_q, grad_weight_k
 
 
-def _check_slots(slots: list[int], available: int) -> None:
+@functools.lru_cache(maxsize=64)  # all layers and passes of a chunk
+def _runs(slots: tuple[int, ...], available: int) -> list[tuple[int, int, int]]:
+    """(first frame, its slot, count) of frames that go to slots next to one another; -1 = not stored."""
     if any(not -1 <= slot < available for slot in slots):
-        raise ValueError(f"slots is {slots}: each must be -1 (not stored) or a slot of the pool, 0 to {available - 1}")
+        raise ValueError(
+            f"slots is {list(slots)}: each must be -1 (not stored) or a slot of the pool, 0 to {available - 1}"
+        )
     stored = [slot for slot in slots if slot >= 0]
     if len(set(stored)) < len(stored):
-        raise ValueError(f"slots is {slots}: two frames cannot take the same slot")
+        raise ValueError(f"slots is {list(slots)}: two frames cannot take the same slot")
+    runs, first = [], 0
+    while first < len(slots):
+        end = first + 1
+        if slots[first] >= 0:
+            while end < len(slots) and slots[end] == slots[end - 1] + 1:
+                end += 1
+            runs.append((first, slots[first], end - first))
+        first = end
+    return runs
 
 
 def _turned_query(normed: Tensor, table: Tensor, query_mean: bool) -> tuple[Tensor, Tensor]:
@@ -107,18 +119,6 @@ def _turned_query(normed: Tensor, table: Tensor, query_mean: bool) -> tuple[Tens
     if query_mean:
         return turned, frame_means(turned, turned.shape[1]).squeeze(1)
     return turned, turned.new_empty((0,), dtype=statistics_dtype(turned.dtype))
-
-
-def _runs(slots: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(first frame, its slot, count) of frames that go to slots next to one another; -1 = not stored."""
-    first = 0
-    while first < len(slots):
-        end = first + 1
-        if slots[first] >= 0:
-            while end < len(slots) and slots[end] == slots[end - 1] + 1:
-                end += 1
-            yield first, slots[first], end - first
-        first = end
 
 
 def _store_by_index(new: Tensor, held: Tensor, slots: Tensor) -> None:
@@ -174,15 +174,18 @@ def qk_norm_rope_write(
         _store_by_index(frame_means(new_key, tokens), pool_frame_mean, slots)
         return _turned_query(normed_query, table, query_mean)
 
-    places = slots.tolist()
-    _check_slots(places, pool_frame_mean.shape[1])
-    for frame, slot, count in _runs(places):
+    for frame, slot, count in _runs(tuple(slots.tolist()), pool_frame_mean.shape[1]):
         new_key, new_value, turns = normed_key, value, table
-        if count < len(places):
-            source = slice(frame * tokens, (frame + count) * tokens)
-            new_key, new_value, turns = normed_key[:, source], value[:, source], table[source]
-        target = pool_key[:, slot * tokens : (slot + count) * tokens]
+        if count * tokens < new_key.shape[1]:
+            source = frame * tokens, count * tokens
+            new_key, new_value, turns = (
+                normed_key.narrow(1, *source),
+                value.narrow(1, *source),
+                table.narrow(0, *source),
+            )
+        place = slot * tokens, count * tokens
+        target = pool_key.narrow(1, *place)
         rotate(new_key, turns, out=target)
-        pool_value[:, slot * tokens : (slot + count) * tokens].copy_(new_value)
-        pool_frame_mean[:, slot : slot + count].copy_(frame_means(target, tokens))
+        pool_value.narrow(1, *place).copy_(new_value)
+        pool_frame_mean.narrow(1, slot, count).copy_(frame_means(target, tokens))
     return _turned_query(normed_query, table, query_mean)

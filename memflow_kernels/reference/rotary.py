@@ -94,12 +94,15 @@ def rotate(x: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
     wide, dtype = x, torch.float64 if table.dtype == torch.complex128 else torch.float32
     if x.dtype != dtype:
         wide = x.to(dtype)
-    pairs = as_pairs(wide)
+    own = pairs = as_pairs(wide)
     if pairs is None:
         pairs = torch.view_as_complex(wide.contiguous().unflatten(-1, (-1, 2)))
     if out is None:
         return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
-    target = as_pairs(out) if out.dtype == wide.dtype else None
+    if own is not None and wide is not x and out.dtype != dtype:  # turned where it was widened
+        torch.mul(own, table, out=own)
+        return out.copy_(wide)
+    target = as_pairs(out) if out.dtype == dtype else None
     if target is None:
         return out.copy_(torch.view_as_real(pairs * table).flatten(-2))
     torch.mul(pairs, table, out=target)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..choosing import best_of_few
 from ..dtypes import statistics_dtype
 from .means import frame_means
 
@@ -33,16 +34,6 @@ def scores(mean_query: Tensor, frame_mean: Tensor) -> Tensor:
     if means.shape[3] <= at_a_time:
         return (queries * means).sum(-1)
     return torch.cat([(queries * some).sum(-1) for some in means.split(at_a_time, 3)], -1)
-
-
-def best_of_few(rows: list[list[float]], top_k: int) -> list[list[int]] | None:
-    """The choice [rows][k] from scores [rows][F]; None where some may be NaN."""
-    total = sum(map(sum, rows))
-    if total != total:  # NaN, or infinities of both signs
-        return None
-    frames = range(len(rows[0]))
-    # sorted is stable: of equal scores, the lower index
-    return [sorted(sorted(frames, key=row.__getitem__, reverse=True)[:top_k]) for row in rows]
 
 
 def select_frames(

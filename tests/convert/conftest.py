@@ -1,5 +1,22 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from written import HEADS, LAYERS
+
+from memflow import convert
+from memflow.models.wan.published import MODELS
+
+TINY = {"num_attention_heads": HEADS, "attention_head_dim": 48 // HEADS, "ffn_dim": 40, "num_layers": LAYERS}
+
+
+@pytest.fixture(autouse=True, scope="package")
+def tiny_presets():
+    """The published models, whose presets the tests convert with, have the sizes of the tests' files."""
+    with pytest.MonkeyPatch.context() as patch:
+        rows = {name: replace(row, transformer={**row.transformer, **TINY}) for name, row in MODELS.items()}
+        patch.setattr(convert, "MODELS", rows)
+        yield
 
 
 @pytest.fixture(autouse=True)

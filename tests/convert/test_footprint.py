@@ -173,12 +173,15 @@ def test_presets_are_those_of_the_published_system():
     assert frames(infinity) == (3, 9, 0) and infinity.memory_config.positions == "relative"
     assert frames(framewise) == (0, 21, 0) and framewise.memory_config.frames_per_chunk == 1
     assert frames(krea) == (0, 6, 0) and krea.denoising_steps == (1000, 937, 833, 625) and krea.shift == 1.0
+    few = {name: PRESETS[f"causal-forcing-{name}-1.3b"] for name in ("2step", "1step")}
+    assert [preset.denoising_steps for preset in few.values()] == [(1000, 500), (1000,)]
+    assert all(preset.memory == framewise.memory for preset in few.values())
     second = PRESETS["longlive2-5b"]
     assert frames(second) == (8, 24, 0) and second.memory_config.frames_per_chunk == 8 and second.fps == 24
     for preset in PRESETS.values():
         from memflow.stream.sampler import DistilledSchedule
 
-        schedule = DistilledSchedule(preset.scheduler(), preset.denoising_steps)
+        schedule = DistilledSchedule(preset.scheduler(), preset.first_denoising_steps or preset.denoising_steps)
         rounded = 1000 if preset.shift == 1 else 1  # a list of shifted timesteps has whole numbers
         assert schedule.sigmas == pytest.approx([1.0, 0.9375, 0.8333333, 0.625], abs=1e-6 * rounded)
         assert schedule.timesteps == pytest.approx([1000.0, 937.5, 833.3333, 625.0], abs=1e-3 * rounded)

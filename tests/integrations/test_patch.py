@@ -243,7 +243,7 @@ GRID_SIZES = torch.tensor([[3, 2, 3]])
     [
         ({"kv_cache": None}, "kv_cache is None .* is not served"),
         ({"kv_cache": [1]}, "kv_cache must be a dictionary, got list"),
-        ({"kv_cache": {"k": 0, "v": 0}}, r"kv_cache\['k'\] must be \[B, frames \* 6 tokens, H, D\], got int"),
+        ({"kv_cache": {"k": 0, "v": 0}}, r"kv_cache\['k'\] must be \[B, 12 frames \* 6 tokens, .* got int"),
         ({"kv_cache": {"k": 0, "v": 0, "local_end_index": 0}}, "kv_cache lacks global_end_index; it has k, v"),
         ({"kv_cache": new_cache(1, 12)[0] | {"pinned": 6}}, "kv_cache has pinned, which may change what is held"),
         ({"kv_cache": new_cache(1, 21)[0]}, r"kv_cache\['k'\] must be \[B, 12 frames \* 6 tokens, H, D\]"),

@@ -199,8 +199,8 @@ def _frames_with(change):
 
 
 def _scaled_attention(monkeypatch):
-    own = path.memory_attention
-    monkeypatch.setattr(path, "memory_attention", lambda *args, **kwargs: own(*args, **kwargs, scale=0.2))
+    own = path._attention_over
+    monkeypatch.setattr(path, "_attention_over", lambda parts, query, *rest: own(parts, 1.2 * query, *rest))
 
 
 def _no_last_store(monkeypatch):

@@ -41,6 +41,10 @@ _MOST_LAYERS = 1000
 _SHOWN = 12  # names listed in a message
 
 
+class Unreadable(MemFlowError):
+    """A file that is damaged, or none of its kind."""
+
+
 class Checkpoint(NamedTuple):
     """The tensors of one original file."""
 
@@ -220,7 +224,7 @@ def _read(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise MemFlowError(f"{path}: not a readable checkpoint of tensors ({reason})") from error
+        raise Unreadable(f"{path}: not a readable checkpoint of tensors ({reason})") from error
     raise MemFlowError(f"{path}: holds {count} tensors, at most {_MOST_TENSORS} are read")
 
 

@@ -3,11 +3,12 @@
 Repositories and file names are those of the projects' own READMEs and hub pages (docs/models.md says which). How a
 model is run no checkpoint says. MemFlow: the published code and configurations, as docs/memory.md describes them.
 LongLive: its window of 12 latent frames and sink of 3 (https://arxiv.org/abs/2509.22622), no bank. Self-Forcing: 21
-latent frames are kept (https://arxiv.org/abs/2506.08009), neither sink nor bank. Causal Forcing (framewise, four
-steps): the same, a frame at a time (https://arxiv.org/abs/2602.02214). Krea Realtime: three frames are kept besides the
-chunk of three; its configuration does not shift the timesteps. LongLive 2 (https://arxiv.org/abs/2605.18739):
-Wan 2.2 5B, chunks of 8 latent frames, 32 of them seen, 8 as the sink, sampled as in its distillation (its demo takes a
-multistep solver, and another sink for every shot: neither is served).
+latent frames are kept (https://arxiv.org/abs/2506.08009), neither sink nor bank. Causal Forcing: the same, a frame at a
+time (https://arxiv.org/abs/2602.02214), and Causal Forcing++ (https://arxiv.org/abs/2605.15141) in one or two steps,
+four for the first frame. Krea Realtime: three frames are kept besides the chunk of three; its configuration does not
+shift the timesteps. LongLive 2 (https://arxiv.org/abs/2605.18739): Wan 2.2 5B, chunks of 8 latent frames, 32 of them
+seen, 8 as the sink, sampled as in its distillation (its demo takes a multistep solver, and another sink for every shot:
+neither is served).
 
 Neither torch nor diffusers is imported before it is needed: help texts and completion list these names.
 """
@@ -45,6 +46,7 @@ class Preset:
     # in its configuration) or their moving average ("generator_ema").
     weights: str = "generator_ema"
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)  # unshifted timesteps
+    first_denoising_steps: tuple[int, ...] | None = None  # of the first chunk, where it has others
     shift: float = 5.0  # of the flow-matching schedule
     fps: float = 16.0  # video frames per second
     text_length: int = 512  # tokens that a prompt is padded to
@@ -68,6 +70,7 @@ class Preset:
         """The settings of a `MemFlowPipeline`, by their names there."""
         return {
             "denoising_steps": list(self.denoising_steps),
+            "first_denoising_steps": self.first_denoising_steps and list(self.first_denoising_steps),
             "fps": self.fps,
             "text_length": self.text_length,
             "height": self.size[0],
@@ -102,6 +105,7 @@ _WAN = Repository("Wan-AI/Wan2.1-T2V-1.3B", _PARTS, "Apache-2.0")
 _WHOLE = ("diffusion_pytorch_model*.safetensors", *_PARTS)
 _NONCOMMERCIAL = "CC BY-NC-SA 4.0: no commercial use"
 _UNKNOWN = "see its card"
+_FRAMEWISE = {"policy": "none", "frames_per_chunk": 1, "sink_frames": 0, "window_frames": 21}
 _LONGLIVE = "Efficient-Large-Model/LongLive-1.3B"
 
 MODELS: Mapping[str, PublishedModel] = {
@@ -127,7 +131,15 @@ MODELS: Mapping[str, PublishedModel] = {
     ),
     "causal-forcing-framewise-1.3b": PublishedModel(
         (_WAN, Repository("zhuhz22/Causal-Forcing", ("framewise/causal_forcing.pt",), _UNKNOWN)),
-        Preset({"policy": "none", "frames_per_chunk": 1, "sink_frames": 0, "window_frames": 21}),
+        Preset(_FRAMEWISE),
+    ),
+    "causal-forcing-2step-1.3b": PublishedModel(
+        (_WAN, Repository("zhuhz22/Causal-Forcing", ("causal-forcing++/framewise-2step.pt",), _UNKNOWN)),
+        Preset(_FRAMEWISE, denoising_steps=(1000, 500), first_denoising_steps=Preset.denoising_steps),
+    ),
+    "causal-forcing-1step-1.3b": PublishedModel(
+        (_WAN, Repository("zhuhz22/Causal-Forcing", ("causal-forcing++/framewise-1step.pt",), _UNKNOWN)),
+        Preset(_FRAMEWISE, denoising_steps=(1000,), first_denoising_steps=Preset.denoising_steps),
     ),
     "krea-realtime-14b": PublishedModel(  # its timesteps are shifted already
         (_WAN, Repository("krea/krea-realtime-video", ("krea-realtime-video-14b.safetensors",), _UNKNOWN)),
