@@ -35,9 +35,8 @@ __global__ void __launch_bounds__(COMBINE_THREADS) combine_kernel(const __grid_c
   T* target = static_cast<T*>(a.out) + ((tile.batch * a.queries + tile.first + row) * a.heads + tile.head) * D;
 #pragma unroll
   for (int i = 0; i < OWN; ++i) target[lane + i * WARP] = from_float<T>(mass == 0 ? 0.0f : out[i] / mass);
-  if (a.lse && lane == 0)
-    a.lse[(tile.batch * a.heads + tile.head) * a.queries + tile.first + row] =
-        mass == 0 ? -INFINITY : (top + log2f(mass)) / LOG2_E;
+  if (a.lse && lane == 0)  // without any key log2(0) is -infinity
+    a.lse[(tile.batch * a.heads + tile.head) * a.queries + tile.first + row] = (top + log2f(mass)) / LOG2_E;
 }
 
 }  // namespace

@@ -81,6 +81,23 @@ def test_every_division_of_the_work(host, multiprocessors, queries):
         check(host, inputs, table, 330, 3)
 
 
+@pytest.mark.parametrize("queries", [130, 260])
+def test_shares_without_a_log_sum_exp(host, queries):
+    inputs = inputs_of(1, queries, 2, 64, 5 * 330)
+    with host.machine(5):
+        check(host, inputs, None, 330, 0, with_lse=False)
+
+
+def test_a_share_that_weighs_nothing(host):
+    """One frame's logits lie so far above the others' that the sum of all is that of its share alone."""
+    inputs = inputs_of(1, 130, 2, 64, 5 * 330)
+    inputs[0][..., 0], inputs[1][..., 0] = 8.0, -8.0
+    inputs[1][:, 330:660, :, 0] = 8.0
+    for multiprocessors in (3, 5):
+        with host.machine(multiprocessors):
+            check(host, inputs, None, 330, 0, scale=10.0)
+
+
 def test_the_order_of_blocks_does_not_change_a_bit(host):
     inputs = inputs_of(1, 130, 2, 64, 5 * 330)
     results = []

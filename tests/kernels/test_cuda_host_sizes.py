@@ -98,3 +98,11 @@ def test_more_than_a_grid_or_an_index_holds(host, number, value, monkeypatch):
     given = arguments(host, "gather_frames", monkeypatch)
     place = [place for place, value in enumerate(given) if isinstance(value, int)][number]
     assert host.call("gather_frames", *given[:place], value, *given[place + 1 :]) == UNSUPPORTED
+
+
+def test_more_text_than_an_index_holds(host, monkeypatch):
+    """tokens * heads, of which neither is too many."""
+    given = arguments(host, "prompt_relevance_softmax", monkeypatch)
+    numbers = [place for place, value in enumerate(given) if isinstance(value, int)]
+    given[numbers[2]], given[numbers[5]] = 2**20, 2**12
+    assert host.call("prompt_relevance_softmax", *given) == UNSUPPORTED

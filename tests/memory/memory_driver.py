@@ -39,7 +39,8 @@ class NumberedModel:
         return latents
 
     def write_clean(self, latents, step):
-        pool = step.pools
+        pool, used = step.pools, [slot for slot in step.slots.tolist() if slot >= 0]
+        assert len(set(used)) == len(used), "two frames of a pass in one slot: on a GPU either may win"
         for frame, slot in zip(latents[0, 0, :, 0, 0].int().tolist(), step.slots.tolist(), strict=True):
             for layer in range(self.layers) if slot >= 0 else ():
                 number = self.number(frame)

@@ -26,6 +26,16 @@ def test_nothing_asked():
     assert TRAINED.changed() == TRAINED
 
 
+@pytest.mark.parametrize("activated", [{"top_k": 2}, {"activated": 0.25}], ids=str)
+def test_how_much_is_activated_stays_where_it_is_not_asked_for(activated):
+    memory = TRAINED.changed(**activated)
+    again = memory.changed(bank_frames=4)
+    assert (again.top_k, again.activated) == (memory.top_k, memory.activated)
+    other = memory.changed(**({"activated": 0.5} if memory.top_k else {"top_k": 3}))
+    assert (other.top_k is None) != (other.activated is None)
+    assert memory.changed(top_k=None, activated=None) == memory.changed(top_k=None).changed(activated=None)
+
+
 def test_what_does_not_go_together():
     with pytest.raises(ValueError, match="held_frames"):
         TRAINED.changed(policy="none", held_frames=3)

@@ -112,10 +112,12 @@ EQUIVALENT = [  # (file, part of its line, part of the change, why no test can s
     ("csrc/relevance.cu", "float sum[2][2]", "[3]", "room that is not used"),
     ("csrc/relevance.cu", "+ channel] : 0", ": 1", "it meets zeros, or is not written"),
     ("csrc/relevance.cu", "if (batch > 65535", ">= 65535", LIMIT),
+    ("csrc/relevance.cu", "if (batch > 65535", "> 65536", LIMIT),
     ("csrc/relevance.cu", "if (batch > 65535", ">= INT32_MAX", LIMIT),
     ("csrc/relevance.cu", "sizeof(float), stream", "3 * 32", "more shared memory than is used"),
     ("csrc/relevance.cu", "sizeof(float), stream", "* 34 *", "more shared memory than is used"),
     ("csrc/relevance.cu", "sizeof(float), stream", "33 * 33", "more shared memory than is used"),
     ("csrc/selection.cu", "uint32_t best = 0", "best = 1", "no free frame has the key 1"),
+    ("csrc/combine.cu", "grid, COMBINE_THREADS, 0", "COMBINE_THREADS, 1", "more shared memory than is used"),
     ("csrc/combine.cu", "COMBINE_THREADS = 256", "257", SPEED),
 ]
