@@ -99,3 +99,21 @@ def test_weights_that_change_after_a_state_was_taken_are_those_of_the_prompt_too
     second.load_state_dict(state, counters)
     after = first.denoise(latents, 500.0)
     assert torch.equal(after, second.denoise(latents, 500.0)) and not torch.equal(after, before)
+
+
+def test_weights_that_change_before_the_clean_pass_are_those_of_its_prompt_too(toy):
+    transformer = copy.deepcopy(toy.transformer)
+    embeds = torch.randn(1, 5, transformer.config.text_dim, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(1, transformer.config.in_channels, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    pools = []
+    for change in (True, False):  # the second one has never seen the weights before
+        streaming = StreamingAttention(transformer)
+        streaming.prompt(embeds)
+        streaming.denoise(latents, 500.0)
+        streaming.keep(latents)
+        if change:
+            with torch.no_grad():
+                transformer.blocks[0].attn2.to_v.weight.mul_(-3)
+        tensors, _ = streaming.state_dict()
+        pools.append([tensor.clone() for name, tensor in tensors.items() if "pool" in name])
+    assert all(torch.equal(one, other) for one, other in zip(*pools, strict=True))

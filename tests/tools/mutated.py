@@ -16,7 +16,13 @@ HOST_MEMORY = [f"tests/kernels/test_cuda_host_{name}.py" for name in ("sizes", "
 TESTS = {  # file -> the tests that should see a fault in it, the quickest first
     "memflow/memory/policies.py": [*MEMORY, *SETTINGS],
     "memflow/memory/held.py": [*MEMORY, "tests/memory/test_reload.py", *SETTINGS],
-    "memflow/memory/frames.py": [*MEMORY, *SETTINGS, "tests/memory/test_reload.py", "tests/memory/test_relative.py"],
+    "memflow/memory/frames.py": [
+        *MEMORY,
+        *SETTINGS,
+        "tests/memory/test_published.py",
+        "tests/memory/test_reload.py",
+        "tests/memory/test_relative.py",
+    ],
     "memflow/memory/views.py": [*MEMORY, *SETTINGS, "tests/memory/test_relative.py"],
     "memflow/memory/slots.py": [
         *MEMORY,
@@ -38,7 +44,11 @@ TESTS = {  # file -> the tests that should see a fault in it, the quickest first
         "tests/stream/test_streaming_attention.py",
         "tests/stream/test_stream.py",
     ],
-    "memflow/stream/saved.py": ["tests/stream/test_saved.py", "tests/stream/test_stream.py"],
+    "memflow/stream/saved.py": [
+        "tests/stream/test_saved.py",
+        "tests/stream/test_stream.py",
+        "tests/models/test_prompt_cache.py",
+    ],
     "memflow/stream/sampler.py": ["tests/memory/test_guards.py", "tests/stream/test_schedule.py"],
     "memflow/stream/plan.py": ["tests/stream/test_plan.py"],
     "memflow/models/wan/changes.py": ["tests/models/test_changed_model.py", "tests/models/test_refused_changes.py"],
