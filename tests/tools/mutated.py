@@ -47,7 +47,7 @@ TESTS = {  # file -> the tests that should see a fault in it, the quickest first
     "memflow/stream/saved.py": [
         "tests/stream/test_saved.py",
         "tests/stream/test_stream.py",
-        "tests/models/test_prompt_cache.py",
+        "tests/models/test_encoder_files.py",
     ],
     "memflow/stream/sampler.py": ["tests/memory/test_guards.py", "tests/stream/test_schedule.py"],
     "memflow/stream/plan.py": ["tests/stream/test_plan.py"],
