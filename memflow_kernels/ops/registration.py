@@ -1,7 +1,8 @@
 """The operators of torch.ops.memflow, registered with torch.library: schema, fake, kernel, derivative.
 
 Public parts of torch alone. Plain calls, torch.compile, torch.export, vmap, modes and tensor subclasses go through the
-registered operator. Where a gradient is wanted, a call goes through a torch.autograd.Function, which the transforms of
+registered operator; eager calls without a gradient through a second one of the same schema and kernel, without the
+layer of autograd. Where a gradient is wanted, a call goes through a torch.autograd.Function, which the transforms of
 torch.func know as well; a compiler, and whoever calls torch.ops.memflow directly, is given the same formula.
 """
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import increment_version
+from torch.func import debug_unwrap
 
 from ..backends import dispatch
 from ..operators import NAMESPACE, OPERATORS, UNRECORDED
@@ -35,7 +37,7 @@ class Registered:
         if not written:
             # The layer of autograd that `register_autograd` puts around a call is Python: it costs as much as a tenth
             # of a small call where there is nothing to record.
-            self._unrecorded = _define(name + UNRECORDED, name, kernel, fake)
+            self._unrecorded = _define(name + UNRECORDED, name, self._unless_needed(kernel), fake)
             setup, formula = backward or (derived if f"{name}_backward" in OPERATORS else _refused)(name)
             torch.library.register_autograd(f"{NAMESPACE}::{name}", formula, setup_context=setup, lib=_LIBRARY)
             self._function = _function(self.operator, setup, formula)
@@ -44,19 +46,38 @@ class Registered:
     def __call__(self, *arguments):
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # autograd records nothing here
             return self.operator(*arguments)
-        graded = False
+        graded, wanted = False, torch.is_grad_enabled()
         for x in arguments:
             if isinstance(x, Tensor):
-                graded = graded or x.requires_grad
+                graded = graded or (wanted and _needs_gradient(x))
                 if unpack_dual(x).tangent is not None:
                     raise _no_tangents(self.name)
-        if graded and torch.is_grad_enabled():
+        if graded:
             return self._function.apply(*arguments)
         return self._unrecorded(*arguments)
+
+    def _unless_needed(self, kernel: Callable) -> Callable:
+        """For graphs (make_fx) that were captured where nothing was to be recorded, and are run where something is."""
+
+        def run(*arguments):
+            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+                return self.operator(*arguments)
+            return kernel(*arguments)
+
+        return run
 
     def recorded(self, *arguments):
         """The call where a gradient may be wanted although no argument says so: of a backward inside torch.func."""
         return self.operator(*arguments) if torch.compiler.is_compiling() else self._function.apply(*arguments)
+
+
+def _needs_gradient(x: Tensor) -> bool:
+    """Whether x does or, in a transform of torch.func, anything that it wraps: a tensor of vmap never says so itself."""
+    while not x.requires_grad:
+        if (inner := debug_unwrap(x, recurse=False)) is x:
+            return False
+        x = inner
+    return True
 
 
 def _define(defined: str, name: str, kernel: Callable, fake: Callable) -> Callable:

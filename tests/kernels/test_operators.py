@@ -1,11 +1,14 @@
 """The table of operators, and how they are registered: through torch's dispatcher, with derivatives or a refusal."""
 
+import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import memflow_kernels
 from memflow_kernels import (
@@ -163,7 +166,8 @@ def test_a_choice_of_frames_has_no_derivative_in_either_mode():
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_transforms_of_torch_func(name):
-    """grad, vjp, jacrev and vmap(grad) give what autograd gives, also where only a captured tensor needs a gradient."""
+    """grad, vjp, jacrev, vmap(grad) and grad(vmap) give what autograd gives, also where only a captured tensor needs a
+    gradient."""
     function = DIFFERENTIABLE[name]
     x = states(2, 6, 3, 4, **WIDE)
     leaf = x.clone().requires_grad_()
@@ -179,6 +183,12 @@ def test_transforms_of_torch_func(name):
     torch.testing.assert_close(rows.sum(0), torch.func.grad(lambda y: function(y).flatten()[:3].sum())(x))
     both = torch.vmap(torch.func.grad(loss))(torch.stack([x, x + 0.1]))
     torch.testing.assert_close(both[0], expected)
+    pair = torch.stack([x, x + 0.1]).requires_grad_()
+    total = lambda ys: torch.vmap(loss)(ys).sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(total)(pair.detach()), both)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*autograd kernel was not registered")
+        torch.testing.assert_close(torch.autograd.grad(total(pair), pair)[0], both)
     captured = torch.func.grad(lambda scale: (function(leaf) * weights).sum() * scale)(torch.ones((), **WIDE))
     torch.testing.assert_close(captured, loss(x))
 
@@ -221,6 +231,21 @@ def test_a_direct_call_of_the_operator_has_the_same_gradient():
     x = states(2, 6, 3, 4, **WIDE).requires_grad_()
     out, _ = torch.ops.memflow.memory_attention(x, x, x, None, 2, 0, 0.5, None)
     grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (out, memory_attention(x, x, x, tokens_per_frame=2))]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_graph_captured_without_a_gradient_has_one_where_it_is_run(monkeypatch):
+    """Kernels of GPUs leave nothing to autograd: what is captured must not rely on it."""
+    dispatch = registration.dispatch
+    run = lambda name, device: lambda *arguments: tree_map(  # noqa: E731
+        lambda x: x.detach() if isinstance(x, torch.Tensor) else x, dispatch(name, device)(*arguments)
+    )
+    monkeypatch.setattr(registration, "dispatch", run)
+    x = states(2, 6, 3, 4, **WIDE)
+    captured = make_fx(DIFFERENTIABLE["memory_attention"])(x)
+    assert "memory_attention_unrecorded" in captured.code
+    x.requires_grad_()
+    grads = [torch.autograd.grad(run(x).square().sum(), x)[0] for run in (DIFFERENTIABLE["memory_attention"], captured)]
     torch.testing.assert_close(*grads)
 
 
