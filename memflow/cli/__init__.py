@@ -52,8 +52,9 @@ def _empty(arguments: list[str]) -> str | None:
     for before, argument in zip(["memflow", *arguments], arguments, strict=False):
         if not argument:
             return before
-        if argument[:2] == "--" and argument[-1] == "=" and argument != "--ray=":
-            return argument[:-1]
+        name, given, value = argument.partition("=")
+        if name[:2] == "--" and given and not value and name != "--ray":
+            return name
     return None
 
 

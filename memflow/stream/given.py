@@ -59,7 +59,7 @@ def whole_pixels(name: str, pixels: object, step: int) -> int:
     if isinstance(pixels, bool) or not isinstance(pixels, Integral) or pixels < step or pixels % step:
         raise MemFlowError(f"{name} must be a positive multiple of {step} pixels for this model, got {pixels!r}")
     if pixels > _MOST:
-        raise MemFlowError(f"{name} must be at most {_MOST:,} pixels, got {pixels:.0e}")
+        raise MemFlowError(f"{name} must be at most {_MOST:,} pixels, got 2**{int(pixels).bit_length() - 1} or more")
     return int(pixels)
 
 

@@ -72,7 +72,7 @@ class Registered:
 
 
 def _needs_gradient(x: Tensor) -> bool:
-    """Whether x does or, in a transform of torch.func, anything that it wraps: a tensor of vmap never says so itself."""
+    """Whether x does or, in a transform of torch.func, what it wraps: a tensor of vmap never says so itself."""
     while not x.requires_grad:
         if (inner := debug_unwrap(x, recurse=False)) is x:
             return False

@@ -152,6 +152,12 @@ def test_an_empty_value_is_not_one_left_out(folder, capsys, command, named):
     assert not (folder / "out").exists()
 
 
+def test_a_value_may_end_in_an_equals_sign(folder, capsys):
+    """As texts in base64 do; and what came, a token, is not printed."""
+    code, said = run(capsys, ["serve", "--token=c2VjcmV0dG9rZW4=", "--model", "nowhere"])
+    assert code == 2 and "nowhere" in said and "c2VjcmV0" not in said
+
+
 def test_cuda_without_a_gpu(folder, capsys, monkeypatch):
     import torch
 

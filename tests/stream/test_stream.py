@@ -221,6 +221,7 @@ def test_nan_latents_are_reported(toy):
         ({"prompts": ["a"], "width": -8}, "width must be a positive multiple"),
         ({"prompts": ["a"], "height": 0}, "height must be a positive multiple"),
         ({"prompts": ["a"], "height": 64.0}, "height must be a positive multiple"),
+        ({"prompts": ["a"], "width": 64 * 10**400}, "width must be at most 1,048,576 pixels"),
         ({"prompts": ["a"], "seed": [1, 2]}, "seed must be"),
         ({"prompts": ["a"], "seed": 2**63}, "seed must be a whole number from 0"),
         ({"prompts": ["a"], "seed": 1.5}, "seed must be a whole number from 0"),
