@@ -237,12 +237,9 @@ def test_a_direct_call_of_the_operator_has_the_same_gradient():
 def test_a_graph_captured_without_a_gradient_has_one_where_it_is_run(monkeypatch):
     """Kernels of GPUs leave nothing to autograd: what is captured must not rely on it."""
     dispatch = registration.dispatch
-    run = lambda name, device: (
-        lambda *arguments: tree_map(  # noqa: E731
-            lambda x: x.detach() if isinstance(x, torch.Tensor) else x, dispatch(name, device)(*arguments)
-        )
-    )
-    monkeypatch.setattr(registration, "dispatch", run)
+    detached = lambda x: x.detach() if isinstance(x, torch.Tensor) else x  # noqa: E731
+    bare = lambda name, device: lambda *arguments: tree_map(detached, dispatch(name, device)(*arguments))  # noqa: E731
+    monkeypatch.setattr(registration, "dispatch", bare)
     x = states(2, 6, 3, 4, **WIDE)
     captured = make_fx(DIFFERENTIABLE["memory_attention"])(x)
     assert "memory_attention_unrecorded" in captured.code
