@@ -27,11 +27,13 @@ _MARK = {"Software": "memflow"}  # in the picture's file
 
 def is_ours(path: str | Path) -> bool:
     """Whether a file is the picture of a MemoryReport."""
-    try:
-        with Image.open(path) as picture:
-            return picture.info.items() >= _MARK.items()
-    except OSError:
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its size: nothing is decoded
+        try:
+            with Image.open(path, formats=["PNG"]) as picture:
+                return picture.info.items() >= _MARK.items()
+        except (OSError, ValueError, Image.DecompressionBombError):
+            return False
 
 
 class MemoryReport:

@@ -1,6 +1,9 @@
 """Files as they will be used: links are written through, odd files and long names refused, what is not ours is kept."""
 
 import os
+import struct
+import warnings
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +11,7 @@ import av
 import numpy as np
 import pytest
 from films import NOISE, clip, decode
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from memflow.cli import main
 from memflow.cli.options import Request
@@ -141,10 +144,28 @@ def foreign_picture():
     Image.fromarray(clip(1)[0]).save("a.png")
 
 
+def picture_larger_than_any(width=60_000, height=60_000):
+    """That its first bytes say so is enough: Pillow refuses it."""
+    Image.new("1", (1, 1)).save("a.png")
+    content = bytearray(Path("a.png").read_bytes())
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    Path("a.png").write_bytes(content)
+
+
+def picture_with_a_book():
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    Image.new("1", (1, 1)).save("a.png", pnginfo=text)
+
+
 FOREIGN = {
     "a video": (foreign_video, "a.mp4", {}),
     "a text called .mp4": (lambda: Path("a.mp4").write_text("my notes"), "a.mp4", {}),
     "a picture": (foreign_picture, "a.png", {"report": True}),
+    "a huge picture": (picture_larger_than_any, "a.png", {"report": True}),
+    "a large picture": (lambda: picture_larger_than_any(10_000, 10_000), "a.png", {"report": True}),
+    "a picture with a book in it": (picture_with_a_book, "a.png", {"report": True}),
     "a text called .png": (lambda: Path("a.png").write_text("my notes"), "a.png", {"report": True}),
     "a text for a state": (lambda: Path("s").write_text("my notes"), "s", {"save_state": "s"}),
 }
@@ -154,7 +175,9 @@ FOREIGN = {
 def test_what_memflow_did_not_make_stays(make, path, options):
     make()
     content = Path(path).read_bytes()
-    refused(f"{path}: is there and memflow did not make it; --overwrite replaces it", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused(f"{path}: is there and memflow did not make it; --overwrite replaces it", **options)
     paths = {name: Path(value) if name == "save_state" else value for name, value in options.items()}
     assert len(jobs(Request(output=Path("a.mp4"), prompts=["a fox"], overwrite=True, **paths))) == 1
     assert Path(path).read_bytes() == content, "it is checked, not yet replaced"
