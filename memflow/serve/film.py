@@ -20,8 +20,9 @@ from memflow.output.video import VideoWriter
 from memflow.tellers.teller import Turn
 
 _THUMBNAIL = (128, 128)  # pixels at most
-_ABOUT = {"fps", "width", "height", "frames_per_chunk"}  # what a journal must hold, in its first line and in others
-_CHUNK = {"chunk", "start_frame", "frames", "prompt", "switched"}
+# What a journal must hold, in its first line and in others.
+_ABOUT = {"fps": (int, float), "width": int, "height": int, "frames_per_chunk": int}
+_CHUNK = {"chunk": int, "start_frame": int, "frames": int, "prompt": str, "switched": bool}
 _SUFFIXES = (".mp4", ".jsonl", ".safetensors")
 
 
@@ -156,7 +157,8 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if not isinstance(entry, dict) or not (_CHUNK if lines else _ABOUT) <= entry.keys():
+        needed = _CHUNK if lines else _ABOUT
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), needed[name]) for name in needed):
             break
         lines.append(entry)
     if not lines:

@@ -32,6 +32,8 @@ DAMAGES = {
     "deep": b"[" * 100_000 + b"\n",
     "no text": b"\xff\xfe\n",
     "without its frames": LINES[3].replace(b"frames", b"framez"),
+    "with frames that are none": json.dumps(CHUNKS[2] | {"frames": "twelve"}).encode() + b"\n",
+    "with a text that is none": json.dumps(CHUNKS[2] | {"prompt": 7}).encode() + b"\n",
 }
 
 
