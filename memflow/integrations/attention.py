@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -126,7 +127,7 @@ class CallerAttention:
                 "call it under torch.no_grad() or torch.inference_mode(), and unpatch(model) to train it"
             )
         weights, pool = (norm_q.weight, norm_k.weight), planned.cache.pool(call.kv_cache)
-        kind = query.shape, key.shape, value.shape, query.dtype, call.grid
+        kind = *((y.shape, y.dtype, y.device) for y in (query, key, value)), call.grid
         if self._passed(planned.cache, kind, pool, weights) and not _recorded(query, key, value):
             first, start = (step.start, None) if isinstance(step.start, int) else (0, step.start)
             arguments = (query, key, value, *weights, norm_q.eps, *call.grid[1:], first, start)
@@ -178,7 +179,10 @@ class CallerAttention:
         states = _frames(cache, 0, held, tokens)
         if _small(states[0]):
             mask = _shown(query_mean, means, top_k, seen + held, tokens, query.dtype)
-            return _attention_over([*bank_part, states], query, tokens, mask)
+            out = _attention_over([*bank_part, states], query, tokens, mask)
+            if not math.isnan(float(out.sum())):
+                return out
+            # It may be of values that no head chose: a mask does not keep NaN and infinity out, as what follows does.
         choice = select_frames(query_mean.unsqueeze(1), means, top_k)
         if query.device.type == "cpu":  # what was chosen is known here: nothing but that is attended to
             sources = [*bank_part, _frames(cache, 0, sink, tokens)]

@@ -103,11 +103,12 @@ def streaming(monkeypatch) -> tuple[Generator, list]:
     return generator, checked
 
 
-def call(generator: Generator, x: torch.Tensor) -> None:
-    """The first self-attention alone."""
+def call(generator: Generator, x: torch.Tensor) -> torch.Tensor:
+    """What the first self-attention alone gives."""
     arguments = {"seq_lens": None, "grid_sizes": torch.tensor([[3, 2, 3]]), "freqs": generator.model.freqs}
     arguments |= {"kv_cache": generator.cache[0], "current_start": generator.position * 18, "block_mask": None}
-    generator.model.blocks[0].self_attn(x, **arguments)
+    out = generator.model.blocks[0].self_attn(x, **arguments)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def test_what_was_checked_once_is_not_checked_again_unless_it_changes(monkeypatch):
@@ -121,17 +122,48 @@ def test_what_was_checked_once_is_not_checked_again_unless_it_changes(monkeypatc
     assert len(checked) == 2
 
 
-@pytest.mark.parametrize("change", ["values", "model"])
+class Doubled(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x).double()
+
+
+@pytest.mark.parametrize("change", ["values", "model", "k", "v"])
 def test_what_changes_for_the_worse_is_refused(change, monkeypatch):
     generator, _ = streaming(monkeypatch)
     x = torch.zeros(1, 18, 48)
     if change == "values":
         generator.cache[0]["v"] = generator.cache[0]["v"].double()
-    else:
+    elif change == "model":
         generator.model.blocks[0].self_attn.double()
         x = x.double()
+    else:
+        layer = generator.model.blocks[0].self_attn
+        setattr(layer, change, Doubled(getattr(layer, change)))
     with torch.no_grad(), pytest.raises(ValueError, match=r"^blocks\.0\.self_attn: kv_cache\['k'\] is torch.float32"):
         call(generator, x)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_values_of_frames_that_nobody_chose_do_not_count(wrong, monkeypatch):
+    """A mask alone does not keep them out: nothing times infinity is no number."""
+    model = built(DeferringModel, top_k=1)
+    patch(model, check=False, returns=returns.with_update)  # the check would compare what is no number
+    generator = told(Generator(model, places=None), 8)
+    masks, shown = [], attention._shown
+    monkeypatch.setattr(attention, "_shown", lambda *arguments: masks.append(shown(*arguments)) or masks[-1])
+    x = torch.randn(1, 18, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = call(generator, x)
+        hidden = masks[0].isinf().all(1).view(-1, 6).all(1).nonzero().flatten().tolist()
+        assert hidden
+        for frame in hidden:
+            generator.cache[0]["v"][:, 6 * frame : 6 * frame + 6] = wrong
+        torch.testing.assert_close(call(generator, x), expected)
+    assert expected.isfinite().all()
 
 
 def test_tangents_are_refused(monkeypatch):
