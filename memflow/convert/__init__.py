@@ -75,7 +75,7 @@ def convert(request: Conversion) -> None:
     record = _record(sources, request)
     _check_output(request.output, record, parts)
     for note in sources.unreadable:
-        console.print(f"left out: {note}", soft_wrap=True)
+        console.print(shown(f"left out: {note}"), soft_wrap=True)
     for name, part in parts.items():
         for note in part.layout.notes:
             console.print(shown(f"left out of the {name}: {note}"), soft_wrap=True)

@@ -22,8 +22,11 @@ def test_what_is_converted(tmp_path, capsys):
     files.mkdir()
     save_file(transformer(), files / f"model{HOSTILE}.safetensors")
     save_file(lora(3), files / f"lora{HOSTILE}.safetensors")
+    (files / f"damaged{HOSTILE}.safetensors").write_bytes(b"nothing")
     assert main(["convert", str(files), "-o", str(tmp_path / f"out{HOSTILE}"), "--heads", "2", "--partial"]) == 0
-    assert is_escaped(capsys.readouterr(), 4)  # the LoRA's alpha is not known; the model, the LoRA, the folder
+    assert is_escaped(
+        capsys.readouterr(), 5
+    )  # left out; the LoRA's alpha is not known; the model, the LoRA, the folder
 
 
 def test_what_is_downloaded(capsys):
