@@ -44,7 +44,11 @@ def one_seed_each(seed: int | Sequence[int], batch: int) -> list[int]:
             raise MemFlowError(f"seed must be a whole number from 0 to 2**63 - 1, got {value!r}")
     if isinstance(seed, (list, tuple)) and len(seeds) != batch:
         raise MemFlowError(f"seed must be one whole number or {batch} of them, one per story, got {len(seeds)}")
-    return [int(value) for value in seeds] if len(seeds) == batch else [int(seeds[0]) + row for row in range(batch)]
+    if len(seeds) == batch:
+        return [int(value) for value in seeds]
+    if seeds[0] + batch > 2**63:
+        raise MemFlowError(f"seed must be at most 2**63 - {batch}, {batch} stories count on from it, got {seeds[0]}")
+    return [int(seeds[0]) + row for row in range(batch)]
 
 
 def prompt_seconds(seconds: object) -> float:

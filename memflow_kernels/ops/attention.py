@@ -39,8 +39,11 @@ _memory_attention_top_k = Registered(
 Registered("memory_attention_backward", _fake_backward)
 
 
-def _hint(query: Tensor, key: Tensor, tokens_per_frame: int) -> str:
-    """What else may be meant where heads or tokens do not fit."""
+def _hint(query: Tensor, key: Tensor, tokens_per_frame: int, layout: str) -> str:
+    """What else may be meant where heads or tokens do not fit. Not asked where they do: under torch.compile and
+    torch.export its conditions would become conditions of the graph."""
+    if layout == "bhld":
+        return ""
     if query.shape[1] and key.shape[1] and query.shape[1] % key.shape[1] == 0 and key.shape[2] % tokens_per_frame == 0:
         return "; if they are [B, H, L, D], as torch's scaled_dot_product_attention takes them, say layout='bhld'"
     return ""
@@ -66,10 +69,11 @@ def _check(
     _checks.integer("tokens_per_frame", tokens_per_frame, 1)
     batch, queries, heads, head_dim = query.shape
     key_heads = key.shape[2]
-    hint = _hint(query, key, tokens_per_frame) if layout == "blhd" else ""
     if heads % key_heads:
+        hint = _hint(query, key, tokens_per_frame, layout)
         raise ValueError(f"query has {heads} heads, not a multiple of the {key_heads} heads of key{hint}")
     if key.shape[1] % tokens_per_frame:
+        hint = _hint(query, key, tokens_per_frame, layout)
         raise ValueError(
             f"key has {key.shape[1]} tokens, not a multiple of tokens_per_frame = {tokens_per_frame}{hint}"
         )

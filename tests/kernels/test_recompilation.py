@@ -55,3 +55,19 @@ def test_one_graph_serves_twenty_chunks(compiler):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     for actual, expected in zip(pools[1], pools[0], strict=True):
         assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_one_graph_serves_every_number_of_queries(top_k):
+    """The number of queries meets no condition but those of the result: none of the sentence for an error."""
+    query, key = states(2, 5, HEADS, HEAD_DIM), states(2, 4 * TOKENS, HEADS, HEAD_DIM)
+
+    class Attention(nn.Module):
+        def forward(self, query, key):
+            return memory_attention(query, key, key, tokens_per_frame=TOKENS, candidate_frames=3, top_k=top_k)
+
+    queries = torch.export.Dim("queries", min=2, max=5 * TOKENS)
+    exported = torch.export.export(Attention(), (query, key), dynamic_shapes=({1: queries}, None)).module()
+    for count in (2, TOKENS, 4 * TOKENS):  # the last: as many as keys
+        query = states(2, count, HEADS, HEAD_DIM, seed=count)
+        assert_close(exported(query, key), Attention()(query, key))

@@ -224,6 +224,7 @@ def test_nan_latents_are_reported(toy):
         ({"prompts": ["a"], "width": 64 * 10**400}, "width must be at most 1,048,576 pixels"),
         ({"prompts": ["a"], "seed": [1, 2]}, "seed must be"),
         ({"prompts": ["a"], "seed": 2**63}, "seed must be a whole number from 0"),
+        ({"prompts": [["a", "b"]], "seed": 2**63 - 1}, r"seed must be at most 2\*\*63 - 2"),
         ({"prompts": ["a"], "seed": 1.5}, "seed must be a whole number from 0"),
         ({"prompts": ["a"], "seconds_per_prompt": 1e300}, "seconds_per_prompt must be above 0 and at most"),
         ({"prompts": ["a"], "seconds_per_prompt": "3"}, "seconds_per_prompt must be above 0"),
