@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -117,3 +119,27 @@ def test_every_token_has_its_word(tokenizer):
     told = [word for index, word in enumerate(words) if word and word != words[index - 1]]
     assert [word.lower() for word in told] == ["a", "fox", "runs", "a", "fox", "runs"]
     assert token_words(tokenizer, "a fox runs", 2) == [*token_words(tokenizer, "a fox runs", 64)[:1], None]
+
+
+def test_threads_read_one_after_the_other(tokenizer, encoder):
+    """`Stream.send` may come from another thread while a prompt is encoded: a fast tokenizer would then pad and cut the
+    one as it was told to for the other."""
+    inside, most = [], []
+
+    class Watched:
+        is_fast, unk_token_id = False, None
+
+        def __call__(self, *arguments, **settings):
+            inside.append(arguments)
+            most.append(len(inside))
+            if len(most) == 1:
+                other.start()
+                other.join(0.5)  # time enough to come in
+            inside.pop()
+            return tokenizer(*arguments, **{**settings, "return_offsets_mapping": False})
+
+    watched = Watched()
+    other = threading.Thread(target=losses, args=(watched, ["an owl"], 16))
+    encode_prompts(watched, encoder, ["a boat"], 16)
+    other.join()
+    assert most == [1, 1, 1]  # the prompt; the text and the words of the other

@@ -6,6 +6,7 @@ import hashlib
 import html
 import re
 import string
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import accumulate
@@ -16,13 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from memflow.files import write_whole
 from memflow.modes import own_modes
 
 _BEGIN = "\u2581"  # of a word, in sentencepiece's tokens
 _SHOWN = 60  # characters of what is cut off
+_READING = threading.Lock()
 
 
 def clean_prompt(prompt: str) -> str:
@@ -55,8 +57,16 @@ def encode_prompts(
     return _encode(tokenizer, text_encoder, [clean_prompt(prompt) for prompt in prompts], max_length)
 
 
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **settings) -> BatchEncoding:
+    """A fast tokenizer keeps truncation and padding of its last call while it reads: a call in another thread (a prompt
+    is sent while one is encoded) would give the first one the second one's."""
+    with _READING:
+        return tokenizer(text, **settings)
+
+
 def _encode(tokenizer, text_encoder, clean: list[str], max_length: int) -> tuple[Tensor, Tensor]:
-    tokens = tokenizer(
+    tokens = _tokens(
+        tokenizer,
         clean,
         padding="max_length",
         max_length=max_length,
@@ -84,7 +94,7 @@ def losses(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], max_lengt
     for text in dict.fromkeys(map(clean_prompt, prompts)):
         end, unknown = unread(tokenizer, text, max_length)
         if end is not None:
-            count = len(tokenizer(text).input_ids)
+            count = len(_tokens(tokenizer, text).input_ids)
             end = f"{end[:_SHOWN]}..." if len(end) > _SHOWN else end
             found.append(f"the prompt has {count} tokens, {max_length} are used: {end!r} is cut off")
         words |= dict.fromkeys(unknown)
@@ -102,7 +112,8 @@ def token_words(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int
         max_length: Tokens that it is cut to.
     """
     text = clean_prompt(prompt)
-    tokens = tokenizer(text, max_length=max_length, truncation=True, return_offsets_mapping=tokenizer.is_fast)
+    settings = {"max_length": max_length, "truncation": True, "return_offsets_mapping": tokenizer.is_fast}
+    tokens = _tokens(tokenizer, text, **settings)
     if tokenizer.is_fast:
         words = _words_at(text)
         found = [words.get(next((i for i in range(*span) if i in words), -1)) for span in tokens.offset_mapping]
@@ -140,7 +151,7 @@ def unread(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> 
         The end that is cut off (None: nothing is), and the words that are not known.
     """
     text, end = clean_prompt(prompt), None
-    tokens = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
+    tokens = _tokens(tokenizer, text, return_offsets_mapping=tokenizer.is_fast)
     first_cut = max_length - 1  # the last one used is the end of the text
     if len(tokens.input_ids) > max_length:
         if tokenizer.is_fast:
@@ -148,7 +159,7 @@ def unread(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> 
         else:
             end = tokenizer.decode(tokens.input_ids[first_cut:], skip_special_tokens=True).strip()
     words = list(dict.fromkeys(word.strip(string.punctuation) or word for word in text.split()))
-    pieces = tokenizer(words, add_special_tokens=False).input_ids if words else []
+    pieces = _tokens(tokenizer, words, add_special_tokens=False).input_ids if words else []
     return end, [word for word, ids in zip(words, pieces, strict=True) if tokenizer.unk_token_id in ids]
 
 
