@@ -52,9 +52,9 @@ class Chunk:
 class Stream(Iterator[Chunk]):
     """Chunks of one story, or of a batch of stories that switch prompts together. Made by `MemFlowPipeline.stream`.
 
-    `send` and `save` may be called from another thread; `save` waits for the chunk that is being made. Where several
-    processes make the story together all of them take the same chunks, and call `save` and `snapshot`, in the same
-    order; `send` is for the first.
+    `send`, `save` and `snapshot` may be called from another thread; the last two wait for the chunk that is being made.
+    Where several processes make the story together all of them take the same chunks, and call `save` and `snapshot`, in
+    the same order; `send` is for the first.
 
     Args:
         pipeline: the `MemFlowPipeline`.
@@ -150,8 +150,9 @@ class Stream(Iterator[Chunk]):
 
     def snapshot(self) -> MemorySnapshot:
         """What the memory holds for the chunk just made, and the words that called for it. Waits for the device."""
-        snapshot, length = self.driver.snapshot(), self.pipeline.config.text_length
-        words = [token_words(self.pipeline.tokenizer, text, length) for text in self.plan.current]
+        with self._lock:  # or it would mix two chunks
+            snapshot, length = self.driver.snapshot(), self.pipeline.config.text_length
+            words = [token_words(self.pipeline.tokenizer, text, length) for text in self.plan.current]
         return snapshot._replace(words=called_by(snapshot, words))
 
     def save(self, path: str | Path, extra: dict[str, str] | None = None) -> None:

@@ -184,3 +184,23 @@ def test_a_stream_moves_from_thread_to_thread(pipe, film):
         thread.start()
         thread.join()
     assert_same(chunks, film)
+
+
+def test_another_thread_asks_what_is_held(pipe):
+    """It waits for the chunk that is being made, or it would be told a mixture of two."""
+    stream, told = pipe.stream(STORY, **SETTINGS), []
+    next(stream)
+    other = threading.Thread(target=lambda: told.append(stream.snapshot()))
+
+    def ask(*_):
+        if other.ident is None:
+            other.start()
+            other.join(0.5)
+
+    hook = pipe.transformer.blocks[0].ffn.register_forward_pre_hook(ask)
+    try:
+        next(stream)
+    finally:
+        hook.remove()
+    other.join()
+    assert told[0].window == stream.snapshot().window
