@@ -136,15 +136,16 @@ def attend(
     tokens, blocks = step.grid[0] * step.grid[1], step.blocks
     count = step.end_slot - step.first_slot
     means = pool.frame_mean if block_mean is None else block_mean
+    top_k = step.top_k if step.candidates else None
     return memory_attention(
         query,
         pool.key.narrow(1, step.first_slot * tokens, count * tokens),
         pool.value.narrow(1, step.first_slot * tokens, count * tokens),
         tokens_per_frame=tokens // blocks,  # to the op a block is a frame of its own
         candidate_frames=step.candidates * blocks,
-        top_k=step.top_k if step.candidates else None,
-        frame_mean=means.narrow(1, step.first_slot * blocks, step.candidates * blocks),
-        query_mean=query_mean,
+        top_k=top_k,
+        frame_mean=None if top_k is None else means.narrow(1, step.first_slot * blocks, step.candidates * blocks),
+        query_mean=None if top_k is None else query_mean,
         query_block=step.query_block if step.chooses else None,
     )
 

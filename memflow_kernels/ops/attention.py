@@ -114,6 +114,9 @@ def _check(
             needed = (batch, heads, _checks.block_count(queries, query_block), places)
             _checks.shape("frame_table", frame_table, needed, "[B, H, blocks of query_block queries, n]")
         _checks.same_device("frame_table", frame_table, "query", query)
+    for name, known in (("frame_mean", frame_mean), ("query_mean", query_mean)):
+        if known is not None and top_k is None:
+            raise ValueError(f"{name} is what heads choose frames by: it needs top_k, got top_k=None")
     if frame_mean is not None:
         _checks.states("frame_mean", frame_mean, "[B, candidate_frames, H, D]", empty_tokens=True)
         needed = (batch, candidate_frames, key_heads, head_dim)
@@ -225,7 +228,7 @@ def memory_attention(
             counts twice. Batch rows of different length: candidate_frames = F, and every row names its own frames.
             (A number of keys per row that is not whole frames is not served: a kernel reads frames as they lie.)
         frame_mean: [B, candidate_frames, H, D] with the heads of key, the candidates' means where known; float32
-            (float64 for float64).
+            (float64 for float64). Like query_mean for a choice only, so with top_k.
         query_mean: [B, H, D], the mean query where known (qk_norm_rope_write returns it); float32 (float64 for
             float64).
         query_block: at least 1; every block of that many queries has a choice of its own (the last block may be

@@ -139,3 +139,16 @@ def test_autocast_compiles():
             return memory_attention(query, key, value, tokens_per_frame=3, candidate_frames=3, top_k=2)
 
     assert torch.equal(torch.compile(attend, fullgraph=True, backend="aot_eager")(*inputs), attend(*inputs))
+
+
+@pytest.mark.parametrize("name", ["frame_mean", "query_mean"])
+@pytest.mark.parametrize("table", [False, True])
+def test_means_without_a_choice_are_a_mistake(name, table):
+    """Whoever gives them and forgets top_k would attend to everything."""
+    query, key, value = (x.float() for x in grouped(key_heads=4))
+    options = {"frame_mean": frame_means(key, 3)[:, :3], "query_mean": query.mean(1)}
+    chosen = {"frame_table": torch.tensor(TABLE, dtype=torch.int32)} if table else {}
+    with pytest.raises(ValueError, match=f"{name} is what heads choose frames by: it needs top_k, got top_k=None"):
+        memory_attention(query, key, value, tokens_per_frame=3, candidate_frames=3, **chosen, **{name: options[name]})
+    kept = memory_attention(query, key, value, tokens_per_frame=3, candidate_frames=3, top_k=3, **options)
+    assert torch.equal(kept, memory_attention(query, key, value, tokens_per_frame=3))
