@@ -78,11 +78,12 @@ def attention_calls(size: Size, device: torch.device, ours: Ours) -> list[Call]:
     query = made(CHUNK * size.tokens, seed=0)
     key, value = (made(FRAMES * size.tokens, seed=seed, layout="heads_first") for seed in (1, 2))
     means = frame_means(key[:, : CANDIDATES * size.tokens], size.tokens)
-    options = {"tokens_per_frame": size.tokens, "candidate_frames": CANDIDATES, "frame_mean": means}
+    dense = {"tokens_per_frame": size.tokens, "candidate_frames": CANDIDATES}
 
     def backend(name: str, top_k: int | None) -> Tensor:
+        options = dense if top_k is None else {**dense, "top_k": top_k, "frame_mean": means}
         with use_backend(name):
-            return memory_attention(query, key, value, top_k=top_k, **options)
+            return memory_attention(query, key, value, **options)
 
     top, all_ = (backend("torch", top_k) for top_k in (TOP_K, None))
     per_frame = 4 * query.shape[1] * size.tokens * size.heads * size.head_dim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -21,7 +22,8 @@ BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_w
 def python(tmp_path_factory) -> Path:
     """The Python of an environment that has the wheel, and behind it the packages of this one but not this clone."""
     for tool in ("setuptools", "pip"):
-        pytest.importorskip(tool, reason=f"{tool} is not installed")
+        if importlib.util.find_spec(tool) is None:  # imported here, setuptools would take the place of distutils
+            pytest.skip(f"{tool} is not installed")
     folder = tmp_path_factory.mktemp("wheel")
     tree = folder / "tree"  # a build leaves folders behind
     named = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
