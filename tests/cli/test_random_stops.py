@@ -28,6 +28,7 @@ def told(arguments: list[str], folder) -> None:
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    (folder / "begun").touch()
     code = main(arguments)
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
@@ -62,6 +63,8 @@ def test_stopped_at_random_moments(processes, whole, tmp_path, count, monkeypatc
         process = processes.Process(target=told, args=(arguments, folder))
         process.start()
         kind = list(SIGNALS)[number % 3]
+        while process.is_alive() and not (folder / "begun").exists():  # until then it is Python's start that is stopped
+            time.sleep(0.005)
         # By what is written, however fast the machine is, and a moment more; some before anything is.
         wanted, deadline = draw.uniform(-0.2, 1.0) * size, time.monotonic() + 120
         while process.is_alive() and wanted > (video.stat().st_size if video.exists() else 0):
