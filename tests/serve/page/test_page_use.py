@@ -129,9 +129,11 @@ def test_story_of_a_link_is_shown_and_goes_on(open_page):
     address = page.url
     other = open_page(address[address.index("#") :])
     browser.until(other, "document.getElementById('video').duration > 1")
+    end = other.evaluate("document.getElementById('video').duration")
     assert other.inner_text("#status") == "Ended" and other.locator("#scenes .told").all_inner_texts() == [BEACH]
     other.click("#go")  # nothing written: the scene goes on
     other.wait_for_selector("#status[data-state=telling]")
+    browser.until(other, f"document.getElementById('video').currentTime > {end - 0.2}")  # where the film ended
     told = whole(other)[-1]
     other.keyboard.press("k")
     browser.until(other, f"document.getElementById('video').buffered.end(0) * 8 > {told + 9}")
