@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -140,13 +141,13 @@ def evaluate(pipeline, setting: Setting, length: str, stories: int, seed: int) -
 
 
 class Telling:
-    """One batch of trials, told.
+    """One batch of trials, told. prepare: what is done to the stream's memory before anything is made.
 
-    seen: what the frames of the scenes that count show, fields [stories, CHUNK]; landmarks: the mean colours of their
-    landmarks [stories, 3].
+    seen: what the frames of the scenes that count show in their first chunk, fields [stories, CHUNK]; landmarks: the
+    mean colours of their landmarks [stories, 3]; last: both in the last chunk of long returns.
     """
 
-    def __init__(self, pipeline, setting: Setting, part: list[Trial], seed: int):
+    def __init__(self, pipeline, setting: Setting, part: list[Trial], seed: int, prepare: Callable | None = None):
         self.trials, self.chunks = part, part[0].chunks
         prompts = [list(texts) for texts in zip(*(trial.script.prompts() for trial in part), strict=True)]
         config = setting.config(pipeline.memory_config)
@@ -157,8 +158,11 @@ class Telling:
             memory=config,
         )
         stream.decoder = Undecoded()
+        if prepare is not None:
+            prepare(stream.memory)
         self.seen: dict[int, Frame] = {}
         self.landmarks: dict[int, Tensor] = {}
+        self.last: dict[int, tuple[Frame, Tensor]] = {}
         self.hits: dict[str, list[bool]] = {"hit character": [], "hit place": []}
         self.chances: list[float] = []
         self.seconds = 0.0
@@ -173,9 +177,10 @@ class Telling:
                 self.seen[scene], self.landmarks[scene] = measure_latents(pipeline.vae, chunk.latents)
             if scene in first.returns:
                 self._note_hits(stream.snapshot(), scene)
-            if scene + 1 < len(prompts):
-                for _ in range(self.chunks - 1):
-                    next(stream)
+            for _ in range(self.chunks - 1):
+                chunk = next(stream)
+            if self.chunks > 1 and scene in first.returns:
+                self.last[scene] = measure_latents(pipeline.vae, chunk.latents)
 
     def _note_hits(self, snapshot, scene: int) -> None:
         """Whether sink, window and what is recalled, in the last layer, show the character, and the place."""
@@ -191,8 +196,10 @@ class Telling:
             self.chances.append(chance_of_a_hit(past, 1, shown.shape[1]))
 
     def outcomes(self) -> dict[str, list[bool]]:
-        """What was right and what was not, by the names of MEASURES."""
-        found: dict[str, list[bool]] = {name: [] for name in MEASURES} | self.hits
+        """What was right and what was not, by the names of MEASURES; of long scenes "last colour" and "last landmark"
+        too, those of their last chunk."""
+        names = (*MEASURES, "last colour", "last landmark") if self.last else MEASURES
+        found: dict[str, list[bool]] = {name: [] for name in names} | self.hits
         for row, trial in enumerate(self.trials):
             for scene in (*trial.meetings, *trial.returns):
                 told = trial.script.scenes[scene]
@@ -210,6 +217,10 @@ class Telling:
                 # Nobody says the landmark's colour: what the model itself drew there first is what it must repeat.
                 before, now = self.landmarks[place_met][row], self.landmarks[scene][row]
                 found["landmark"].append(bool(same_colour(before, now)))
+                if self.last:
+                    frame, now = self.last[scene]
+                    found["last colour"].append(most(frame.hue[row]) == look.hue)
+                    found["last landmark"].append(bool(same_colour(before, now[row])))
         return found
 
 

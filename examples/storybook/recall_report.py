@@ -7,8 +7,8 @@ from pathlib import Path
 
 from examples.storybook.recall import Share
 from examples.storybook.results import paired, share
-from examples.storybook.rules import BETTER, COVERED, RULES, TODAY
-from examples.storybook.told import ACTIVATED, COMPARED, endless_script
+from examples.storybook.rules import BETTER, COVERED, ONCE, RULES, TODAY
+from examples.storybook.told import ACTIVATED, COMPARED, LAST, endless_script
 from examples.storybook.world import NAMES
 
 _HEADINGS = {
@@ -45,7 +45,7 @@ def _retrieval(lines: list[dict]) -> Iterator[str]:
 
 
 def _generated(lines: list[dict]) -> Iterator[str]:
-    measures = ("both shown", *COMPARED)
+    measures = ("both shown", *COMPARED, *LAST)
     yield f"| stories | held | rule | n | {' | '.join(measures)} |"
     yield "|---|---|---|---|" + "---|" * len(measures)
     for (stories, held), group in _groups(lines, ("stories", "held")):
@@ -58,17 +58,15 @@ def _generated(lines: list[dict]) -> Iterator[str]:
     yield f"Paired, of what both rules were asked: returns right with `{BETTER}` alone, right with the other alone, and"
     yield "how likely that is by chance."
     yield ""
-    yield "| stories | held | beside | " + " | ".join(measures[:4]) + " |"
-    yield "|---|---|---|" + "---|" * 4
+    asked = ("both shown", *COMPARED[:3], *LAST)
+    yield "| stories | held | beside | " + " | ".join(asked) + " |"
+    yield "|---|---|---|" + "---|" * len(asked)
     for (stories, held), group in _groups(lines, ("stories", "held")):
         one = [line for line in group if line["about"]["rule"] == BETTER]
-        seeds = {line["about"]["seed"] for line in one}
-        for label in (TODAY, COVERED):
-            other = [line for line in group if line["about"]["rule"] == label and line["about"]["seed"] in seeds]
+        for label in (TODAY, COVERED, ONCE):
+            other = [line for line in group if line["about"]["rule"] == label]
             if other:
-                found = [paired(one, other, name) for name in measures[:4]]
-                cells = [f"{a}, {b} (p = {p:.2g})" for a, b, p in found]
-                yield f"| {stories} | {held} | {label} | {' | '.join(cells)} |"
+                yield f"| {stories} | {held} | {label} | {' | '.join(_beside(one, other, name) for name in asked)} |"
 
 
 def _activation(lines: list[dict]) -> Iterator[str]:
@@ -80,8 +78,7 @@ def _activation(lines: list[dict]) -> Iterator[str]:
             here = [line for line in group if line["about"]["activated"] == label]
             if here:
                 cells = [share(here, name) for name in COMPARED[:3]]
-                gained, lost, chance = paired(here, dense, "landmark")
-                beside = "" if label == "all" else f"{gained}, {lost} (p = {chance:.2g})"
+                beside = "" if label == "all" else _beside(here, dense, "landmark")
                 shares = " | ".join(map(_cell, cells))
                 yield f"| {stories} | {rule} | {label} | {cells[0].count} | {shares} | {beside} |"
 
@@ -98,6 +95,13 @@ def _endless(lines: list[dict]) -> Iterator[str]:
         counts = (f"{found.hits} of {found.count}" if found.count else "" for found in cells)
         yield f"| {scenes} | {' | '.join(counts)} |"
     yield ""
+    better = [line for line in lines if line["about"]["rule"] == BETTER]
+    for label in (TODAY, ONCE):
+        other = [line for line in lines if line["about"]["rule"] == label]
+        if better and other:
+            found = " and ".join(_beside(better, other, name) for name in measures[1:])
+            yield f"Right with `{BETTER}` alone, with `{label}` alone, in the last and in the first chunk: {found}."
+            yield ""
     yield "Colours right by character, last and first chunk; the story is the same under every rule."
     yield ""
     yield f"| character | {' | '.join(f'{label}: last | first' for label in labels)} |"
@@ -105,6 +109,13 @@ def _endless(lines: list[dict]) -> Iterator[str]:
     for number, name in enumerate(NAMES):
         cells = [_of_character(lines, label, number, measure) for label in labels for measure in measures[1:]]
         yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _beside(one: list[dict], other: list[dict], measure: str) -> str:
+    if not all(share(lines, measure).count for lines in (one, other)):
+        return ""
+    gained, lost, chance = paired(one, other, measure)
+    return f"{gained}, {lost} (p = {chance:.2g})"
 
 
 def _of_character(lines: list[dict], label: str, number: int, measure: str) -> str:
@@ -122,7 +133,8 @@ _NOTES = """Intervals: 95 % (Wilson). A return: a character comes back to a plac
 the sink nor in the window. Stories "n scenes of m": m chunks each, anybody anywhere, the last scenes are returns.
 `held`: frames that the policy `original` holds, or the archive of all. Prompts: `looks` states the character's look
 again; `unknown words` appends six words that the model does not know; `100 tokens` hides the sentence among some 90
-others, unknown ones or ones of the world that name nobody and no place; `pairs` names two characters.
+others, unknown ones or ones of the world that name nobody and no place; `pairs` names two characters. What is measured
+of generated scenes is their first chunk, and their last one where it says so.
 """
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memflow.memory import MemoryConfig
 from memflow.memory.policies import Held
+from memflow.memory.recall import originals
 
 ONCE_EACH = 1000.0  # more than any relevance differs by
 LIKENESS = 1.5  # what likeness counts beside relevance in `marginal_relevance`, the best of those that were tried
@@ -61,6 +62,11 @@ def marginal_relevance(held: Held, k: int) -> Tensor:
     return torch.cat(chosen, -1)
 
 
+def each_once(held: Held, k: int) -> Tensor:
+    """The originals; places that are left over show what the prompt calls for least, not the originals again."""
+    return originals(held._replace(all_seen=False), k)
+
+
 RULES = {
     "top": Rule(),
     "marginal relevance": Rule(choose=marginal_relevance),
@@ -69,6 +75,7 @@ RULES = {
     "first of scene, then top": Rule(scene_frame="first"),
     "first of scene, then coverage": Rule("coverage", "first"),
     "latest of scene, then coverage": Rule("coverage", "latest"),
+    "originals, each once": Rule(choose=each_once),
     "originals": Rule("originals"),
 }
-TODAY, COVERED, BETTER = "top", "first of scene, then coverage", "originals"
+TODAY, COVERED, ONCE, BETTER = "top", "first of scene, then coverage", "originals, each once", "originals"

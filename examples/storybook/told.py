@@ -11,11 +11,12 @@ import numpy as np
 from examples.storybook.drawing import PLACES
 from examples.storybook.recall import Setting, Telling, Undecoded, measure_latents, most
 from examples.storybook.results import Results
-from examples.storybook.rules import BETTER, COVERED, RULES, TODAY
+from examples.storybook.rules import BETTER, COVERED, ONCE, RULES, TODAY
 from examples.storybook.stories import CHUNK, LENGTHS, Scene, Script, random_cast, recall_trial, wandering
 from examples.storybook.world import ACTIONS, NAMES
 
 COMPARED = ("colour", "shape", "landmark", "scene", "action")
+LAST = ("last colour", "last landmark")  # of scenes of several chunks
 ACTIVATED = {
     "all": {},
     "1/9, frames": {"activated": 1 / 9},
@@ -43,7 +44,7 @@ def tell_returns(
             changes = {"policy": "archive"} if held == "archive" else {"held_frames": int(held)}
             rule = RULES[label]
             setting = Setting(label, {**changes, "recall": rule.recall, "scene_frame": rule.scene_frame})
-            _tell(pipeline, results, about, setting, trials, seed)
+            _tell(pipeline, results, about, setting, trials, seed, rule.apply)
 
 
 def tell_activated(pipeline, results: Results, *, stories: int, seeds: list[int], kinds: list[str]) -> None:
@@ -61,11 +62,11 @@ def tell_activated(pipeline, results: Results, *, stories: int, seeds: list[int]
                 _tell(pipeline, results, about, Setting(label, shown | ACTIVATED[label]), trials, seed)
 
 
-def _tell(pipeline, results: Results, about: dict, setting: Setting, trials: list, seed: int) -> None:
+def _tell(pipeline, results: Results, about: dict, setting: Setting, trials: list, seed: int, prepare=None) -> None:
     begin = time.perf_counter()
-    told = Telling(pipeline, setting, trials, seed * 1_000_000).outcomes()
+    told = Telling(pipeline, setting, trials, seed * 1_000_000, prepare).outcomes()
     both = [a and b for a, b in zip(told["hit character"], told["hit place"], strict=True)]
-    outcomes = {name: told[name] for name in COMPARED}
+    outcomes = {name: told[name] for name in (*COMPARED, *LAST) if name in told}
     # Hits were noted scene by scene; all else story by story.
     per_story = np.array(both).reshape(-1, len(trials)).T.flatten().tolist()
     results.add(about, {"both shown": per_story, **outcomes}, time.perf_counter() - begin)
@@ -102,6 +103,7 @@ def tell_endless(
         seconds = SCENE_OF_ENDLESS * CHUNK / pipeline.fps
         stream = pipeline.stream(script.prompts(), seconds_per_prompt=seconds, seed=1, memory=memory)
     stream.decoder = Undecoded()
+    chosen.apply(stream.memory)
     for about in abouts:
         first = int(about["scenes"].split()[0])
         last = min(first + 100, scenes)
@@ -128,10 +130,10 @@ def tell_endless(
 
 
 def run_generated(pipeline, results: Results, *, stories: int, seeds: list[int], labels: list[str]) -> None:
-    """The published rule, coverage and the best one with all seeds, paired, the last two over the archive too; the
+    """The published rule, coverage and originals with all seeds, paired, the better ones over the archive too; the
     others, for comparison, with the first seed."""
     tell = partial(tell_returns, pipeline, results, stories=stories)
-    for held, rules in (("24", (BETTER, COVERED, TODAY)), ("archive", (BETTER, COVERED))):
+    for held, rules in (("24", (BETTER, ONCE, COVERED, TODAY)), ("archive", (BETTER, ONCE, COVERED))):
         tell(seeds=seeds, held=held, rules=[label for label in rules if label in labels])
     others = [label for label, rule in RULES.items() if rule.choose is None and label not in (BETTER, COVERED, TODAY)]
     for held, rules in (("archive", (TODAY,)), ("24", others)):
@@ -146,7 +148,7 @@ def run_activation(pipeline, results: Results, *, stories: int, seeds: list[int]
 
 def run_endless(pipeline, results: Results, *, stories: int, seeds: list[int], labels: list[str]) -> None:
     """One story, whatever `stories` and `seeds` are."""
-    for rule, name in ((BETTER, "better"), (TODAY, "today")):
+    for rule, name in ((BETTER, "better"), (ONCE, "once"), (TODAY, "today")):
         if rule in labels:
             tell_endless(
                 pipeline, results, rule=rule, state=results.path.with_name(f"{results.path.stem}-{name}.state")

@@ -209,9 +209,15 @@ def _sources(chosen: Tensor, frames: Tensor, shown: Tensor) -> Tensor:
     chosen, frames: [layers, B, k] indices and numbers of the frames to show. shown: [layers, B, k] numbers shown now.
     A chosen frame that is shown already stays where it is; the others take the slots that become free, in order.
     """
-    same = shown.unsqueeze(-1) == frames.unsqueeze(-2)  # [layers, B, slot, chosen]
+    slots, wanted = (numbers.unsqueeze(-1) for numbers in (shown, frames))
+    same = (slots == wanted.mT) & (_repeats(shown).unsqueeze(-1) == _repeats(frames).unsqueeze(-2))
     stays, known = same.any(-1), same.any(-2)
     free = stays.int().argsort(dim=-1, stable=True)  # slots, those to be filled first
     new = known.int().argsort(dim=-1, stable=True)  # as many of the chosen first that are not shown yet
     taken = torch.where(known, -1, chosen).gather(-1, new)
     return torch.full_like(chosen, -1).scatter(-1, free, taken)
+
+
+def _repeats(numbers: Tensor) -> Tensor:
+    """How often each number [..., k] came before: a frame may be shown in several places."""
+    return (numbers.unsqueeze(-1) == numbers.unsqueeze(-2)).tril(-1).sum(-1)

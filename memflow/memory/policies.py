@@ -29,6 +29,7 @@ class Held(NamedTuple):
     token_weight: [B, T] float32, how much each token counts: the same for all, 0 for padding, 1 in all.
     passed_over: call it for [layers, B, n] bool, True where another held frame of the same scene is preferred; None:
         none is (`MemoryConfig.scene_frame`).
+    all_seen: attention sees all that is shown; False: every head chooses among it (`MemoryConfig.top_k`, `activated`).
     """
 
     frames: Tensor
@@ -40,6 +41,7 @@ class Held(NamedTuple):
     token_relevance: Callable[[], Tensor] | None = None
     token_weight: Tensor | None = None
     passed_over: Callable[[], Tensor] | None = None
+    all_seen: bool = True
 
 
 class PromptPolicy:

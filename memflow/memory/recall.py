@@ -42,8 +42,11 @@ def originals(held: Held, k: int) -> Tensor:
     """As `cover`, but of the frames that answer a token only the oldest counts for it: the original, of which the later
     ones are copies.
 
-    Places that are left over show what the prompt calls for least. A copy there would be drawn from as the original is,
-    and the model draws what lies between the two.
+    Places that are left over show the same originals again, each as often as what it adds to the cover calls for
+    (highest averages: D'Hondt 1878). A copy there would be drawn from as the original is, and the model draws what lies
+    between the two; an original that is shown twice weighs more against the window, in which a look drifts. Where heads
+    choose what they attend to, the same frame twice would leave them less to choose from: then the places show what the
+    prompt calls for least.
     """
     scores = _token_relevance(held)
     known = ~scores.isnan()
@@ -53,7 +56,28 @@ def originals(held: Held, k: int) -> Tensor:
     frames = held.frames[: len(scores)].unsqueeze(2)
     oldest = frames.where(answers, torch.iinfo(frames.dtype).max).amin(-1, keepdim=True)
     scores = scores.where(frames == oldest, worst)
-    return _greedily(held, scores, -REST_SHARE * held.relevance(), k)
+    chosen = _greedily(held, scores, -REST_SHARE * held.relevance(), k)
+    return _shared_out(chosen, _added(held, scores, worst, chosen)) if held.all_seen else chosen
+
+
+def _added(held: Held, scores: Tensor, worst: Tensor, chosen: Tensor) -> Tensor:
+    """[layers, B, k]: what each of the chosen frames adds to the cover by those before it."""
+    index = chosen[: len(scores)].unsqueeze(2).expand(-1, -1, scores.shape[2], -1)
+    covered = scores.gather(-1, index).fmax(worst).cummax(-1).values  # [1 or layers, B, T, k]
+    rises = covered.diff(dim=-1, prepend=worst) * held.token_weight.unsqueeze(-1)
+    return rises.nan_to_num(nan=0.0).sum(2).expand_as(chosen)
+
+
+def _shared_out(chosen: Tensor, added: Tensor) -> Tensor:
+    """k places among the chosen [layers, B, k] by what each has added [layers, B, k]: whoever added something has one,
+    the others go one by one to the highest of added / (places so far + 1)."""
+    k = chosen.shape[-1]
+    average = added.unsqueeze(-2) / torch.arange(1, k + 1, device=added.device).unsqueeze(-1)  # [..., place, frame]
+    average[..., 0, :].masked_fill_(added > 0, torch.inf)
+    order = average.flatten(-2).argsort(
+        dim=-1, descending=True, stable=True
+    )  # nothing adds: each once
+    return chosen.gather(-1, order[..., :k] % k)
 
 
 def _token_relevance(held: Held) -> Tensor:

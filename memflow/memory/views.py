@@ -99,6 +99,7 @@ def policy_view(
         token_relevance=lambda: _token_relevance(memory, prompt),
         token_weight=mask / mask.sum(1, keepdim=True).clamp(min=1),
         passed_over=None if preferred == "any" else lambda: passed_over(frames, scene(), preferred),
+        all_seen=memory.config.top_k is None and memory.config.activated is None,
     )
 
 
