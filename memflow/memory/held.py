@@ -23,7 +23,7 @@ class HeldMemory(FrameMemory):
     shown already stays in its slot: a chunk copies only what it recalls anew.
 
     stored: [layers, B, n] numbers of the frames in the store, -1 = empty: all that is held.
-    shown: [layers, B, bank] numbers in the bank slots, -1 = empty.
+    shown: [layers, B, bank] numbers in the bank slots, -1 = empty; a number may stand in several.
     """
 
     def __init__(self, config: MemoryConfig, **shape):
@@ -207,7 +207,8 @@ def _sources(chosen: Tensor, frames: Tensor, shown: Tensor) -> Tensor:
     """Which of the held frames each bank slot takes, [layers, B, k]; -1 = it keeps the one that it shows.
 
     chosen, frames: [layers, B, k] indices and numbers of the frames to show. shown: [layers, B, k] numbers shown now.
-    A chosen frame that is shown already stays where it is; the others take the slots that become free, in order.
+    A chosen frame that is shown already stays where it is; the others take the slots that become free, in order. One
+    that is chosen twice is shown twice.
     """
     slots, wanted = (numbers.unsqueeze(-1) for numbers in (shown, frames))
     same = (slots == wanted.mT) & (_repeats(shown).unsqueeze(-1) == _repeats(frames).unsqueeze(-2))
@@ -219,5 +220,5 @@ def _sources(chosen: Tensor, frames: Tensor, shown: Tensor) -> Tensor:
 
 
 def _repeats(numbers: Tensor) -> Tensor:
-    """How often each number [..., k] came before: a frame may be shown in several places."""
+    """[..., k]: how often each of the numbers [..., k] stands before its own place."""
     return (numbers.unsqueeze(-1) == numbers.unsqueeze(-2)).tril(-1).sum(-1)

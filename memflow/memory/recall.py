@@ -74,9 +74,7 @@ def _shared_out(chosen: Tensor, added: Tensor) -> Tensor:
     k = chosen.shape[-1]
     average = added.unsqueeze(-2) / torch.arange(1, k + 1, device=added.device).unsqueeze(-1)  # [..., place, frame]
     average[..., 0, :].masked_fill_(added > 0, torch.inf)
-    order = average.flatten(-2).argsort(
-        dim=-1, descending=True, stable=True
-    )  # nothing adds: each once
+    order = average.flatten(-2).argsort(dim=-1, descending=True, stable=True)  # nothing adds: each once
     return chosen.gather(-1, order[..., :k] % k)
 
 

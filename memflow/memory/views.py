@@ -36,7 +36,7 @@ class MemorySnapshot(NamedTuple):
 
     held: [layers, B, n] frame numbers, -1 = empty place. relevance: [layers, B, n], of each to the prompt in force, as
     the layers voted on it; NaN = empty. recalled: [layers, B, bank] numbers of the held frames that attention sees,
-    -1 = empty place. sink, window: frame numbers.
+    -1 = empty place, a number may stand in several. sink, window: frame numbers.
     token_relevance: [layers, B, T, n], of each held frame to each token of the prompt in force, as the layers voted on
     it; NaN = empty.
     words: for each batch row the frames that attention sees in the bank, by number, and the words of the prompt that
