@@ -127,15 +127,18 @@ def _bank(snapshot, frames_per_chunk: int) -> list[Held]:
     found = []
     for chunk in np.unique(held[held >= 0] // frames_per_chunk):
         here = held // frames_per_chunk == chunk
-        shown = (recalled // frames_per_chunk == chunk).any(axis=1).mean()
-        found.append(Held(int(chunk), float(here.any(axis=1).mean()), float(shown), float(relevance[here].mean())))
+        shown = recalled // frames_per_chunk == chunk
+        shares = here.any(axis=1).mean(), shown.any(axis=1).mean(), relevance[here].mean(), shown.mean()
+        found.append(Held(int(chunk), *map(float, shares)))
     return found
 
 
 def _called(snapshot, frames_per_chunk: int) -> list[tuple[int, str]]:
-    """Chunks that the bank of batch row 0 shows, oldest first, and the words that called for them."""
-    words = getattr(snapshot, "words", ())
-    return [(frame // frames_per_chunk, ", ".join(said)) for frame, said in sorted(words[0].items())] if words else []
+    """Chunks that the bank of batch row 0 shows and the words that called for them, those without any last, oldest
+    first."""
+    words = getattr(snapshot, "words", None) or [{}]
+    frames = sorted(words[0].items(), key=lambda entry: (not entry[1], entry[0]))
+    return [(frame // frames_per_chunk, ", ".join(said)) for frame, said in frames]
 
 
 def _span(frames: list[int], frames_per_chunk: int) -> tuple[int, int]:

@@ -46,12 +46,13 @@ _SWITCH = {"color": _INK, "linewidth": 0.7, "linestyle": (0, (4, 3))}
 
 class Held(NamedTuple):
     """A past chunk that is held. held: share of the layers that hold it. shown: share of those whose bank shows it to
-    attention. relevance: 0 (least) to 1 (most)."""
+    attention. relevance: 0 (least) to 1 (most). places: share of the bank's places that show it."""
 
     chunk: int
     held: float
     shown: float
     relevance: float
+    places: float
 
 
 class Entry(NamedTuple):
@@ -184,12 +185,12 @@ class Timeline:
         """Per chunk, the share of the bank's places that holds frames of each prompt."""
         scenes, cells = self._scenes, []
         for entry in self._entries:
-            total, base = sum(held.shown for held in entry.bank), 0.0
-            for held in sorted(held for held in entry.bank if held.shown):
+            total, base = sum(held.places for held in entry.bank), 0.0
+            for held in sorted(held for held in entry.bank if held.places):
                 number = scene_of(scenes, held.chunk)
                 colour = _FAINT if number is None else self._prompt_colour(number)
-                cells.append((entry.index, base, held.shown / total, to_rgba(colour)))
-                base += held.shown / total
+                cells.append((entry.index, base, held.places / total, to_rgba(colour)))
+                base += held.places / total
         _draw_cells(axes, cells, zorder=1)
         if not cells:
             note = "the bank was empty"

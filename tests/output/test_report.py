@@ -16,7 +16,7 @@ from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.output import lettering, prompts
 from memflow.output.lettering import fit, longest_word, missing
 from memflow.output.prompts import scene_of
-from memflow.output.report import MemoryReport, _bank
+from memflow.output.report import MemoryReport, _bank, _called
 from memflow.output.timeline import _RELEVANCE, Held, Timeline, _scenes
 
 
@@ -110,18 +110,32 @@ def test_a_bank_is_summed_up_over_its_layers():
     relevance = np.array([[0.1, 0.5, np.nan], [2.0, 1.0, 5.0]])
     # Layer 0: frame 3 least, 9 most. Layer 1: 12 least, 30 most, 3 a quarter of the way.
     expected = [(1, 1.0, 0.125), (3, 0.5, 1.0), (4, 0.5, 0.0), (10, 0.5, 1.0)]
-    assert _bank(memory(held, relevance), 3) == [Held(chunk, held, held, score) for chunk, held, score in expected]
+    bank = _bank(memory(held, relevance), 3)
+    assert [entry[:4] for entry in bank] == [(chunk, held, held, score) for chunk, held, score in expected]
 
 
 def test_what_is_recalled_is_told_from_what_is_held():
     held, recalled = np.array([[3, 9, 12], [3, 9, 12]]), np.array([[9, -1], [12, 9]])
     bank = _bank(memory(held, held.astype(float), recalled), 3)
     assert [(entry.chunk, entry.held, entry.shown) for entry in bank] == [(1, 1, 0), (3, 1, 1), (4, 1, 0.5)]
+    assert [entry.places for entry in bank] == [0, 0.5, 0.25]
+
+
+def test_a_frame_that_is_shown_twice_fills_twice_as_much_of_the_bank():
+    held, recalled = np.array([[3, 9, 12]]), np.array([[9, 12, 9, 9]])
+    bank = _bank(memory(held, held.astype(float), recalled), 3)
+    assert [(entry.chunk, entry.shown, entry.places) for entry in bank] == [(1, 0, 0), (3, 1, 0.75), (4, 1, 0.25)]
+
+
+def test_frames_that_no_word_called_for_come_last():
+    snapshot = memory([[3, 9, 12]], [[1.0, 2.0, 3.0]])
+    snapshot.words = [{3: [], 9: ["bo", "on"], 12: ["beach"]}]
+    assert _called(snapshot, 3) == [(3, "bo, on"), (4, "beach"), (1, "")]
 
 
 def test_equal_relevance_is_neither_least_nor_most():
-    assert _bank(memory([[3, -1]], [[0.7, np.nan]]), 3) == [Held(1, 1.0, 1.0, 0.5)]
-    assert _bank(memory([[3, 6]], [[0.7, 0.7]]), 3) == [Held(1, 1.0, 1.0, 0.5), Held(2, 1.0, 1.0, 0.5)]
+    assert _bank(memory([[3, -1]], [[0.7, np.nan]]), 3) == [Held(1, 1.0, 1.0, 0.5, 0.5)]
+    assert _bank(memory([[3, 6]], [[0.7, 0.7]]), 3) == [Held(1, 1.0, 1.0, 0.5, 0.5), Held(2, 1.0, 1.0, 0.5, 0.5)]
     assert _bank(memory([[-1, -1]], [[np.nan, np.nan]]), 3) == []
 
 
@@ -135,7 +149,7 @@ def test_a_frame_without_a_relevance_is_drawn_between_the_others(number):
 
 
 def test_the_copies_of_a_frame_in_one_layer_count_once():
-    assert _bank(memory([[27, 27, 27]], [[1.0, 1.0, 1.0]]), 3) == [Held(9, 1.0, 1.0, 0.5)]
+    assert _bank(memory([[27, 27, 27]], [[1.0, 1.0, 1.0]]), 3) == [Held(9, 1.0, 1.0, 0.5, 1.0)]
 
 
 def test_scenes_are_stretches_under_one_prompt():
@@ -165,7 +179,7 @@ def test_a_picture_of_many_prompts_has_an_end(monkeypatch):
     monkeypatch.setattr(prompts, "_LISTED", 40)
     monkeypatch.setattr(prompts, "_NUMBERED", 20)
     entry = record(1)._entries[0]
-    bank = [Held(chunk, 1.0, 1.0, 0.5) for chunk in range(0, 60, 10)]
+    bank = [Held(chunk, 1.0, 1.0, 0.5, 1 / 6) for chunk in range(0, 60, 10)]
     heights = []
     for count in (70, 100):
         entries = [entry._replace(index=n, prompt=f"the fox, number {n}", bank=bank) for n in range(count)]
