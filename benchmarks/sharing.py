@@ -141,7 +141,7 @@ def measure(size: Size, ranks, *, head_dim: int = 128, latents: tuple[int, int] 
 
     from memflow.memory import MemoryConfig
     from memflow.models.wan.adapter import WanModel
-    from memflow.models.wan.parallel import share
+    from memflow.models.wan.attention import share
     from memflow.stream.chunks import ChunkDriver
 
     on_gpu = torch.cuda.is_available()

@@ -14,7 +14,7 @@ from memflow import ChunkDriver, MemoryConfig
 from memflow.memory.attention import attend_with_memory
 from memflow.memory.places import Rotation
 from memflow.memory.views import Prompt
-from memflow.models.weights import weights_digest
+from memflow.models.digests import weights_digest
 
 
 class Layer(nn.Module):

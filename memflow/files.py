@@ -85,6 +85,12 @@ def claim(file: IO) -> bool:
     return True
 
 
+def cache_folder() -> Path:
+    """For what can be made again; an XDG_CACHE_HOME that is not absolute is ignored, as its standard says."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (home if home.is_absolute() else Path.home() / ".cache") / "memflow"
+
+
 def _host() -> str:
     """Tells apart the hosts that share a folder, in letters that any file name may have."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:12]

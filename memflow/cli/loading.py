@@ -18,8 +18,8 @@ from memflow.cli.options import Request, lasting
 from memflow.decoders import use_decoder
 from memflow.errors import MemFlowError
 from memflow.memory.config import MemoryConfig
+from memflow.models.digests import encoder_digest, prompt_folder
 from memflow.models.wan.checkpoints import listed
-from memflow.models.wan.encoder_files import encoder_digest, prompt_folder
 from memflow.models.wan.published import find_preset
 from memflow.models.wan.text import PromptCache
 from memflow.parallel.joining import own_device

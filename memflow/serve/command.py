@@ -22,6 +22,7 @@ from starlette.applications import Starlette
 from memflow.cli import Interrupt, loading
 from memflow.cli.options import Dtype, Serving, with_whole_paths
 from memflow.errors import MemFlowError, MemFlowWarning, shown
+from memflow.files import cache_folder
 from memflow.parallel import launched
 from memflow.serve.asgi import make_app
 from memflow.serve.settings import Settings
@@ -158,9 +159,7 @@ def settings_of(request: Serving) -> Settings:
             raise MemFlowError(f"--allow-origin {origin}: must be http:// or https:// and a host, and no path")
     if request.token is None and not _is_local(request.host):
         raise MemFlowError(f"--host {request.host}: others could reach it; --token SECRET is needed")
-    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = (home if home.is_absolute() else Path.home() / ".cache") / "memflow" / "stories"
-    folder = (request.folder or folder).absolute()
+    folder = (request.folder or cache_folder() / "stories").absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -18,9 +18,9 @@ from memflow.decoders import StreamDecoder, current_class, stream_decoder
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.memory.config import MemoryConfig
 from memflow.models.wan.adapter import WanModel
+from memflow.models.wan.attention import share
 from memflow.models.wan.float8 import to_float8
 from memflow.models.wan.graphs import require_gpu
-from memflow.models.wan.parallel import share
 from memflow.models.wan.published import PRESETS, find_preset
 from memflow.models.wan.text import PromptCache, encode_prompts, losses
 from memflow.modes import own_modes

@@ -18,7 +18,7 @@ from torch import Tensor
 from memflow.errors import MemFlowError
 from memflow.files import write_whole
 from memflow.memory.config import MemoryConfig
-from memflow.models.weights import weights_digest
+from memflow.models.digests import weights_digest
 from memflow.stream.plan import Plan
 
 if TYPE_CHECKING:

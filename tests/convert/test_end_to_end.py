@@ -16,8 +16,8 @@ from written import HEADS, lora, random, text_encoder, tokenizer, transformer, v
 from memflow import MemFlowPipeline, MemoryConfig
 from memflow.cli import main
 from memflow.cli.loading import load_pipeline
+from memflow.models.wan import WAN_2_2_VAE
 from memflow.models.wan.published import PRESETS
-from memflow.models.wan.sizes import WAN_2_2_VAE
 
 STORY = ["-p", "a fox runs", "-p", "the owl sleeps"]
 SMALL = ["--device", "cpu", "--height", "32", "--width", "48", "--seconds-per-prompt", "1"]  # one chunk each

@@ -8,8 +8,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from written import LISTS, umt5_name, vae_2_2_names, vae_table
 
 from memflow.errors import MemFlowError
+from memflow.models.wan import WAN_2_2_VAE
 from memflow.models.wan.checkpoints import layout_of
-from memflow.models.wan.sizes import WAN_2_2_VAE
 
 TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
 

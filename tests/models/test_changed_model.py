@@ -12,10 +12,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from memflow import MemFlowError
+from memflow.models.digests import weights_digest
 from memflow.models.wan import graphs
 from memflow.models.wan.adapter import WanModel
 from memflow.models.wan.changes import refuse_hooks, text_version
-from memflow.models.weights import weights_digest
 from memflow.stream.saved import identity_of
 from memflow_bench.untrained import noise_pipeline
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from memflow import MemFlowError, MemFlowPipeline, MemoryConfig
-from memflow.models.wan import encoder_files
-from memflow.models.wan.encoder_files import encoder_digest, prompt_folder
+from memflow.models import digests
+from memflow.models.digests import encoder_digest, prompt_folder
 from memflow.models.wan.text import PromptCache
 
 SETTINGS = {"seconds_per_prompt": 0.8, "memory": MemoryConfig(bank_frames=2)}
@@ -16,7 +16,7 @@ def model(tmp_path, monkeypatch):
     """A folder with an encoder of one large file; every file counts as large."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(encoder_files, "_SMALL", 0)
+    monkeypatch.setattr(digests, "_SMALL", 0)
     (tmp_path / "model" / "text_encoder").mkdir(parents=True)
     (tmp_path / "model" / "text_encoder" / "weights").write_bytes(bytes(5 * 2**20))
     return tmp_path / "model"
@@ -37,7 +37,7 @@ def test_one_byte_and_the_names_count(model):
 
 def test_a_large_file_is_read_once(model, monkeypatch):
     first = encoder_digest(model)
-    monkeypatch.setattr(encoder_files, "_read", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(digests, "_read", lambda path: pytest.fail("read again"))
     assert encoder_digest(model) == first
 
 

@@ -14,10 +14,10 @@ from memflow.errors import MemFlowError
 from memflow.memory.attention import Pass
 from memflow.memory.places import Rotation
 from memflow.memory.views import Prompt
+from memflow.models.digests import weights_digest
 from memflow.models.wan.attention import CleanPassDone, StreamContext, install, uninstall
 from memflow.models.wan.changes import adapters, layout, refuse_hooks, text_version
 from memflow.models.wan.graphs import GraphedPasses
-from memflow.models.weights import weights_digest
 
 
 class WanModel:

@@ -15,18 +15,28 @@ from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import ContextParallelConfig, WanTransformer3DModel
+from diffusers.hooks.context_parallel import apply_context_parallel
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from memflow.errors import MemFlowError
 from memflow.memory.attention import attend
 from memflow.memory.places import Unplaced
 from memflow.models.wan.changes import FETCHED, refuse_hooks
 from memflow.parallel import ALONE, Alone
+from memflow.parallel.ranks import Ranks, require_division
 from memflow_kernels import Pool, memory_attention, qk_norm_rope, qk_norm_rope_write
 
 if TYPE_CHECKING:
     from memflow.memory.attention import Pass
+
+# The clean pass ends before proj_out by an exception; hooks of a call that is left so hold nothing.
+_PLAN = {
+    "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+    "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+}
 
 
 class CleanPassDone(Exception):
@@ -225,7 +235,7 @@ def install(transformer: WanTransformer3DModel) -> StreamContext:
         raise MemFlowError(FETCHED)
     context = StreamContext()
     context.replaced_rope = [transformer.rope]
-    context.ranks = vars(transformer).get("ranks", ALONE)  # `memflow.models.wan.parallel.share`
+    context.ranks = vars(transformer).get("ranks", ALONE)  # `share`
     for layer in range(len(transformer.blocks)):
         alone = context.ranks is ALONE
         of_frames = MemorySelfAttention(layer) if alone else SharedSelfAttention(layer, context.ranks)
@@ -243,3 +253,27 @@ def uninstall(transformer: WanTransformer3DModel) -> None:
         for attn in (block.attn1, block.attn2):
             attn.set_processor(attn._default_processor_cls())
     transformer.rope = transformer.rope.replaced_rope[0].to(transformer.device)
+
+
+def share(transformer: WanTransformer3DModel, ranks: Ranks) -> None:
+    """Let all processes of `ranks` compute every call of `transformer` together, for good: diffusers' hooks for context
+    parallelism split its tokens.
+
+    diffusers' own `enable_parallelism` does not serve here: it splits keys inside its attention functions, which a
+    memory's processors do without, and splits what `rope` returns, which here is a call's `Pass`.
+
+    Args:
+        transformer: the same in all of them.
+        ranks: at least two.
+
+    Raises:
+        MemFlowError: their number does not divide the heads.
+    """
+    require_division(ranks.size, transformer.config.num_attention_heads)
+    config = ContextParallelConfig(ulysses_degree=ranks.size)
+    mesh = init_device_mesh(transformer.device.type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
+    config.setup(ranks.rank, ranks.size, transformer.device, mesh)
+    apply_context_parallel(transformer, config, _PLAN)
+    uninstall(transformer)
+    transformer.ranks = ranks
+    install(transformer)

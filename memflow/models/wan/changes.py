@@ -13,7 +13,7 @@ from torch import nn
 from memflow.errors import MemFlowError
 from memflow.models.base import sampled
 
-# Hooks of diffusers that call what they are set on; the last two are set by `memflow.models.wan.parallel`.
+# Hooks of diffusers that call what they are set on; the last two are set by `memflow.models.wan.attention.share`.
 _HARMLESS = {"layerwise_casting", "peft_autocast_disable", "cp_input---blocks.0", "cp_output---proj_out"}
 FETCHED = (
     "transformer: its weights are fetched layer by layer (sequential offloading), which a stream cannot use: "

@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from transformers import UMT5Config, UMT5EncoderModel
 
 from memflow.errors import MemFlowError
-from memflow.models.wan.sizes import WAN_2_2_VAE
+from memflow.models.wan import WAN_2_2_VAE
 
 _UMT5 = {
     "token_embedding": "shared",

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from memflow.errors import MemFlowError
-from memflow.models.wan.sizes import WAN_2_2_VAE
+from memflow.models.wan import WAN_2_2_VAE
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler

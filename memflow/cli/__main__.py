@@ -1,5 +1,0 @@
-"""`python -m memflow.cli`."""
-
-from memflow.cli import run
-
-run()
