@@ -13,6 +13,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from memflow.integrations.bank import FrameBank
 from memflow.integrations.cache import FrameCache, Step
+from memflow.integrations.caller import HALF
 from memflow.integrations.checks import Call
 from memflow_kernels import Pool, memory_attention, merge_attention, qk_norm_rope_write, select_frames
 from memflow_kernels.choosing import best_of_few
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 JOIN_BELOW = 1 << 17  # numbers of the keys
 WRITE = torch.ops.memflow.qk_norm_rope_write.default
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Planned(NamedTuple):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memflow.integrations.mirror import Beside, Mirror, version
+from memflow.integrations.caller import Beside, Mirror, version
 from memflow_kernels import Pool, frame_means
 
 _KNOWN: Beside[FrameCache] = Beside()  # by key buffer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memflow.integrations.cache import INDICES
-from memflow.integrations.mirror import Beside, version
+from memflow.integrations.caller import Beside, version
 from memflow.memory.config import MemoryConfig
 from memflow_kernels import MAX_HEAD_DIM
 

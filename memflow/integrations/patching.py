@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memflow.integrations.attention import CallerAttention
+from memflow.integrations.bank import BankUpdate, bank_updates
 from memflow.integrations.cache import put_in_order
+from memflow.integrations.caller import PatchedCall, Returns, plain, recognised
 from memflow.integrations.checks import GridSizes, Inputs, check_module
-from memflow.integrations.retrieval import BankUpdate, bank_updates
-from memflow.integrations.returns import PatchedCall, Returns, plain, recognised
 from memflow.integrations.selfcheck import SelfCheck
 from memflow.integrations.settings import ModuleSettings
 from memflow.memory.config import MemoryConfig

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memflow.integrations.attention import HALF, CallerAttention, Planned
+from memflow.integrations.attention import CallerAttention, Planned
 from memflow.integrations.cache import INDICES, Held
+from memflow.integrations.caller import CLOSE, HALF, copied
 
 ROLLS_CHECKED = 3  # how often a cache must have rolled before another roll is nothing new
 
@@ -84,15 +85,13 @@ class SelfCheck:
         if found is None:
             return None
         frames, states = found
-        kv_cache = {**{name: _copied(entry) for name, entry in call.kv_cache.items()}, **states}
-        kv_bank = None if call.kv_bank is None else {name: _copied(entry) for name, entry in call.kv_bank.items()}
+        kv_cache = {**{name: copied(entry) for name, entry in call.kv_cache.items()}, **states}
+        kv_bank = None if call.kv_bank is None else {name: copied(entry) for name, entry in call.kv_bank.items()}
         given = {**call.given, "kv_cache": kv_cache}
         if "kv_bank" in given:
             given["kv_bank"] = kv_bank
         was = {name: states[name].clone() for name in ("k", "v")}
-        was_bank = {
-            name: _copied(kv_bank[name]) for name in ("k_new", "v_new", *INDICES) if kv_bank and name in kv_bank
-        }
+        was_bank = {name: copied(kv_bank[name]) for name in ("k_new", "v_new", *INDICES) if kv_bank and name in kv_bank}
         indices = tuple(int(kv_cache[name]) for name in INDICES if name in kv_cache)
         result = self._call_own(given)
         if not planned.stored:
@@ -254,7 +253,7 @@ def _is_close(planned: Planned, scores: list[Tensor]) -> bool:
         return False
     ranked = scores[0].sort(-1, descending=True).values
     margin = ranked[..., planned.settings.top_k - 1] - ranked[..., planned.settings.top_k]
-    return bool((margin < 2**-6 * ranked.abs().amax(-1)).any())
+    return bool((margin < CLOSE * ranked.abs().amax(-1)).any())
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
@@ -267,10 +266,6 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
 def _slot(planned: Planned, name: str, slot: int) -> Tensor:
     tokens = planned.cache.tokens
     return planned.call.kv_cache[name][:, slot * tokens : (slot + 1) * tokens]
-
-
-def _copied(entry):
-    return entry.clone() if isinstance(entry, Tensor) else entry
 
 
 def _update_info(result) -> dict | None:

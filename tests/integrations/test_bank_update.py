@@ -10,8 +10,8 @@ import torch
 from causal_wan import DIM, HEADS, TOKENS, DeferringModel, Generator, StoringModel, new_bank
 from test_patch_selfcheck import built, told
 
-from memflow.integrations import patch, retrieval, unpatch
-from memflow.integrations.retrieval import BankUpdate
+from memflow.integrations import patch, unpatch
+from memflow.integrations.bank import BankUpdate
 
 
 class UpdatingModel(DeferringModel):
@@ -47,7 +47,7 @@ def test_our_update_of_the_bank_is_theirs():
     theirs = told(updating(built(UpdatingModel)), 10)
     model = built(UpdatingModel)
     patch(model, retrieval=True)
-    assert isinstance(model._apply_cache_updates_before, retrieval.BankUpdate)
+    assert isinstance(model._apply_cache_updates_before, BankUpdate)
     ours = told(updating(model), 10)
     for a, b in zip(ours.outputs, theirs.outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

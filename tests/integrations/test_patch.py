@@ -9,7 +9,7 @@ import torch
 from causal_wan import CHUNK, DIM, HEADS, TOKENS, DeferringModel, Generator, StoringModel, new_cache
 from torch import nn
 
-from memflow.integrations import attention, contents, patch, returns, unpatch
+from memflow.integrations import attention, caller, contents, patch, unpatch
 from memflow.memory import MemoryConfig
 from memflow_kernels.testing import Traffic
 
@@ -172,7 +172,7 @@ def test_no_copy_of_the_cache_is_made(top_k, monkeypatch):
     addresses = [entry[name].data_ptr() for entry in generator.cache for name in "kv"]
     cache_bytes = sum(entry[name].nbytes for entry in generator.cache for name in "kv")
     before = live_bytes()
-    patch(generator.model, check=False, returns=returns.with_update)
+    patch(generator.model, check=False, returns=caller.with_update)
     generator.chunk()
     generator.outputs.clear()
     generator.made.pop()
@@ -261,7 +261,7 @@ GRID_SIZES = torch.tensor([[3, 2, 3]])
 )
 def test_a_call_names_what_it_cannot_serve(changes, complaint):
     model = built(StoringModel)
-    patch(model, memory=MemoryConfig.published(record_interval=1), check=False, returns=returns.plain)
+    patch(model, memory=MemoryConfig.published(record_interval=1), check=False, returns=caller.plain)
     arguments = {
         "x": torch.zeros(1, 3 * TOKENS, DIM),
         "seq_lens": torch.tensor([3 * TOKENS]),
@@ -287,7 +287,7 @@ def test_an_argument_of_the_fork_that_is_not_known():
             raise NotImplementedError
 
     model = nn.ModuleList([Fork(DIM, HEADS, 3, None, True)])
-    patch(model, check=False, returns=returns.plain)
+    patch(model, check=False, returns=caller.plain)
     arguments = (torch.zeros(1, 3 * TOKENS, DIM), GRID_SIZES, built(StoringModel).freqs, new_cache(1, 12)[0], 0)
     with torch.no_grad():
         assert model[0](*arguments).shape == (1, 18, DIM)

@@ -12,8 +12,8 @@ from test_patch import assert_same, built, patched, told
 from torch.autograd.forward_ad import dual_level, make_dual
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memflow.integrations import attention, patch, returns
-from memflow.integrations.mirror import Beside
+from memflow.integrations import attention, caller, patch
+from memflow.integrations.caller import Beside
 from memflow_kernels import select_frames
 
 
@@ -90,7 +90,7 @@ def test_what_is_kept_beside_a_tensor_goes_with_it():
 def streaming(monkeypatch) -> tuple[Generator, list]:
     """A generator in the middle of its stream, and what goes through the checks of the op from now on."""
     model, checked, own = built(DeferringModel), [], attention.qk_norm_rope_write
-    patch(model, check=False, returns=returns.with_update)
+    patch(model, check=False, returns=caller.with_update)
     generator = told(Generator(model, places=None), 8)
 
     def seen(*args, **kwargs):
@@ -151,7 +151,7 @@ def test_what_changes_for_the_worse_is_refused(change, monkeypatch):
 def test_values_of_frames_that_nobody_chose_do_not_count(wrong, monkeypatch):
     """A mask alone does not keep them out: nothing times infinity is no number."""
     model = built(DeferringModel, top_k=1)
-    patch(model, check=False, returns=returns.with_update)  # the check would compare what is no number
+    patch(model, check=False, returns=caller.with_update)  # the check would compare what is no number
     generator = told(Generator(model, places=None), 8)
     masks, shown = [], attention._shown
     monkeypatch.setattr(attention, "_shown", lambda *arguments: masks.append(shown(*arguments)) or masks[-1])
