@@ -22,7 +22,7 @@ from memflow.models.digests import encoder_digest, prompt_folder
 from memflow.models.wan.checkpoints import listed
 from memflow.models.wan.published import find_preset
 from memflow.models.wan.text import PromptCache
-from memflow.parallel.joining import own_device
+from memflow.parallel.ranks import own_device
 from memflow_kernels.backends import available_backends, refused, use_backend
 
 if TYPE_CHECKING:

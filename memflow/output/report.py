@@ -16,7 +16,7 @@ from memflow.output import jpeg
 try:
     from matplotlib import style
 
-    from memflow.output.lettering import missing
+    from memflow.output.texts import missing
     from memflow.output.timeline import Entry, Held, Timeline
 except (ValueError, OSError) as error:  # MPLBACKEND names no backend, or there is no folder for matplotlib's cache
     raise MemFlowError(f"matplotlib, which draws the report, does not start: {error}") from None

@@ -22,13 +22,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from memflow.output.lettering import families
-from memflow.output.prompts import (
+from memflow.output.texts import (
     CALLED_HEIGHT,
     PromptList,
     Scene,
     draw_called,
     draw_strip,
+    families,
     fits,
     scene_of,
     size_in_inches,

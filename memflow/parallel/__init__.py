@@ -1,5 +1,5 @@
-"""One story over several processes: what they exchange (`ranks`), how they begin and end together (`joining`), and here
-one process by itself in their place. Imports no torch: every command does."""
+"""One story over several processes: what they exchange and how they begin and end together (`ranks`), and here one
+process by itself in their place. Imports no torch: every command does."""
 
 from __future__ import annotations
 
@@ -78,4 +78,4 @@ def launched() -> bool:
 
 def together(device: str | None) -> AbstractContextManager[Alone]:
     """The processes that a launcher started for --device, until all are here again; or this one by itself."""
-    return import_module("memflow.parallel.joining").meet(device) if launched() else nullcontext(ALONE)
+    return import_module("memflow.parallel.ranks").meet(device) if launched() else nullcontext(ALONE)

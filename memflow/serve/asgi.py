@@ -23,9 +23,8 @@ from memflow import __version__
 from memflow.memory.policies import OFFERED
 from memflow.serve import protocol
 from memflow.serve.film import remove
-from memflow.serve.gate import Gate
-from memflow.serve.session import Session, Words
-from memflow.serve.settings import Settings
+from memflow.serve.session import Session
+from memflow.serve.settings import Gate, Settings
 from memflow.serve.stories import Stories
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def make_app(load: Callable[[], tuple[MemFlowPipeline, dict[str, str]]], setting
     async def lifespan(app: Starlette):
         pipeline, extra = load()
         async with Stories(pipeline, settings, extra) as stories:
-            app.state.stories, app.state.words = stories, Words(pipeline)
+            app.state.stories = stories
             yield
 
     routes = [
@@ -83,7 +82,7 @@ def make_app(load: Callable[[], tuple[MemFlowPipeline, dict[str, str]]], setting
 
 
 async def _video(socket: WebSocket) -> None:
-    await Session(socket, socket.app.state.stories, socket.app.state.words).run()
+    await Session(socket, socket.app.state.stories).run()
 
 
 async def _info(request: Request) -> Response:
@@ -112,7 +111,7 @@ async def _check(request: Request) -> Response:
         protocol.check_prompt(prompt, stories.settings)
     except protocol.Refused as refused:
         return JSONResponse({"error": refused.message, "unknown": [], "cut": None})
-    return _json({"error": None} | await request.app.state.words.lost(prompt))
+    return _json({"error": None} | await stories.lost(prompt))
 
 
 async def _film(request: Request) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import re
 import signal
@@ -10,7 +11,9 @@ import socket
 import sys
 import time
 import warnings
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -18,10 +21,11 @@ from typing import Any, TextIO
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from memflow.cli import Interrupt, loading
 from memflow.cli.options import Dtype, Serving, with_whole_paths
-from memflow.errors import MemFlowError, MemFlowWarning, shown
+from memflow.errors import MemFlowError, MemFlowWarning, install_command, shown
 from memflow.files import cache_folder
 from memflow.parallel import launched
 from memflow.serve.asgi import make_app
@@ -29,6 +33,7 @@ from memflow.serve.settings import Settings
 
 _MESSAGE = 256 * 1024  # bytes; `Settings.message_characters` count characters
 _BUFFER = 256 * 1024  # bytes that the system holds for a reader: more would hide that it is slow
+_NAME = "memflow"  # of the app in a cluster
 _GRACE = 120  # seconds for saving when the server is stopped
 _CHOICES: dict[str, dict[str, Any]] = {  # what the environment may say
     "dtype": {kind.value: kind for kind in Dtype},
@@ -66,7 +71,6 @@ def serve(request: Serving) -> int:
 
 def _serve_cluster(request: Serving, settings: Settings, free: socket.socket) -> int:
     """`serve` from a Ray cluster, at an address that is free here."""
-    from memflow.serve.cluster import deployed
     from memflow.tellers.actors import cluster, share
 
     host, port = free.getsockname()[:2]
@@ -81,6 +85,63 @@ def _serve_cluster(request: Serving, settings: Settings, free: socket.socket) ->
             while not interrupt.requested:
                 time.sleep(0.2)
     return 0
+
+
+@contextmanager
+def deployed(
+    make: Callable[[], ASGIApp], replicas: int, *, host: str, port: int, connections: int, grace: float, takes: dict
+) -> Iterator[None]:
+    """Serve an app from the cluster that this process is connected to; at the end of the block its stories are saved.
+
+    Args:
+        make: makes the app of a replica (`memflow.serve.asgi.make_app`), where it runs.
+        replicas: how many.
+        host: where Ray's proxies listen, one on every machine that has a replica.
+        port: of the proxies.
+        connections: that a replica holds at once.
+        grace: seconds for saving.
+        takes: what a replica takes of the cluster, "num_gpus" for example.
+
+    Raises:
+        MemFlowError: Ray Serve is not installed, runs this app already, or the replicas cannot start.
+    """
+    try:
+        from ray import serve as ray_serve
+    except ModuleNotFoundError:
+        raise MemFlowError(f"--ray needs Ray Serve: {install_command('ray')}") from None
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    if _NAME in ray_serve.status().applications:
+        raise MemFlowError("this cluster runs `memflow serve` already")
+    quiet = {"log_level": "WARNING", "enable_access_log": False}  # addresses may hold a token
+    ray_serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+    options: dict[str, Any] = {"num_replicas": replicas, "max_ongoing_requests": connections, "logging_config": quiet}
+    options |= {"ray_actor_options": takes, "graceful_shutdown_timeout_s": grace}
+    app = ray_serve.ingress(lambda: make())  # Ray wants a plain function
+    deployment = ray_serve.deployment(**options)(app(_Replica))
+    try:
+        try:
+            handle = ray_serve.run(deployment.bind(), name=_NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise MemFlowError(f"the replicas cannot start: {str(error).strip().splitlines()[-1]}") from None
+        yield
+        # In a thread of its own: Ray refuses to wait where an event loop runs, as in a notebook.
+        thread = ThreadPoolExecutor(1)
+        try:
+            thread.submit(lambda: handle.broadcast("save").results(timeout_s=grace)).result()
+        finally:
+            thread.shutdown(wait=False)  # a second Ctrl-C waits for no replica
+    finally:
+        ray_serve.delete(_NAME)
+        if not ray_serve.status().applications:  # others may use it too
+            ray_serve.shutdown()
+
+
+class _Replica:
+    """One of the deployment, around the app."""
+
+    async def save(self) -> None:
+        """Save every story and end it. Ray itself waits for connections to end, and then ends the process."""
+        await self.app.state.stories.stop()
 
 
 def _app(request: Serving, settings: Settings) -> Starlette:

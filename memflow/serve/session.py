@@ -1,19 +1,15 @@
-"""One connection to `WS /v1/realtime/video`, from its first message to the code that it is closed with; and what of a
-prompt does not reach the model, asked without waiting for the model."""
+"""One connection to `WS /v1/realtime/video`, from its first message to the code that it is closed with."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from memflow.errors import MemFlowError, OutOfMemory
-from memflow.models.wan.text import unread
 from memflow.serve import protocol
 from memflow.serve.film import is_full
 from memflow.serve.protocol import Refused
@@ -21,7 +17,6 @@ from memflow.serve.protocol import Refused
 if TYPE_CHECKING:
     from memflow.serve.stories import Stories
     from memflow.serve.telling import Telling
-    from memflow.stream.pipeline import MemFlowPipeline
 
 _CODES = {"busy": 1013, "bad_start": 1008, "not_found": 1008, "failed": 1011, "out_of_memory": 1011, "disk_full": 1011}
 
@@ -33,38 +28,16 @@ class _Ended(Exception):
         self.message, self.code = message, code
 
 
-class Words:
-    """Reads prompts with a tokenizer of its own: one that two threads use at once fails.
-
-    Args:
-        pipeline: whose tokenizer is copied.
-    """
-
-    def __init__(self, pipeline: MemFlowPipeline):
-        self._tokenizer, self._length = copy.deepcopy(pipeline.tokenizer), pipeline.config.text_length
-        self._thread = ThreadPoolExecutor(1, "words")
-
-    async def lost(self, prompt: str) -> dict[str, Any]:
-        """The words of `prompt` that the model does not know, and its end where that is cut off (None: it is not)."""
-
-        def ask() -> dict[str, Any]:
-            cut, unknown = unread(self._tokenizer, prompt, self._length)
-            return {"unknown": unknown, "cut": cut}
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, ask)
-
-
 class Session:
     """A viewer.
 
     Args:
         socket: the connection, not accepted yet.
         stories: of the server.
-        words: tells what of a prompt does not reach the model.
     """
 
-    def __init__(self, socket: WebSocket, stories: Stories, words: Words):
-        self.socket, self.stories, self.words, self.settings = socket, stories, words, stories.settings
+    def __init__(self, socket: WebSocket, stories: Stories):
+        self.socket, self.stories, self.settings = socket, stories, stories.settings
         self.telling: Telling | None = None
         self.events: dict[str, None] = {}
         self.heard = time.monotonic()  # the last message, or chunk sent
@@ -170,7 +143,7 @@ class Session:
             raise Refused("too many scenes at once; wait a little", "rate_limited", event_id)
         self._tokens -= 1
         self.events[event_id] = None
-        lost = await self.words.lost(prompt)
+        lost = await self.stories.lost(prompt)
         try:
             self.stories.teller.send(self.telling.id, prompt, event_id)
         except MemFlowError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memflow.errors import MemFlowError, OutOfMemory
+from memflow.models.wan.text import unread
 from memflow.output.video import marked
 from memflow.serve.film import Film, files_of, is_full, read_journal, remove, scenes_of
 from memflow.serve.metrics import Metrics
@@ -96,6 +97,13 @@ class Stories:
         if self.stopping:
             return "stopping"
         return "failed" if any(task.done() for task in self._tasks) else "ok"
+
+    async def lost(self, prompt: str) -> dict[str, Any]:
+        """The words of `prompt` that the model does not know, and its end where that is cut off (None: it is not); told
+        without waiting for the model."""
+        pipe = self.pipeline
+        cut, unknown = await asyncio.to_thread(unread, pipe.tokenizer, prompt, pipe.config.text_length)
+        return {"unknown": unknown, "cut": cut}
 
     async def open(self, start: Start) -> Telling:
         """Begin or resume the story that a viewer asks for.

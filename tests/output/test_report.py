@@ -13,10 +13,9 @@ from matplotlib import font_manager
 from PIL import Image
 
 from memflow.errors import MemFlowError, MemFlowWarning
-from memflow.output import lettering, prompts
-from memflow.output.lettering import fit, longest_word, missing
-from memflow.output.prompts import scene_of
+from memflow.output import texts
 from memflow.output.report import MemoryReport, _bank, _called
+from memflow.output.texts import fit, longest_word, missing, scene_of
 from memflow.output.timeline import _RELEVANCE, Held, Timeline, _scenes
 
 
@@ -176,8 +175,8 @@ def test_every_prompt_is_in_the_picture_without_a_broken_word(chunks, per_prompt
 
 
 def test_a_picture_of_many_prompts_has_an_end(monkeypatch):
-    monkeypatch.setattr(prompts, "_LISTED", 40)
-    monkeypatch.setattr(prompts, "_NUMBERED", 20)
+    monkeypatch.setattr(texts, "_LISTED", 40)
+    monkeypatch.setattr(texts, "_NUMBERED", 20)
     entry = record(1)._entries[0]
     bank = [Held(chunk, 1.0, 1.0, 0.5, 1 / 6) for chunk in range(0, 60, 10)]
     heights = []
@@ -269,11 +268,11 @@ def test_settings_of_the_callers_plots_do_not_count(tmp_path):
 def test_a_font_that_is_gone_is_none(monkeypatch):
     gone = font_manager.FontEntry(fname="/nowhere/noto.ttc", name="Noto Sans CJK SC")
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [gone, *font_manager.fontManager.ttflist])
-    lettering._letters.cache_clear()
+    texts._letters.cache_clear()
     try:
-        assert "DejaVu Sans" in lettering._letters()
+        assert "DejaVu Sans" in texts._letters()
     finally:
-        lettering._letters.cache_clear()
+        texts._letters.cache_clear()
 
 
 def test_a_matplotlib_that_does_not_start_is_one_sentence(tmp_path):

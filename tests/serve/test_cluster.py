@@ -20,7 +20,7 @@ from memflow import MemFlowPipeline
 from memflow.cli import main
 from memflow.cli.options import Serving
 from memflow.output.video import VideoWriter
-from memflow.serve.command import _app, listen
+from memflow.serve.command import _app, deployed, listen
 from memflow.serve.settings import Settings
 from tests.serve.conftest import PATIENCE, PROMPTS, Viewer
 
@@ -28,7 +28,6 @@ pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install
 
 from ray import serve
 
-from memflow.serve.cluster import deployed
 from memflow.tellers.actors import cluster
 
 CHUNKS, SIZE = 12, 128

@@ -10,7 +10,7 @@ import pytest
 
 from memflow.errors import MemFlowError
 from memflow.serve.command import settings_of
-from memflow.serve.gate import Gate
+from memflow.serve.settings import Gate
 from tests.serve.conftest import Running, upgrade
 
 SECRET = "a-token-of-some-length"
@@ -115,11 +115,11 @@ def test_options_that_cannot_work(given, message):
 
 
 def test_tokens_are_compared_in_constant_time(monkeypatch):
-    from memflow.serve import gate
+    from memflow.serve import settings
     from memflow.serve.settings import Settings
 
     compared = []
-    monkeypatch.setattr(gate.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    monkeypatch.setattr(settings.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
     one = Gate(None, Settings(folder=None, token=SECRET))
     scope = {"type": "http", "path": "/", "query_string": b"", "headers": [(b"authorization", b"Bearer x\xff")]}
     scope["headers"].append((b"host", b"localhost"))

@@ -21,7 +21,8 @@ from memflow.errors import MemFlowError
 from memflow.serve import command
 from memflow.serve.command import app_of_environment
 from memflow.serve.film import memory_of
-from memflow.serve.session import Words
+from memflow.serve.settings import Settings
+from memflow.serve.stories import Stories
 from tests.serve.conftest import PROMPTS
 
 
@@ -91,7 +92,7 @@ def test_scenes_begin_at_a_chunk_and_the_last_of_several_counts(shared):
     assert about["scenes"][1]["chunk"] == chunk["generation_chunk_index"] and about["state"] == "telling"
 
 
-def test_what_a_scene_loses_is_told_before_it_is_seen(shared, toy):
+def test_what_a_scene_loses_is_told_before_it_is_seen(shared, toy, tmp_path):
     length = toy.config.text_length
     prompt = "x" * (length - 1) + " and more"
     with shared.started() as viewer:
@@ -102,7 +103,7 @@ def test_what_a_scene_loses_is_told_before_it_is_seen(shared, toy):
         "unknown": [],
         "cut": "and more",
     }
-    storybook = Words(MemFlowPipeline.from_preset())
+    storybook = Stories(MemFlowPipeline.from_preset(), Settings(tmp_path), {})
     assert run(storybook.lost("bo, a zebra, jumps.")) == {"unknown": ["zebra"], "cut": None}
     assert "blank" in shared.http.post("/v1/check", json={"prompt": " "}).json()["error"]
     assert "2,000" in shared.http.post("/v1/check", json={"prompt": "x" * 2001}).json()["error"]
