@@ -42,6 +42,11 @@ def shown(text: object) -> str:
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def first_line(error: Exception) -> str:
+    """What a library says of an error, in a line of its own; the name of the class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def install_command(extra: str) -> str:
     """The command that adds an extra to this very installation.
 

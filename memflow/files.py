@@ -1,4 +1,5 @@
-"""Files that are whole or not there: written under no name or another one, then put in place in one step."""
+"""Files that are whole or not there: written under no name or another one, then put in place in one step. And the
+folder of what can be made again."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ def check_files(request: Request, jobs: list[Job]) -> None:
     for path in written:
         if names.count(os.path.realpath(path)) > 1:
             raise MemFlowError(f"{path}: is named twice, and one of its contents would overwrite the other")
-    with made_folder(request.output) if len(jobs) > 1 else nullcontext():
+    with made_folders(*([request.output] if len(jobs) > 1 else [])):
         for job in jobs:
             check_output(job.output)
             _keep_foreign(job.output, is_ours, request.overwrite or request.resume)
@@ -62,19 +62,23 @@ def check_report(path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def made_folder(path: Path) -> Iterator[None]:
-    """Make the folder, unless it is there; where the block fails it is as if nothing had been."""
+def made_folders(*paths: Path) -> Iterator[None]:
+    """Inside the folders are there, each in the one before. Those that were not and are empty at the end go
+    again: it may come before anything is written."""
+    made: list[Path] = []
     try:
-        there = path.is_dir()
-        path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise MemFlowError(f"{path}: the folder cannot be made: {error.strerror}") from None
-    try:
+        for path in paths:
+            try:
+                there = path.is_dir() or path.mkdir(exist_ok=True)
+            except OSError as error:
+                raise MemFlowError(f"{path}: the folder cannot be made: {error.strerror}") from None
+            if not there:
+                made.insert(0, path)
         yield
-    except MemFlowError:
-        if not there:
-            path.rmdir()
-        raise
+    finally:
+        for path in made:
+            with suppress(OSError):  # something is in it
+                path.rmdir()
 
 
 def _keep_foreign(path: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:

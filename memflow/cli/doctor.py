@@ -3,7 +3,6 @@ part and option by option, and what fits where. Without a model nothing but Pyth
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -13,7 +12,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memflow.errors import MemFlowError, install_command, shown
+from memflow.errors import MemFlowError, first_line, install_command, shown
 
 if TYPE_CHECKING:
     from memflow.models.wan.footprint import Footprint, Model
@@ -158,16 +157,12 @@ def _libx264() -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
+    said = first_line(error)
+    return said if said == type(error).__name__ else f"{type(error).__name__}: {said}"
 
 
 def examine(
-    model: str,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    dtype: str | None = None,
-    gpu: str | None = None,
+    model: str, *, height: int | None = None, width: int | None = None, dtype: str | None = None, gpu: str | None = None
 ) -> None:
     """Print the table for a folder or a preset. gpu: a name of GPUS or a number of GiB; None = those present."""
     import torch
@@ -256,15 +251,16 @@ def _parts(found: Footprint, model: Model) -> list[tuple[str, str, int]]:
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, dict]]:
+    from memflow.models.wan.checkpoints import read_object
     from memflow.models.wan.published import MODELS
 
     if not os.path.isfile(folder / "model_index.json"):
         raise MemFlowError(f"--model {folder}: neither the folder of a pipeline nor one of {', '.join(MODELS)}")
+    parts = ("transformer", "vae", "text_encoder")
     try:
-        index = json.loads((folder / "model_index.json").read_text())
-        parts = ("transformer", "vae", "text_encoder")
-        configs = {part: json.loads((folder / part / "config.json").read_text()) for part in parts}
-    except (OSError, ValueError) as error:
+        index = read_object(folder / "model_index.json")
+        configs = {part: read_object(folder / part / "config.json") for part in parts}
+    except MemFlowError as error:
         raise MemFlowError(f"--model {folder}: cannot be read: {error}") from error
     found = [index.get(part, [None, None])[1] for part in parts]
     if found != ["WanTransformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel"]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from memflow.cli import Interrupt
+from memflow.cli.checks import made_folders
 from memflow.cli.options import Request
 from memflow.cli.story import Job, jobs, settings
 from memflow.cli.terminal import Lines, bars, print_numbers, say
@@ -64,7 +65,8 @@ def generate(request: Request) -> int:
         console = Console(stderr=True, highlight=False, markup=False, quiet=not ranks.first)
         films: list[Film] = []
         try:
-            with Interrupt(shared=ranks.size > 1) as interrupt:
+            folders = [request.output] if len(todo) > 1 and ranks.first else []
+            with made_folders(*folders), Interrupt(shared=ranks.size > 1) as interrupt:
                 _run(request, todo, films, console, interrupt, ranks)
         except KeyboardInterrupt as stopped:
             say(console, "; ".join(["stopped at once", *filter(None, stopped.args)]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,10 @@ from safetensors import safe_open
 
 from memflow.cli.options import Request, lasting
 from memflow.decoders import use_decoder
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, first_line
 from memflow.memory.config import MemoryConfig
 from memflow.models.digests import encoder_digest, prompt_folder
-from memflow.models.wan.checkpoints import listed
+from memflow.models.wan.checkpoints import listed, read_object
 from memflow.models.wan.published import find_preset
 from memflow.models.wan.text import PromptCache
 from memflow.parallel.ranks import own_device
@@ -135,7 +134,7 @@ def load_pipeline(
         except (ModuleNotFoundError, MemoryError):
             raise  # what helps is said elsewhere
         except Exception as error:  # a file can be broken in many ways, in several libraries
-            raise MemFlowError(f"--model {model}: cannot be loaded: {_reason(error)}") from error
+            raise MemFlowError(f"--model {model}: cannot be loaded: {first_line(error)}") from error
         if preset is not None:
             pipeline.use_preset(preset)
         encoder = encoder_digest(folder)
@@ -156,11 +155,9 @@ def _check_configurations(folder: Path) -> None:
     """All must be objects: a text or a number diffusers takes for the name of a repository, and asks the hub for it."""
     for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
         try:
-            content = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise MemFlowError(f"--model {folder}: cannot be loaded: {path}: {_reason(error)}") from None
-        if not isinstance(content, dict):
-            raise MemFlowError(f"--model {folder}: cannot be loaded: {path}: must hold settings by name")
+            read_object(path)
+        except MemFlowError as error:
+            raise MemFlowError(f"--model {folder}: cannot be loaded: {error}") from None
 
 
 def _check_weights(folder: Path, **models: torch.nn.Module) -> None:
@@ -175,21 +172,16 @@ def _check_weights(folder: Path, **models: torch.nn.Module) -> None:
         raise MemFlowError("transformer: num_layers must be at least 1")
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what went wrong."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _text_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
     try:
-        _, name = json.loads((folder / "model_index.json").read_text())["text_encoder"]
+        _, name = read_object(folder / "model_index.json")["text_encoder"]
         encoder, found = getattr(transformers, name).from_pretrained(
             folder / "text_encoder", dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (ModuleNotFoundError, MemoryError):
         raise
     except Exception as error:
-        raise MemFlowError(f"--model {folder}: its text encoder cannot be loaded: {_reason(error)}") from error
+        raise MemFlowError(f"--model {folder}: its text encoder cannot be loaded: {first_line(error)}") from error
     absent = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if absent:  # transformers draws them at random
         said = f"{len(absent)} of its weights are not there, or have another size: {listed(absent)}"

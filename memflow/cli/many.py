@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from memflow.cli import Interrupt
-from memflow.cli.checks import check_report, check_settings
+from memflow.cli.checks import check_report, check_settings, made_folders
 from memflow.cli.options import Request, lasting, with_whole_paths
 from memflow.cli.story import Story, read_stories, settings
 from memflow.cli.terminal import bars, print_numbers, say
@@ -40,16 +40,17 @@ def generate_many(request: Request) -> int:
     console = Console(stderr=True, highlight=False, markup=False)
     bad: list[str] = []
     stories = read_stories(request.story, bad)
-    todo, there = _todo(request, stories, bad) if stories else ([], 0)
-    table = _Table(console, todo, there, len(bad))
-    for sentence in bad:
-        table.say(sentence)
-    start = time.monotonic()
-    try:
-        if todo:
-            _run(request, todo, table)
-    except KeyboardInterrupt:
-        table.say("stopped at once: stories go on from the last state that was written")
+    with made_folders(request.output, request.output / FOLDER):
+        todo, there = _todo(request, stories, bad)
+        table = _Table(console, todo, there, len(bad))
+        for sentence in bad:
+            table.say(sentence)
+        start = time.monotonic()
+        try:
+            if todo:
+                _run(request, todo, table)
+        except KeyboardInterrupt:
+            table.say("stopped at once: stories go on from the last state that was written")
     table.summary(request.output, time.monotonic() - start)
     if table.left:
         table.say(f"stopped: {table.left} films are not done; the same command goes on with them")
@@ -73,13 +74,7 @@ def _check(request: Request) -> None:
 
 def _todo(request: Request, stories: list[Story], bad: list[str]) -> tuple[list[Task], int]:
     """The films to make, and how many are done already; what cannot be made is added to `bad`."""
-    folder = request.output.absolute()
-    try:
-        folder.mkdir(exist_ok=True)
-        (folder / FOLDER).mkdir(exist_ok=True)
-    except OSError as error:
-        raise MemFlowError(f"{request.output}: the folder cannot be made: {error.strerror}") from None
-    todo, there = [], 0
+    folder, todo, there = request.output.absolute(), [], 0
     for story in stories:
         task = Task(folder / f"{story.name}.mp4", _told(story, request), request.overwrite)
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from memflow.convert.lora import Lora, check_fits, write_lora
-from memflow.convert.shards import DTYPES, Shard, Weight, plan_shards, write_shards
+from memflow.convert.shards import DTYPES, Shard, Weight, check_room, plan_shards, write_shards
 from memflow.convert.sources import Sources, find_sources
 from memflow.errors import MemFlowError, shown
 from memflow.files import write_whole
@@ -193,12 +192,9 @@ def _check_output(output: Path, record: dict, parts: dict[str, Part]) -> None:
             raise MemFlowError(f"{output}: holds something else; choose a new folder") from None
         if found != record:
             raise MemFlowError(f"{output}: holds another conversion (files or options differ); choose a new folder")
-    parent = next(folder for folder in (output, *output.resolve().parents) if folder.is_dir())
     needed = sum(shard.nbytes for part in parts.values() for shard in part.shards)
     there = sum(path.stat().st_size for path in output.rglob("*.safetensors")) if output.is_dir() else 0
-    free = shutil.disk_usage(parent).free
-    if needed - there > free:
-        raise MemFlowError(f"{output}: needs {_gigabytes(needed - there)}, and only {_gigabytes(free)} are free there")
+    check_room(output, needed - there)
 
 
 def _write(parts: dict[str, Part], output: Path, console: Console) -> None:
@@ -236,8 +232,8 @@ def _show(parts: dict[str, Part], sources: Sources, request: Conversion) -> None
     console = Console(highlight=False, markup=False)
     for name, part in parts.items():
         count = sum(len(shard.weights) for shard in part.shards)
-        size = _gigabytes(sum(shard.nbytes for shard in part.shards))
-        console.print(shown(f"{name:<13} {count} tensors, {size}, from {sources.titles[name]}"), soft_wrap=True)
+        size = sum(shard.nbytes for shard in part.shards) / 1e9
+        console.print(shown(f"{name:<13} {count} tensors, {size:.2f} GB, from {sources.titles[name]}"), soft_wrap=True)
     for lora in sources.loras:
         fate = "written beside the transformer" if request.keep_lora else "merged into the transformer"
         console.print(shown(f"{'lora':<13} {len(lora.updates)} updates, {fate}, from {lora.path.name}"), soft_wrap=True)
@@ -246,7 +242,3 @@ def _show(parts: dict[str, Part], sources: Sources, request: Conversion) -> None
     elif request.preset is None:
         console.print("no preset recorded: `memflow generate --preset NAME` says how the model is run", soft_wrap=True)
     console.print(shown(f"{'folder':<13} {request.output}"), soft_wrap=True)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 10**9:.2f} GB"

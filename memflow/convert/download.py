@@ -5,7 +5,6 @@ Sizes and the licence that a model card states come from the hub at the time of 
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +13,8 @@ import typer
 from huggingface_hub import HfApi
 from rich.console import Console
 
-from memflow.errors import MemFlowError, shown
+from memflow.convert.shards import check_room
+from memflow.errors import MemFlowError, first_line, shown
 from memflow.models.wan.published import MODELS, Repository
 
 
@@ -47,12 +47,7 @@ def download(name: str, output: Path, *, yes: bool = False) -> None:
     _show(found, console)
     total = sum(sum(entry.files.values()) for entry in found)
     there = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) if output.is_dir() else 0
-    parent = next(folder for folder in (output, *output.resolve().parents) if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if total - there > free:
-        raise MemFlowError(
-            f"{output}: {(total - there) / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free there"
-        )
+    check_room(output, total - there)
     if not yes and not typer.confirm("Do you accept the licences, and download?", default=False, err=True):
         raise MemFlowError("nothing was downloaded (--yes answers the question)")
     for entry in found:
@@ -80,8 +75,8 @@ def _ask(request, *arguments, **options):
     try:
         return request(*arguments, **options)
     except Exception as error:  # the errors of several network libraries, which have no base in common
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MemFlowError(f"{arguments[0]} cannot be fetched from the Hugging Face hub: {reason}") from error
+        said = f"{arguments[0]} cannot be fetched from the Hugging Face hub: {first_line(error)}"
+        raise MemFlowError(said) from error
 
 
 def _show(found: list[Found], console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,19 +15,11 @@ from torch import Tensor
 
 from memflow.errors import MemFlowError
 from memflow.files import write_whole
-from memflow.models.wan.checkpoints import Checkpoint, listed
+from memflow.models.wan.checkpoints import Checkpoint, listed, read_object
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|down|up)(?:\.default)?\.weight")
-_LARGEST = 2**20  # bytes of an adapter_config.json
-_INITS = (
-    None,
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-    "mica",
-)  # of peft: the others change the base model as well
+# Of peft: the others change the base model as well.
+_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _DOWN = {"A": "A", "down": "A", "B": "B", "up": "B"}
 
 
@@ -142,14 +133,7 @@ def _adapter_config(path: Path) -> dict:
     config = path.parent / "adapter_config.json"
     if not config.is_file():
         return {}
-    if config.stat().st_size > _LARGEST:
-        raise MemFlowError(f"{config}: has {config.stat().st_size:,} bytes, at most {_LARGEST:,} are read")
-    try:
-        content = json.loads(config.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise MemFlowError(f"{config}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise MemFlowError(f"{config}: must hold options by name, it holds a {type(content).__name__}")
+    content = read_object(config, 2**20)
     for name in ("alpha_pattern", "rank_pattern"):
         if content.get(name):
             raise MemFlowError(f"{config}: {name} is not known here, every module must have the same: {content[name]}")

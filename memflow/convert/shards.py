@@ -10,6 +10,7 @@ import ctypes
 import json
 import math
 import mmap
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -110,6 +111,14 @@ def write_shards(shards: list[Shard], folder: Path, stem: str, advance: Callable
         }
         text = json.dumps(index, indent=2) + "\n"
         write_whole(folder / f"{stem}.safetensors.index.json", lambda file: file.write(text.encode()))
+
+
+def check_room(output: Path, needed: int) -> None:
+    """Raise MemFlowError where so many bytes do not fit in a folder, which need not be there yet."""
+    parent = next(folder for folder in (output, *output.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise MemFlowError(f"{output}: needs {needed / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free there")
 
 
 def _write(shard: Shard, advance: Callable[[int], None], file: BinaryIO) -> None:

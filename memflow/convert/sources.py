@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from memflow.convert.lora import Lora, read_lora
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, first_line
 from memflow.models.wan.checkpoints import GENERATORS, SUFFIXES, Checkpoint, Unreadable, read_checkpoint
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
@@ -131,5 +131,4 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a tokenizer can be broken in many ways, in several libraries
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise MemFlowError(f"{folder}: not a tokenizer that can be loaded ({reason})") from error
+        raise MemFlowError(f"{folder}: not a tokenizer that can be loaded ({first_line(error)})") from error

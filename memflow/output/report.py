@@ -62,7 +62,8 @@ class MemoryReport:
         held = "" if config.held_frames is None else f", {config.held_frames} held"
         recall = "" if config.recall == "relevance" else f", shown by {config.recall}"
         recall += "" if config.scene_frame == "any" else f", {config.scene_frame} of a scene"
-        facts = [
+        facts = [f"resumed: from chunk {stream.position + 1} on"] if stream.position else []
+        facts += [
             f"memory: {'published' if config.published_mode else config.policy}{held}{recall}",
             f"sink {config.sink_frames}, window {config.window_frames}, bank {config.bank_frames} latent frames",
             f"every head attends to {_attended(config)} of sink and bank",

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def begin(task: Task) -> None:
     """Write down that this story is being told; states of what was there before are thrown away."""
     known = _read(task.record)
     if known is not None and known["id"] != task.id:
-        _forget(task.record.parent / f"{known['id']}.safetensors")
+        (task.record.parent / f"{known['id']}.safetensors").unlink(missing_ok=True)
     _write(task, None)
 
 
@@ -93,7 +93,7 @@ def finish(task: Task, video: VideoWriter) -> None:
     sync(task.film)
     size = task.film.stat().st_size
     _write(task, {"frames": video.frames, "checksum": video.checksum, "bytes": size, "fps": float(video.fps)})
-    _forget(task.state)
+    task.state.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -162,8 +162,3 @@ def _write(task: Task, film: dict | None) -> None:
         write_whole(task.record, lambda file: file.write(text.encode()))
     except OSError as error:
         raise MemFlowError(f"{task.record}: cannot be written: {error.strerror}") from None
-
-
-def _forget(path: Path) -> None:
-    with suppress(FileNotFoundError):
-        path.unlink()

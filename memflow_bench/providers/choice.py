@@ -74,6 +74,10 @@ def own_provider(spec: str) -> Provider:
     label = getattr(provider, "name", None)
     if not is_line(label) or not label.strip():
         raise ValueError(f"--providers {spec}: {name} needs a `name`, the text of its row, in one line without |")
+    if label.lower().startswith(OURS):
+        raise ValueError(
+            f'--providers {spec}: {label!r}: a name that begins with "{OURS}" is that of a provider of this package'
+        )
     if not any(hasattr(provider, workload) for workload in WORKLOADS):
         raise ValueError(f"--providers {spec}: {name} has no method named after a workload: {', '.join(WORKLOADS)}")
     return provider

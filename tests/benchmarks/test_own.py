@@ -39,6 +39,9 @@ class Idle(Provider):
 class Taken(Broken):
     name = "SDPA flash"
 
+class Posing(Broken):
+    name = "Ours (mine)"
+
 class Stranger:
     name = "stranger"
 
@@ -117,6 +120,7 @@ def test_a_sweep_from_a_case_of_the_package_has_its_base(folder):
         ("broken.py:Nameless", "Nameless needs a `name`"),
         ("broken.py:Idle", "Idle has no method named after a workload: attention, means"),
         ("broken.py:Taken", "there is a provider 'SDPA flash' already"),
+        ("broken.py:Posing", "'Ours (mine)': a name that begins with \"ours\" is that of a provider of this package"),
         ("broken.py:Unmade", "cannot be loaded: OSError: no licence"),
         ("nobody", "none of ours (torch)"),
     ],

@@ -45,6 +45,7 @@ def refused(capsys) -> str:
 JSON = ["model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json"]
 JSON += ["text_encoder/config.json", "tokenizer/tokenizer_config.json"]
 CONTENTS = {"a name": b'"someone/model"', "a number": b"7", "a list": b"[]", "deep": b"[" * 100_000, "cut": b'{"a"'}
+CONTENTS["without an end"] = b"{" + b" " * (16 * 2**20) + b"}"
 
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)

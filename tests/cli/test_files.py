@@ -127,6 +127,16 @@ def test_the_name_of_a_story_that_is_too_long_for_a_file():
     refused("File name too long", story="s.jsonl", prompts=None, output="there")
 
 
+@pytest.mark.parametrize("options", [[], ["--jobs", "1"]], ids=["one by one", "with a worker"])
+def test_a_size_that_is_refused_late_leaves_no_folder(options, capsys):
+    Path("s.jsonl").write_text('{"prompts": ["a"]}\n{"prompts": ["b"]}\n')
+    Path("there").mkdir()
+    for folder in ("new", "there"):
+        command = ["generate", "s.jsonl", "-o", folder, "--height", "33", "--device", "cpu", *options]
+        assert main(command) == 2 and "height must be a positive multiple" in capsys.readouterr().err
+    assert sorted(Path().rglob("*")) == [Path("s.jsonl"), Path("there")]
+
+
 @pytest.mark.parametrize("option", ["--model", "--preset"])
 def test_the_name_of_a_model_that_is_too_long(option, capsys):
     assert main(["generate", "-p", "a", "-o", "a.mp4", option, "m" * 300]) == 2

@@ -260,6 +260,6 @@ def test_no_room_is_said_first(wan, ours, tmp_path, capsys, monkeypatch):
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("memflow.convert.shutil.disk_usage", lambda _: usage(9, 9, 10))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(9, 9, 10))
     code, _, error = convert(capsys, wan, *ours)
     assert code == 2 and "out: needs 0.00 GB, and only 0.00 GB are free there" in error

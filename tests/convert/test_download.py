@@ -56,7 +56,7 @@ class Hub:
 def fake(monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(hub, "HfApi", Hub)
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: usage(0, 0, 10**12))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 10**12))
     monkeypatch.setattr(Hub, "fetched", [])
     return monkeypatch
 
@@ -116,9 +116,9 @@ def test_what_cannot_work_is_said_before_asking(tmp_path, capsys, fake):
     code, told = download(capsys, "sora", "-o", tmp_path)
     assert code == 2 and "there is no model 'sora' to download; there are memflow-1.3b, longlive-1.3b" in told
     usage = namedtuple("usage", "total used free")
-    fake.setattr(hub.shutil, "disk_usage", lambda _: usage(0, 0, 10**9))
+    fake.setattr("shutil.disk_usage", lambda _: usage(0, 0, 10**9))
     code, told = download(capsys, "memflow-1.3b", "-o", tmp_path, "--yes")
-    assert code == 2 and "20.4 GB are needed and 1.0 GB are free there" in told
+    assert code == 2 and ": needs 20.37 GB, and only 1.00 GB are free there" in told
     fake.setattr(Hub, "content", CONTENT | {"KlingTeam/MemFlow": {"model.pt": 1}})
     code, told = download(capsys, "memflow-1.3b", "-o", tmp_path, "--yes")
     assert code == 2 and "KlingTeam/MemFlow on the hub has no base.pt (any more); it has model.pt" in told

@@ -135,15 +135,22 @@ def test_options_differ_by_what_they_are_about(found):
     assert max(found.denoising, found.recache, found.decoding) == found.peak() - found.resident()
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{" + " " * 2**24 + "}"], ids=["cut", "a list", "without an end"])
+def test_a_damaged_folder_is_one_line(tmp_path, capsys, content):
+    for part in ("transformer", "vae", "text_encoder"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    (tmp_path / "model_index.json").write_text(content)
+    code, told, error = doctor(capsys, tmp_path)
+    assert code == 2 and f"--model {tmp_path}: cannot be read" in error and error.count("\n") == 1 and told == ""
+
+
 def test_wrong_requests_are_one_line(model, tmp_path, capsys):
 
     noise_pipeline().save_pretrained(tmp_path / "toy")
-    (tmp_path / "broken" / "vae").mkdir(parents=True)
-    (tmp_path / "broken" / "model_index.json").write_text("{")
     cases = {
         ("nowhere",): "--model nowhere: neither the folder of a pipeline nor one of memflow-1.3b, longlive-1.3b",
         (tmp_path / "toy",): "not a Wan model with its VAE and UMT5, but WanTransformer3DModel, PixelShuffleCodec",
-        (tmp_path / "broken",): "broken: cannot be read",
         (model, "--height", 40): "height must be a multiple of 16 pixels for this model, got 40",
         (model, "--gpu", "abacus"): "--gpu abacus: neither a number of GiB nor one of rtx-3060",
         (model, "--gpu", "-1"): "--gpu -1: neither a number",

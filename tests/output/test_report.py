@@ -56,6 +56,13 @@ def record(
     return report
 
 
+def test_a_report_of_a_resumed_story_says_so(toy):
+    stream = toy.stream(["a fox"], height=32, width=32)
+    whole = MemoryReport.of(stream, "tale").subtitle
+    next(stream), next(stream)
+    assert MemoryReport.of(stream, "tale").subtitle == f"resumed: from chunk 3 on   ·   {whole}"
+
+
 @pytest.mark.parametrize(
     "settings",
     [

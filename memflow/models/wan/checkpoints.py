@@ -5,12 +5,14 @@ A file is recognised by the names of its tensors.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memflow.errors import MemFlowError
+from memflow.errors import MemFlowError, first_line
 from memflow.models.wan.layouts import KINDS
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -206,6 +208,21 @@ def listed(names: list[str]) -> str:
     return ", ".join(f"{name:.200}" for name in names[:_SHOWN]) + more
 
 
+def read_object(path: Path, most: int = 2**24) -> dict[str, Any]:
+    """The JSON object in a file; MemFlowError, which names the file, where there is none, or more than `most` bytes."""
+    try:
+        with open(path, "rb") as file:
+            data, size = file.read(most + 1), os.fstat(file.fileno()).st_size
+        content = json.loads(data) if len(data) <= most else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise MemFlowError(f"{path}: cannot be read: {first_line(error)}") from None
+    if len(data) > most:
+        raise MemFlowError(f"{path}: has {size:,} bytes, at most {most:,} are read")
+    if not isinstance(content, dict):
+        raise MemFlowError(f"{path}: must hold options by name, it holds a {type(content).__name__}")
+    return content
+
+
 def _read(path: Path):
     """Whatever the file holds."""
     if path.suffix not in SUFFIXES:
@@ -223,8 +240,7 @@ def _read(path: Path):
                 return load_file(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # a damaged pickle can raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Unreadable(f"{path}: not a readable checkpoint of tensors ({reason})") from error
+        raise Unreadable(f"{path}: not a readable checkpoint of tensors ({first_line(error)})") from error
     raise MemFlowError(f"{path}: holds {count} tensors, at most {_MOST_TENSORS} are read")
 
 

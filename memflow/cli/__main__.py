@@ -1,0 +1,5 @@
+"""`python -m memflow.cli`."""
+
+from memflow.cli import run
+
+run()
