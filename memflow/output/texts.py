@@ -9,7 +9,7 @@ import re
 import textwrap
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from matplotlib import font_manager
@@ -194,7 +194,7 @@ class PromptList:
 def draw_called(
     axes,
     scenes: list[Scene],
-    called: dict[int, Sequence[tuple[int, str]]],
+    called: dict[int, list[tuple[int, str]]],
     thumbnails: dict[int, bytes],
     prompt_colour: Colour,
 ) -> None:
@@ -205,16 +205,15 @@ def draw_called(
         axes: what it is drawn on; x is counted in chunks.
         scenes: first chunk, end and prompt of each stretch.
         called: chunks that the bank showed, and words, by chunk that was made.
-        thumbnails: JPEG, by chunk.
+        thumbnails: JPEG, by chunk, of those too.
         prompt_colour: of the prompt with this number.
     """
     limits = axes.get_xlim()
     width, height = size_in_inches(axes)
     per_inch, cell = (limits[1] - limits[0]) / width, height / _ROWS
     for number, (start, stop, _) in enumerate(scenes):
-        shown = [(chunk, words) for chunk, words in called.get(start, ()) if chunk in thumbnails]
         columns = int((stop - start) / per_inch / _FACE)
-        for place, (chunk, words) in enumerate(shown[: columns * _ROWS]):
+        for place, (chunk, words) in enumerate(called.get(start, [])[: columns * _ROWS]):
             left, upper = start + (place % columns * _FACE + 0.04) * per_inch, height - place // columns * cell
             image = Image.open(io.BytesIO(thumbnails[chunk]))
             size = min(_FACE - 0.08, (cell - 0.2) * image.width / image.height)

@@ -82,7 +82,10 @@ class Timeline:
     def draw(self) -> Figure:
         """The whole picture."""
         strip, list_height = (0.3, self._list.height) if self._list else (1.0, 0.0)  # inches, as all here
-        called = {entry.index: entry.called for entry in self._entries if entry.called}
+        thumbnails = {entry.index: entry.thumbnail for entry in self._entries}
+        begun = {start for start, _, _ in self._scenes}
+        called = {entry.index: [(n, words) for n, words in entry.called if n in thumbnails] for entry in self._entries}
+        called = {chunk: shown for chunk, shown in called.items() if shown and chunk in begun}
         called_height = CALLED_HEIGHT if called else 0.0
         height, below = 10.0 + strip + called_height + list_height, called_height + list_height
         figure = Figure(figsize=(13, height), facecolor="white")
@@ -106,7 +109,6 @@ class Timeline:
         left, right = film.get_position().x0, film.get_position().x1
         if called:
             strip = (left, (0.06 + list_height) / height, right - left, (called_height - 0.06) / height)
-            thumbnails = {entry.index: entry.thumbnail for entry in self._entries}
             axes = figure.add_axes(strip, sharex=film)
             draw_called(axes, self._scenes, called, thumbnails, self._prompt_colour)
         if self._list:
