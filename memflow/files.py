@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import platform
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 _PREFIX, _SUFFIX = ".memflow-", ".partial"
 _STALE = 3600.0  # seconds after which a file under such a name belongs to a process that is gone
@@ -84,6 +85,25 @@ def claim(file: IO) -> bool:
     except (ImportError, OSError):
         pass
     return True
+
+
+def tensors_header(metadata: dict[str, str], tensors: Iterable[tuple[str, str, list[int], int]], **how: Any) -> bytes:
+    """The beginning of a safetensors file (https://github.com/huggingface/safetensors#format): the length of the header
+    (8 bytes, little endian) and the header as JSON, padded with spaces to a multiple of 8 bytes.
+
+    Args:
+        metadata: texts by name.
+        tensors: name, format ("F32" for example), shape and bytes of each, in the order in which they follow.
+        how: options of json.dumps.
+    """
+    header: dict[str, dict] = {"__metadata__": metadata}
+    end = 0
+    for name, kind, shape, size in tensors:
+        begin, end = end, end + size
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, **how).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def cache_folder() -> Path:

@@ -1,8 +1,4 @@
-"""Weights written piece by piece into safetensors files: never more than a block of a tensor in memory.
-
-The format is that of https://github.com/huggingface/safetensors#format: the header's length (8 bytes, little endian),
-the header as JSON, padded with spaces to a multiple of 8 bytes, then the tensors' bytes one after the other.
-"""
+"""Weights written piece by piece into safetensors files: never more than a block of a tensor in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ from torch import Tensor
 
 from memflow.convert.lora import Update
 from memflow.errors import MemFlowError
-from memflow.files import write_whole
+from memflow.files import tensors_header, write_whole
 
 _BLOCK = 32 * 2**20  # bytes of a tensor in hand at a time
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -130,18 +126,8 @@ def _write(shard: Shard, advance: Callable[[int], None], file: BinaryIO) -> None
 
 
 def _header(shard: Shard) -> bytes:
-    entries, offset = {"__metadata__": {"format": "pt"}}, 0
-    for weight in shard.weights:
-        end = offset + weight.nbytes
-        entries[weight.name] = {
-            "dtype": DTYPES[weight.dtype],
-            "shape": list(weight.source.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    tensors = ((w.name, DTYPES[w.dtype], list(w.source.shape), w.nbytes) for w in shard.weights)
+    return tensors_header({"format": "pt"}, tensors, separators=(",", ":"))
 
 
 def _release(mapped: Tensor) -> None:

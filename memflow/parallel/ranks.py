@@ -160,7 +160,6 @@ class Joined(Ranks):
         threading.Thread(target=self._watch, daemon=True).start()
 
     def why(self, error: Exception) -> str | None:
-        """What ended the others, where `error` says that they are gone; None where it says something else."""
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             return None
         self.lost = True

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import stat
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from memflow.errors import MemFlowError
-from memflow.files import write_whole
+from memflow.files import tensors_header, write_whole
 from memflow.memory.config import MemoryConfig
 from memflow.models.digests import weights_digest
 from memflow.stream.plan import Plan
@@ -200,14 +199,8 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 
 def _write(file, metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
     """The safetensors format, a tensor at a time: the library's own `save` makes a second copy of them all."""
-    header: dict[str, dict] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.itemsize
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
+    entries = ((name, _DTYPES[x.dtype], list(x.shape), x.numel() * x.itemsize) for name, x in tensors.items())
+    file.write(tensors_header(metadata, entries))
     for tensor in tensors.values():
         file.write(_bytes(tensor))
 

@@ -21,15 +21,15 @@ _MULTIPLE = 16  # of both sizes of a weight, for the float8 product
 
 def float8_linears(transformer: WanTransformer3DModel) -> list[str]:
     """Names of the linear layers that `to_float8` converts; works on the meta device too."""
-    unused = {
-        f"blocks.{index}.attn1.to_{x}"
-        for index, block in enumerate(transformer.blocks)
-        for x in ("qkv" if getattr(block.attn1, "fused_projections", False) else "")
-    }
+    fused = [n for n, block in enumerate(transformer.blocks) if getattr(block.attn1, "fused_projections", False)]
+    unused = {f"blocks.{index}.attn1.to_{x}" for index in fused for x in "qkv"}
     return [
         name
         for name, module in transformer.named_modules()
-        if _LINEARS.fullmatch(name) and name not in unused and isinstance(module, nn.Linear) and _sizes_fit(module)
+        if _LINEARS.fullmatch(name)
+        and name not in unused
+        and isinstance(module, nn.Linear)
+        and module.in_features % _MULTIPLE == module.out_features % _MULTIPLE == 0
     ]
 
 
@@ -45,10 +45,6 @@ def to_float8(transformer: WanTransformer3DModel) -> list[str]:
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     quantize_(transformer, config, filter_fn=lambda module, name: name in names)
     return names
-
-
-def _sizes_fit(linear: nn.Linear) -> bool:
-    return linear.in_features % _MULTIPLE == 0 and linear.out_features % _MULTIPLE == 0
 
 
 def _refusal(transformer: WanTransformer3DModel) -> str | None:
