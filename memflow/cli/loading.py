@@ -231,11 +231,7 @@ def size_and_memory(request: Request, pipeline: MemFlowPipeline) -> dict[str, An
     """What a request asks for, as `MemFlowPipeline.stream` takes it."""
     asked = request.memory, request.held, request.top_k, pipeline.memory_config
     height, width = pipeline.whole_size(request.height, request.width)
-    return {
-        "height": height,
-        "width": width,
-        "memory": choose_memory(*asked, **request.further_memory()),
-    }
+    return {"height": height, "width": width, "memory": choose_memory(*asked, **request.further_memory())}
 
 
 @contextmanager

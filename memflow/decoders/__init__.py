@@ -12,11 +12,7 @@ from memflow.decoders.taehv import TinyStreamDecoder, TinyVideoDecoder
 from memflow.decoders.wan import WanDecoder
 from memflow.errors import MemFlowError
 
-_DECODERS = {
-    IndependentCodec: IndependentDecoder,
-    AutoencoderKLWan: WanDecoder,
-    TinyVideoDecoder: TinyStreamDecoder,
-}
+_DECODERS = {IndependentCodec: IndependentDecoder, AutoencoderKLWan: WanDecoder, TinyVideoDecoder: TinyStreamDecoder}
 # Where the classes are that folders of earlier versions name by other modules of this package.
 _HOMES = {"StorybookCodec": "memflow.decoders.independent", "TinyVideoDecoder": "memflow.decoders.taehv"}
 

@@ -130,8 +130,7 @@ MODELS: Mapping[str, PublishedModel] = {
         Preset({"policy": "none", "sink_frames": 0, "window_frames": 21}),
     ),
     "causal-forcing-framewise-1.3b": PublishedModel(
-        (_WAN, Repository("zhuhz22/Causal-Forcing", ("framewise/causal_forcing.pt",), _UNKNOWN)),
-        Preset(_FRAMEWISE),
+        (_WAN, Repository("zhuhz22/Causal-Forcing", ("framewise/causal_forcing.pt",), _UNKNOWN)), Preset(_FRAMEWISE)
     ),
     "causal-forcing-2step-1.3b": PublishedModel(
         (_WAN, Repository("zhuhz22/Causal-Forcing", ("causal-forcing++/framewise-2step.pt",), _UNKNOWN)),
