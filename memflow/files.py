@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+import psutil
+
 _PREFIX, _SUFFIX = ".memflow-", ".partial"
 _STALE = 3600.0  # seconds after which a file under such a name belongs to a process that is gone
 
@@ -36,7 +38,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> N
     """
     path = Path(os.path.realpath(path))
     for left in path.parent.glob(f"{_PREFIX}*{_SUFFIX}"):
-        with suppress(OSError):
+        with suppress(OSError, OverflowError):
             if _is_orphan(left.name) or time.time() - left.stat().st_mtime > _STALE:
                 left.unlink()
     before = path.stat() if path.exists() else None
@@ -119,15 +121,9 @@ def _host() -> str:
 
 def _is_orphan(name: str) -> bool:
     """Whether a process of this host gave a file this name and is gone."""
-    match name.removeprefix(_PREFIX).removesuffix(_SUFFIX).split("-"):
-        case [host, pid, _] if host == _host() and pid.isdecimal():
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                return True
-            except OSError:  # it is another user's
-                return False
-    return False
+    host, _, rest = name.removeprefix(_PREFIX).partition("-")
+    pid = rest.partition("-")[0]
+    return host == _host() and pid.isdecimal() and not psutil.pid_exists(int(pid))
 
 
 @contextmanager

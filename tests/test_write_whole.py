@@ -38,6 +38,13 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_and_the_next_one_nothing
     assert [entry.name for entry in tmp_path.iterdir()] == ["state"]
 
 
+def test_a_name_with_a_number_that_no_process_has_stays(tmp_path):
+    odd = tmp_path / f".memflow-{files._host()}-{10**30}-0123456789abcdef.partial"
+    odd.touch()
+    write_whole(tmp_path / "file", lambda file: file.write(b"new"))
+    assert (tmp_path / "file").read_bytes() == b"new" and odd.exists()
+
+
 def test_a_name_that_a_killed_process_left_is_removed_and_that_of_a_living_one_stays(tmp_path):
     """Killed in the instant between the name and its place."""
     dead = subprocess.Popen([sys.executable, "-c", ""])

@@ -122,20 +122,16 @@ def _part(name: str, sources: Sources, request: Conversion) -> Part:
 
 def _refuse_strangers(parts: dict[str, Part], sources: Sources) -> None:
     """Parts of different models would be found out when the first chunk is decoded."""
-    sizes = {name: part.layout.model.config for name, part in parts.items()}
-    titles = sources.titles
-    if {"transformer", "vae"} <= sizes.keys() and sizes["transformer"].in_channels != sizes["vae"].z_dim:
-        raise MemFlowError(
-            f"{titles['transformer']} makes {sizes['transformer'].in_channels} latent channels, and {titles['vae']} "
-            f"decodes {sizes['vae'].z_dim}: they belong to different models"
-        )
-    if {"transformer", "text_encoder"} <= sizes.keys() and sizes["transformer"].text_dim != sizes[
-        "text_encoder"
-    ].d_model:
-        raise MemFlowError(
-            f"{titles['transformer']} takes embeddings of {sizes['transformer'].text_dim} numbers, and "
-            f"{titles['text_encoder']} makes {sizes['text_encoder'].d_model}: they belong to different models"
-        )
+    sizes, titles = {name: part.layout.model.config for name, part in parts.items()}, sources.titles
+    for ours, other, theirs, said in (
+        ("in_channels", "vae", "z_dim", "makes {} latent channels, and {} decodes {}"),
+        ("text_dim", "text_encoder", "d_model", "takes embeddings of {} numbers, and {} makes {}"),
+    ):
+        if {"transformer", other} <= sizes.keys():
+            made, taken = getattr(sizes["transformer"], ours), getattr(sizes[other], theirs)
+            if made != taken:
+                said = said.format(made, titles[other], taken)
+                raise MemFlowError(f"{titles['transformer']} {said}: they belong to different models")
 
 
 def _refuse_another_model(parts: dict[str, Part], sources: Sources, preset: str | None) -> None:

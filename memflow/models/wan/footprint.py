@@ -81,13 +81,12 @@ class Footprint:
         return others + self.vae_cache + max(passing, self.decoding), others + passing
 
 
-def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int = 1) -> Footprint:
-    """What a model takes.
+def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16) -> Footprint:
+    """What a model takes for one story.
 
     Args:
         model: Its configurations and settings.
         dtype: Of the weights.
-        batch: Stories at once.
 
     Raises:
         MemFlowError: Sizes that do not fit the model.
@@ -105,17 +104,17 @@ def footprint(model: Model, *, dtype: torch.dtype = torch.bfloat16, batch: int =
     converted = [transformer.get_submodule(name).weight for name in float8_linears(transformer)]
     # What stays of each number is one byte, and to each row comes a float32 scale.
     saved = sum(weight.numel() * (dtype.itemsize - 1) - 4 * len(weight) for weight in converted)
-    latents = (batch, transformer.config.in_channels, model.height // factor, model.width // factor)
+    latents = (1, transformer.config.in_channels, model.height // factor, model.width // factor)
     grid = latents[2] // patch[1], latents[3] // patch[2]
-    shape = {"batch": batch, "grid": grid, "dtype": dtype, "device": torch.device("meta")}
+    shape = {"batch": 1, "grid": grid, "dtype": dtype, "device": torch.device("meta")}
     pool = make_memory(model.memory, **_heads(transformer), **shape).pool.nbytes
     with torch.device("meta"), torch.no_grad(), _Fused(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wan = _shallow(model.transformer, dtype)
         sizes = _heads(wan.transformer)
         memory = make_memory(model.memory, **sizes, **shape)
-        key = torch.empty(sizes["layers"], batch, model.text_length, sizes["heads"], sizes["head_dim"], dtype=dtype)
-        prompt = Prompt(key, torch.empty_like(key), torch.ones(batch, model.text_length, dtype=torch.bool))
+        key = torch.empty(sizes["layers"], 1, model.text_length, sizes["heads"], sizes["head_dim"], dtype=dtype)
+        prompt = Prompt(key, torch.empty_like(key), torch.ones(1, model.text_length, dtype=torch.bool))
         memory.bank_used = memory.recorded = model.memory.bank_frames
         start = 10 * (model.memory.sink_frames + model.memory.window_frames) * model.memory.frames_per_chunk
         denoising = _pass(wan, memory.pass_over(start, model.memory.frames_per_chunk, prompt), latents, clean=False)
