@@ -76,10 +76,10 @@ def _serve_cluster(request: Serving, settings: Settings, free: socket.socket) ->
     host, port = free.getsockname()[:2]
     free.close()
     replicas, said = request.replicas or 1, sys.stdout
-    address = {"host": host, "port": port, "connections": _connections(settings), "grace": _GRACE}
     with cluster(request.ray) as resources, Interrupt() as interrupt:
         takes, _ = share(resources, request.device)
-        with deployed(partial(_app, with_whole_paths(request), settings), replicas, takes=takes, **address):
+        make = partial(_app, with_whole_paths(request), settings)
+        with deployed(make, replicas, settings, host=host, port=port, takes=takes):
             interrupt.notify = lambda: None
             _announce(f"{replicas} x {settings.model}", settings, host, port, said)
             while not interrupt.requested:
@@ -89,17 +89,16 @@ def _serve_cluster(request: Serving, settings: Settings, free: socket.socket) ->
 
 @contextmanager
 def deployed(
-    make: Callable[[], ASGIApp], replicas: int, *, host: str, port: int, connections: int, grace: float, takes: dict
+    make: Callable[[], ASGIApp], replicas: int, settings: Settings, *, host: str, port: int, takes: dict[str, float]
 ) -> Iterator[None]:
     """Serve an app from the cluster that this process is connected to; at the end of the block its stories are saved.
 
     Args:
         make: makes the app of a replica (`memflow.serve.asgi.make_app`), where it runs.
         replicas: how many.
+        settings: what is allowed.
         host: where Ray's proxies listen, one on every machine that has a replica.
         port: of the proxies.
-        connections: that a replica holds at once.
-        grace: seconds for saving.
         takes: what a replica takes of the cluster, "num_gpus" for example.
 
     Raises:
@@ -114,8 +113,8 @@ def deployed(
         raise MemFlowError("this cluster runs `memflow serve` already")
     quiet = {"log_level": "WARNING", "enable_access_log": False}  # addresses may hold a token
     ray_serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
-    options: dict[str, Any] = {"num_replicas": replicas, "max_ongoing_requests": connections, "logging_config": quiet}
-    options |= {"ray_actor_options": takes, "graceful_shutdown_timeout_s": grace}
+    options: dict[str, Any] = {"num_replicas": replicas, "max_ongoing_requests": _connections(settings)}
+    options |= {"ray_actor_options": takes, "graceful_shutdown_timeout_s": _GRACE, "logging_config": quiet}
     app = ray_serve.ingress(lambda: make())  # Ray wants a plain function
     deployment = ray_serve.deployment(**options)(app(_Replica))
     try:
@@ -127,7 +126,7 @@ def deployed(
         # In a thread of its own: Ray refuses to wait where an event loop runs, as in a notebook.
         thread = ThreadPoolExecutor(1)
         try:
-            thread.submit(lambda: handle.broadcast("save").results(timeout_s=grace)).result()
+            thread.submit(lambda: handle.broadcast("save").results(timeout_s=_GRACE)).result()
         finally:
             thread.shutdown(wait=False)  # a second Ctrl-C waits for no replica
     finally:

@@ -127,7 +127,7 @@ def test_stories_of_a_killed_replica_go_on_at_the_other(tmp_path, films):
     with warnings.catch_warnings(), cluster("local"):
         warnings.simplefilter("ignore")  # of Ray's own code
         make = partial(_app, Serving(device="cpu"), settings)
-        with deployed(make, 2, host="127.0.0.1", port=port, connections=16, grace=60, takes={"num_cpus": 0.1}):
+        with deployed(make, 2, settings, host="127.0.0.1", port=port, takes={"num_cpus": 0.1}):
             stories = [Story(address, seed) for seed in range(4)]
             for story in stories:
                 story.start()
@@ -157,7 +157,7 @@ def test_stories_of_a_killed_replica_go_on_at_the_other(tmp_path, films):
     assert film.read_bytes() == films[0]
 
 
-def test_a_second_ctrl_c_waits_for_no_replica(monkeypatch):
+def test_a_second_ctrl_c_waits_for_no_replica(monkeypatch, tmp_path):
     """The first one is being followed: replicas save, which may take two minutes."""
     gone, saved = threading.Event(), threading.Event()
     ended_by_deletion = []
@@ -177,7 +177,7 @@ def test_a_second_ctrl_c_waits_for_no_replica(monkeypatch):
     replaced |= {"run": lambda *_, **__: Handle(), "delete": lambda _: gone.set()}
     for name, function in replaced.items():
         monkeypatch.setattr(serve, name, function)
-    options = {"host": "127.0.0.1", "port": 0, "connections": 1, "grace": 60, "takes": {}}
-    with pytest.raises(KeyboardInterrupt), deployed(lambda: None, 1, **options):
+    options = {"host": "127.0.0.1", "port": 0, "takes": {}}
+    with pytest.raises(KeyboardInterrupt), deployed(lambda: None, 1, Settings(tmp_path), **options):
         pass
     assert saved.wait(PATIENCE) and ended_by_deletion == [True]
