@@ -223,7 +223,7 @@ class Stories:
         """The files of a story; whoever tells it gives it up, and another server has time to save what was left."""
         for wait in (*(_LOCKED / 10,) * 10, None):
             if (other := self.tellings.get(id)) is not None:  # a page that was loaded again, perhaps twice
-                other.taken = True
+                other.taken |= not other.over  # what is told already is only to be sent
                 await other.leave()
             try:
                 return await self.films(Film, self.settings.folder, id)

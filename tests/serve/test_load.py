@@ -11,10 +11,15 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from asynchronous import run
 
+from memflow.serve.protocol import Refused, Start
+from memflow.serve.settings import Settings
+from memflow.serve.stories import Stories
 from tests.serve.conftest import PROMPTS, Running
 
 SEEDS, FRAMES = 2, 96
@@ -167,3 +172,20 @@ def test_viewers_that_come_and_go(serve, count):
 
 def _digest(running: Running, id: str) -> str:
     return hashlib.sha256(running.film(id)).hexdigest()
+
+
+def test_a_story_that_is_told_to_its_end_is_not_taken_over(toy, tmp_path):
+    """Its viewer is still to be told so, and whoever asks for it now comes too late."""
+
+    async def asked_for() -> SimpleNamespace:
+        async with Stories(toy, Settings(tmp_path), {}) as stories:
+
+            async def leave():
+                stories.tellings.pop("told", None)
+
+            telling = stories.tellings["told"] = SimpleNamespace(over=True, taken=False, leave=leave)
+            with pytest.raises(Refused, match="there is no such story to go on with"):
+                await stories.open(Start(None, "m4s", resume="told"))
+            return telling
+
+    assert not run(asked_for()).taken
