@@ -99,8 +99,8 @@ def _endless(lines: list[dict]) -> Iterator[str]:
     for label in (TODAY, ONCE):
         other = [line for line in lines if line["about"]["rule"] == label]
         if better and other:
-            found = " and ".join(_beside(better, other, name) for name in measures[1:])
-            yield f"Right with `{BETTER}` alone, with `{label}` alone, in the last and in the first chunk: {found}."
+            last, first = (_beside(better, other, name) for name in measures[1:])
+            yield f"Right with `{BETTER}` alone, with `{label}` alone: {last} in the last, {first} in the first chunk."
             yield ""
     yield "Colours right by character, last and first chunk; the story is the same under every rule."
     yield ""
@@ -112,10 +112,8 @@ def _endless(lines: list[dict]) -> Iterator[str]:
 
 
 def _beside(one: list[dict], other: list[dict], measure: str) -> str:
-    if not all(share(lines, measure).count for lines in (one, other)):
-        return ""
-    gained, lost, chance = paired(one, other, measure)
-    return f"{gained}, {lost} (p = {chance:.2g})"
+    found = paired(one, other, measure)
+    return "" if found is None else "{}, {} (p = {:.2g})".format(*found)
 
 
 def _of_character(lines: list[dict], label: str, number: int, measure: str) -> str:

@@ -60,15 +60,18 @@ def share(lines: list[dict], measure: str) -> Share:
     return Share(values.count("1"), len(values))
 
 
-def paired(one: list[dict], other: list[dict], measure: str) -> tuple[int, int, float]:
+def paired(one: list[dict], other: list[dict], measure: str) -> tuple[int, int, float] | None:
     """Returns that are right in `one` alone, in `other` alone, and how likely so uneven a division is by chance (the
-    exact test of McNemar 1947), over what both were asked; earlier lines may lack a measure."""
+    exact test of McNemar 1947), over what both were asked; None where that is nothing. Earlier lines may lack a
+    measure."""
     pairs = []
     others = {_key(_without_rule(line["about"])): line["outcomes"].get(measure, "") for line in other}
     for line in one:
         here, there = line["outcomes"].get(measure), others.get(_key(_without_rule(line["about"])))
         if here and there:
             pairs += zip(here, there, strict=True)
+    if not pairs:
+        return None
     better, worse = pairs.count(("1", "0")), pairs.count(("0", "1"))
     uneven = better + worse
     tail = sum(math.comb(uneven, i) for i in range(min(better, worse) + 1)) / 2**uneven

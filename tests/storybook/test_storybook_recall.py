@@ -104,7 +104,7 @@ def test_results_are_compared_return_by_return(tmp_path):
     one, other = again.lines
     assert results.share([one, other], "landmark") == (5, 8)
     assert results.paired([one], [other], "landmark") == (2, 1, 1.0)
-    assert results.paired([one], [], "landmark") == (0, 0, 1.0)
+    assert results.paired([one], [], "landmark") is None
     uneven = [{"about": asked, "outcomes": {"landmark": value * 6}} for value in "10"]
     assert results.paired(*([line] for line in uneven), "landmark") == (6, 0, 2 / 2**6)
 
