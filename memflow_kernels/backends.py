@@ -190,7 +190,7 @@ def refused(backend: str, device: torch.device) -> str | None:
 
 def _is_current(device: torch.device) -> bool:
     """Whether a kernel launched now runs on `device`: Triton asks for the current device, not for its arguments'."""
-    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
+    return device.index is None or device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 def _on(device: torch.device, run: Callable) -> Callable:

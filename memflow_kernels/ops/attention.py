@@ -264,7 +264,7 @@ def memory_attention(
         query, key, value = (
             x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x for x in (query, key, value)
         )
-    if isinstance(query, Tensor) and query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
+    if isinstance(query, Tensor) and not query.is_meta and torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query, key, value)
     frames = (tokens_per_frame, candidate_frames, top_k, frame_table, frame_mean, query_mean, query_block)
     _check(query, key, value, *frames, scale, layout)
