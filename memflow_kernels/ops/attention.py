@@ -279,9 +279,12 @@ def memory_attention(
             frame_table = _choose(query, key, *choice)
         out, lse = _grouped(query, key, value, frame_table, sizes, query_block)
     elif chooses:
-        known = (x.detach() if x is not None and x.requires_grad else x for x in (frame_mean, query_mean))
-        sizes = (tokens_per_frame, candidate_frames, top_k, scale)
-        out, lse, _ = _memory_attention_top_k(query, key, value, *known, *sizes, query_block)
+        if frame_mean is not None and frame_mean.requires_grad:
+            frame_mean = frame_mean.detach()
+        if query_mean is not None and query_mean.requires_grad:
+            query_mean = query_mean.detach()
+        known = (frame_mean, query_mean, tokens_per_frame, candidate_frames, top_k, scale, query_block)
+        out, lse, _ = _memory_attention_top_k(query, key, value, *known)
     else:
         out, lse = _memory_attention(query, key, value, frame_table, *sizes, query_block)
     out = out if layout == "blhd" else out.transpose(1, 2)
