@@ -16,6 +16,7 @@ from .attend import VECTOR, heads_first, plain
 from .attention import memory_attention
 from .means import frame_means
 from .selection import FEW, mean_queries, select_frames
+from .shown import SMALL
 
 COPIED = 2**18  # numbers of keys; where more are copied, fewer steps are no gain
 _in_steps = composed(frame_means, select_frames, memory_attention)
@@ -40,6 +41,7 @@ def _layout(shape: torch.Size, strides: tuple, tokens_per_frame: int, candidates
     last = sum((size - 1) * stride for size, stride in zip(shape[:3], strides, strict=False)) // line
     if (
         batch * heads * candidates > FEW
+        or batch * heads * (tokens - candidates * tokens_per_frame) * head_dim > SMALL
         or batch * heads * seen * head_dim > COPIED
         or strides[3] != 1
         or any(stride % head_dim for stride in strides[:3])
