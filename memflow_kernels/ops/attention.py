@@ -264,7 +264,7 @@ def memory_attention(
         query, key, value = (
             x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x for x in (query, key, value)
         )
-    if isinstance(query, Tensor) and query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
+    if isinstance(query, Tensor) and not query.is_meta and torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query, key, value)
     frames = (tokens_per_frame, candidate_frames, top_k, frame_table, frame_mean, query_mean, query_block)
     _check(query, key, value, *frames, scale, layout)
@@ -279,9 +279,12 @@ def memory_attention(
             frame_table = _choose(query, key, *choice)
         out, lse = _grouped(query, key, value, frame_table, sizes, query_block)
     elif chooses:
-        known = (x.detach() if x is not None and x.requires_grad else x for x in (frame_mean, query_mean))
-        sizes = (tokens_per_frame, candidate_frames, top_k, scale)
-        out, lse, _ = _memory_attention_top_k(query, key, value, *known, *sizes, query_block)
+        if frame_mean is not None and frame_mean.requires_grad:
+            frame_mean = frame_mean.detach()
+        if query_mean is not None and query_mean.requires_grad:
+            query_mean = query_mean.detach()
+        known = (frame_mean, query_mean, tokens_per_frame, candidate_frames, top_k, scale, query_block)
+        out, lse, _ = _memory_attention_top_k(query, key, value, *known)
     else:
         out, lse = _memory_attention(query, key, value, frame_table, *sizes, query_block)
     out = out if layout == "blhd" else out.transpose(1, 2)

@@ -38,6 +38,8 @@ class Registered:
             # The layer of autograd that `register_autograd` puts around a call is Python: it costs as much as a tenth
             # of a small call where there is nothing to record.
             self._unrecorded = _define(name + UNRECORDED, name, self._unless_needed(kernel), fake)
+            # autograd would warn where `_unless_needed` has what it misses
+            _LIBRARY.impl(name + UNRECORDED, torch.library.fallthrough_kernel, "Autograd")
             setup, formula = backward or (derived if f"{name}_backward" in OPERATORS else _refused)(name)
             torch.library.register_autograd(f"{NAMESPACE}::{name}", formula, setup_context=setup, lib=_LIBRARY)
             self._function = _function(self.operator, setup, formula)
@@ -46,13 +48,14 @@ class Registered:
     def __call__(self, *arguments):
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # autograd records nothing here
             return self.operator(*arguments)
-        graded, wanted = False, torch.is_grad_enabled()
-        for x in arguments:
-            if isinstance(x, Tensor):
-                graded = graded or (wanted and _needs_gradient(x))
-                if unpack_dual(x).tangent is not None:
-                    raise _no_tangents(self.name)
-        if graded:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        for x in tensors:
+            primal, tangent = unpack_dual(x)
+            if tangent is not None:
+                raise _no_tangents(self.name)
+            if primal is x:  # no level of forward mode is open: the others have no tangent either
+                break
+        if torch.is_grad_enabled() and any(map(_needs_gradient, tensors)):
             return self._function.apply(*arguments)
         return self._unrecorded(*arguments)
 

@@ -11,6 +11,7 @@ from strategies import cases
 
 from memflow_kernels import frame_means, memory_attention, select_frames
 from memflow_kernels.reference import selection
+from memflow_kernels.reference.attend import attend
 from memflow_kernels.reference.shown import Gathered, Range, _lines
 from memflow_kernels.testing import LAYOUTS, poisoned_memory, states
 
@@ -59,12 +60,16 @@ def test_lines_found_in_inference_serve_training():
     _lines.cache_clear()
     query, key, value = (states(1, n, 2, 8, seed=n) for n in (4, 15, 15))
     options = {"tokens_per_frame": 3, "candidate_frames": 3, "frame_table": torch.tensor([[[0, 2], [1, 2]]]).int()}
+    choice = {"tokens_per_frame": 3, "candidate_frames": 3, "top_k": 2}
     with torch.inference_mode():
         first = memory_attention(query, key, value, **options)
+        together._layout.cache_clear()
+        chosen = memory_attention(query, key, value, **choice)
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    out = memory_attention(*leaves, **options)
-    assert torch.equal(out, first)
-    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), leaves))
+    for options_, before in ((options, first), (choice, chosen)):
+        out = memory_attention(*leaves, **options_)
+        assert torch.equal(out, before)
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), leaves))
 
 
 @KERNELS
@@ -97,7 +102,8 @@ def test_scores_that_the_host_does_not_sort():
 @KERNELS
 @given(cases(), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.sampled_from(LAYOUTS))
 def test_at_once_is_in_steps(case, candidates, top_k, known, value_layout):
-    """To the bit, whatever the layout; in that of a pool, and where heads choose differently, it is at once."""
+    """The choice of select_frames, and to the bit attention over chosen and later frames side by side; in every layout
+    that is made of lines, if keys and values have the same, also where all heads chose the same."""
     case.frames += 16
     key = case.states(case.frames * case.tokens_per_frame, 1)
     value = states(*key.shape, dtype=case.dtype, layout=value_layout, seed=case.seed)
@@ -106,14 +112,36 @@ def test_at_once_is_in_steps(case, candidates, top_k, known, value_layout):
     sizes = (case.tokens_per_frame, candidates + top_k, top_k, 0.3)
     arguments = (case.query(), key, value, means, mean_query, *sizes)
     with poisoned_memory():
-        expected = together._in_steps(*arguments, None)
+        table = together._in_steps(*arguments, None)[2]
+        copies = [gathered(x, table, case.tokens_per_frame, candidates + top_k) for x in (key, value)]
+        expected = (*attend(case.query(), *copies, 0.3), table)
         found = together._at_once(*arguments)
-    same_for_all = all(torch.equal(row, expected[2].flatten(0, 1)[0]) for row in expected[2].flatten(0, 1))
-    if case.layout == value_layout == "heads_first":
-        assert (found is None) == same_for_all
+    if case.layout == value_layout != "padded":
+        assert found is not None
     if found is not None:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert all(x.is_contiguous() for x in found)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"heads": 9}, {"tokens": 4000}, {"layout": "padded"}, {"value_layout": "heads_first"}, {"stride": 2**26}],
+)
+def test_at_once_leaves_other_calls_to_the_steps(changed):
+    """More scores or keys than are few, keys that are not made of lines, lines past what int32 counts."""
+    sizes = {"heads": 2, "tokens": 5, "layout": "dense", "value_layout": None, "stride": None, **changed}
+    heads, tokens = sizes["heads"], sizes["tokens"]
+    query = states(1, 3, heads, 16)
+    key = states(1, 30 * tokens, heads, 16, layout=sizes["layout"], seed=1)
+    value = states(1, 30 * tokens, heads, 16, layout=sizes["value_layout"] or sizes["layout"], seed=2)
+    if sizes["stride"] is not None:
+        shape = key.shape
+        assert together._layout(shape, (0, 16, 16, 1), tokens, 29, 2) is not None
+        assert together._layout(shape, (0, 16 * sizes["stride"], 16, 1), tokens, 29, 2) is None
+    else:
+        arguments = (query, key, value, None, None, tokens, 29, 2, 0.3)
+        assert together._at_once(*arguments) is None
+        assert together.memory_attention_top_k(*arguments, None)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
