@@ -72,8 +72,6 @@ COMPILED_IS_FASTER: frozenset[tuple[str, str]] = frozenset()
 
 # Process-wide rather than per thread: autograd runs the backward of a GPU op in a thread of its own.
 _forced: str | None = None
-# Read once: looking up what is not set takes a fortieth of a small call.
-_wished = os.environ.get("MEMFLOW_BACKEND")
 
 
 def available_backends() -> dict[str, str | None]:
@@ -100,8 +98,7 @@ class use_backend:
     """Run every op on one backend, in the whole process: from here on, or inside a `with` block.
 
     As a statement of its own it holds until the next use_backend; a `with` block, or a function that it decorates, ends
-    with the choice that was in force before. It goes before MEMFLOW_BACKEND, an environment variable that is read when
-    memflow_kernels is imported.
+    with the choice that was in force before. It goes before MEMFLOW_BACKEND.
 
     Args:
         name: "torch", "triton" or "cuda", see available_backends.
@@ -161,8 +158,9 @@ def current_backend(device: torch.device, op_name: str | None = None) -> str:
     """
     if _forced is not None:
         return _forced
-    if _wished:
-        return _require(_wished, "MEMFLOW_BACKEND")
+    wished = os.environ.get("MEMFLOW_BACKEND")
+    if wished:
+        return _require(wished, "MEMFLOW_BACKEND")
     if device.type != "cuda":
         return "torch"
     return "cuda" if COMPILED_IS_FASTER and _compiled_is_faster(op_name, device.index or 0) else uncompiled()
