@@ -29,7 +29,7 @@ class Held(NamedTuple):
     token_weight: [B, T] float32, how much each token counts: the same for all, 0 for padding, 1 in all.
     passed_over: call it for [layers, B, n] bool, True where another held frame of the same scene is preferred; None:
         none is (`MemoryConfig.scene_frame`).
-    all_seen: attention sees all that is shown; False: every head chooses among it (`MemoryConfig.top_k`, `activated`).
+    all_seen: every head attends to all that is shown; False: to some of it (`MemoryConfig.top_k`, `activated`).
     """
 
     frames: Tensor

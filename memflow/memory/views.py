@@ -99,8 +99,16 @@ def policy_view(
         token_relevance=lambda: _token_relevance(memory, prompt),
         token_weight=mask / mask.sum(1, keepdim=True).clamp(min=1),
         passed_over=None if preferred == "any" else lambda: passed_over(frames, scene(), preferred),
-        all_seen=memory.config.top_k is None and memory.config.activated is None,
+        all_seen=_all_seen(memory),
     )
+
+
+def _all_seen(memory: FrameMemory) -> bool:
+    """Whether a head attends to all of sink and bank in the coming chunk."""
+    config, tokens = memory.config, memory.pool.tokens_per_frame
+    candidates = config.sink_frames + memory.visible_bank()
+    activated = config.activated_blocks(candidates, tokens)
+    return activated is None or activated * (config.activation_block or tokens) >= candidates * tokens
 
 
 def snapshot_of(memory: FrameMemory, stop: int, prompt: Prompt) -> MemorySnapshot:

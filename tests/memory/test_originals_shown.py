@@ -118,6 +118,15 @@ def test_heads_that_choose_have_all_places_to_choose_from(chooses):
 
 
 @pytest.mark.parametrize(
+    "chooses", [{"top_k": 8}, {"top_k": 99, "query_block": 1}, {"activated": 1.0, "activation_block": 1}]
+)
+def test_heads_that_attend_to_all_of_it_see_what_they_see_without_a_choice(chooses):
+    assert shown(recall="originals", bank_frames=5, **chooses) == shown(recall="originals", bank_frames=5)
+    one_less = {"top_k": 7} if "top_k" in chooses else {"activated": 15, "activation_block": 1}
+    assert len(set(shown(recall="originals", bank_frames=5, **one_less))) == 5
+
+
+@pytest.mark.parametrize(
     ("added", "places"),
     [
         ([0.5, 0.4, 0.3, 0.0], [7, 3, 9, 7]),
