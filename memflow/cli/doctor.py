@@ -169,9 +169,14 @@ def examine(
 
     from memflow.models.wan.footprint import footprint
 
-    described = describe(model, height, width)
     targets = _targets(gpu)
-    found = footprint(described, dtype=getattr(torch, dtype or "bfloat16"))
+    try:
+        described = describe(model, height, width)
+        found = footprint(described, dtype=getattr(torch, dtype or "bfloat16"))
+    except MemFlowError:
+        raise
+    except Exception as error:  # settings can be wrong in many ways, in several libraries
+        raise MemFlowError(f"--model {model}: its settings are no model's: {_reason(error)}") from error
     print(f"{shown(model)}: {described.height} x {described.width} pixels, {dtype or 'bfloat16'}, one story")
     print()
     for name, text, size in _parts(found, described):

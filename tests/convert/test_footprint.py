@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -143,6 +144,25 @@ def test_a_damaged_folder_is_one_line(tmp_path, capsys, content):
     (tmp_path / "model_index.json").write_text(content)
     code, told, error = doctor(capsys, tmp_path)
     assert code == 2 and f"--model {tmp_path}: cannot be read" in error and error.count("\n") == 1 and told == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model_index.json", '{"transformer": 3}'),
+        ("model_index.json", '{"vae": []}'),
+        ("model_index.json", '{"memory": 3}'),
+        ("transformer/config.json", '{"num_layers": "two"}'),
+        ("transformer/config.json", '{"patch_size": 2}'),
+        ("vae/config.json", '{"z_dim": -1}'),
+    ],
+)
+def test_settings_that_no_model_has_are_one_line(model, tmp_path, capsys, file, content):
+    folder = shutil.copytree(model, tmp_path / "model")
+    known = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(known | json.loads(content)))
+    code, told, error = doctor(capsys, folder, "--height", 32, "--width", 48)
+    assert code == 2 and error.startswith(f"memflow: --model {folder}: ") and error.count("\n") == 1 and told == ""
 
 
 def test_wrong_requests_are_one_line(model, tmp_path, capsys):
