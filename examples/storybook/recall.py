@@ -63,6 +63,7 @@ MEASURES = {
     "action": "the action that the prompt names",
     "look": "colour and shape where the prompt states them",
 }
+LAST = ("last colour", "last landmark")  # of returns of several chunks, in the last one
 
 
 def settings_named(names: list[str] | None) -> list[Setting]:
@@ -196,9 +197,8 @@ class Telling:
             self.chances.append(chance_of_a_hit(past, 1, shown.shape[1]))
 
     def outcomes(self) -> dict[str, list[bool]]:
-        """What was right and what was not, by the names of MEASURES; of long scenes "last colour" and "last landmark"
-        too, those of their last chunk."""
-        names = (*MEASURES, "last colour", "last landmark") if self.last else MEASURES
+        """What was right and what was not, by the names of MEASURES and, of long scenes, of LAST."""
+        names = (*MEASURES, *LAST) if self.last else MEASURES
         found: dict[str, list[bool]] = {name: [] for name in names} | self.hits
         for row, trial in enumerate(self.trials):
             for scene in (*trial.meetings, *trial.returns):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from examples.storybook.recall import Share
+from examples.storybook.recall import LAST, Share
 from examples.storybook.results import paired, share
 from examples.storybook.rules import BETTER, COVERED, ONCE, RULES, TODAY
-from examples.storybook.told import ACTIVATED, COMPARED, LAST, endless_script
+from examples.storybook.told import ACTIVATED, COMPARED, endless_script
 from examples.storybook.world import NAMES
 
 _HEADINGS = {

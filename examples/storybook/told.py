@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from examples.storybook.drawing import PLACES
-from examples.storybook.recall import Setting, Telling, Undecoded, measure_latents, most
+from examples.storybook.recall import LAST, Setting, Telling, Undecoded, measure_latents, most
 from examples.storybook.results import Results
 from examples.storybook.rules import BETTER, COVERED, ONCE, RULES, TODAY
 from examples.storybook.stories import CHUNK, LENGTHS, Scene, Script, random_cast, recall_trial, wandering
 from examples.storybook.world import ACTIONS, NAMES
 
 COMPARED = ("colour", "shape", "landmark", "scene", "action")
-LAST = ("last colour", "last landmark")  # of scenes of several chunks
 ACTIVATED = {
     "all": {},
     "1/9, frames": {"activated": 1 / 9},

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from examples.storybook import model, recall_report, results, retrieval, told
-from examples.storybook.rules import BETTER, RULES, TODAY, marginal_relevance, one_per_scene
+from examples.storybook.rules import BETTER, ONCE, RULES, TODAY, Rule, marginal_relevance, one_per_scene
 from examples.storybook.stories import CHUNK, wandering
 from memflow import MemFlowPipeline
 from memflow.memory.policies import Held
+from memflow.memory.recall import originals
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,23 @@ def test_other_rules_do_what_their_names_say():
     held = held_of(scores, [7, 7, 9, 7, 9], alike)
     assert one_per_scene(held, 3)[0, 0].tolist() == [0, 2, 1]
     assert marginal_relevance(held, 2)[0, 0].tolist() == [0, 3], "what is unlike the best comes second"
+
+
+def test_a_rule_of_its_own_chooses_in_generated_stories(untrained, tmp_path, monkeypatch):
+    """Each once, where the originals are shown again in the places that are left over."""
+    chosen = []
+
+    def spied(held, k):
+        once = RULES[ONCE].choose(held, k)
+        chosen.extend(zip(once.flatten(0, 1).tolist(), originals(held, k).flatten(0, 1).tolist(), strict=True))
+        return once
+
+    monkeypatch.setitem(RULES, "spied", Rule(choose=spied))
+    found = results.Results(tmp_path / "r.jsonl", "command", say=lambda _: None)
+    told.tell_returns(untrained, found, stories=1, seeds=[5], held="24", rules=["spied"], chunks=2)
+    assert chosen and all(len(set(once)) == len(once) and set(again) <= set(once) for once, again in chosen)
+    assert any(len(set(again)) < len(again) for _, again in chosen)
+    assert len(found.lines[0]["outcomes"]["last colour"]) == 4
 
 
 def test_results_are_compared_return_by_return(tmp_path):
