@@ -132,9 +132,8 @@ def scene_of(scenes: list[Scene], chunk: int) -> int | None:
 
 def fits(scenes: list[Scene], chunks: int) -> bool:
     """Whether every prompt can stand above its chunks without a broken word; `chunks` make the whole width."""
-    wide = ((stop - start) * _WIDTH / chunks for start, stop, _ in scenes)
     return len(scenes) < 2 or all(
-        longest_word(scene[2]) <= _columns(inches) for scene, inches in zip(scenes, wide, strict=True)
+        longest_word(prompt) <= _columns((stop - start) * _WIDTH / chunks) for start, stop, prompt in scenes
     )
 
 

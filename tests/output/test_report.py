@@ -15,7 +15,7 @@ from PIL import Image
 from memflow.errors import MemFlowError, MemFlowWarning
 from memflow.output import texts
 from memflow.output.report import MemoryReport, _bank, _called
-from memflow.output.texts import fit, longest_word, missing, scene_of
+from memflow.output.texts import CALLED_HEIGHT, fit, longest_word, missing, scene_of
 from memflow.output.timeline import _RELEVANCE, Held, Timeline, _scenes
 
 
@@ -137,6 +137,15 @@ def test_frames_that_no_word_called_for_come_last():
     snapshot = memory([[3, 9, 12]], [[1.0, 2.0, 3.0]])
     snapshot.words = [{3: [], 9: ["bo", "on"], 12: ["beach"]}]
     assert _called(snapshot, 3) == [(3, "bo, on"), (4, "beach"), (1, "")]
+
+
+def test_frames_without_a_picture_here_have_no_row():
+    entries = record(6, first=40)._entries  # as of a resumed story; prompts begin with chunks 40 and 44
+    heights = []
+    for chunk, shown in ((44, 41), (44, 3), (43, 41)):
+        called = [entry._replace(called=[(shown, "bo")] if entry.index == chunk else []) for entry in entries]
+        heights.append(Timeline(called, "", "", 1.0).draw().get_figheight())
+    assert heights[0] - CALLED_HEIGHT == heights[1] == heights[2]
 
 
 def test_equal_relevance_is_neither_least_nor_most():
