@@ -63,7 +63,7 @@ def originals(held: Held, k: int) -> Tensor:
 def _added(held: Held, scores: Tensor, worst: Tensor, chosen: Tensor) -> Tensor:
     """[layers, B, k]: what each of the chosen frames adds to the cover by those before it."""
     index = chosen[: len(scores)].unsqueeze(2).expand(-1, -1, scores.shape[2], -1)
-    covered = scores.gather(-1, index).fmax(worst).cummax(-1).values  # [1 or layers, B, T, k]
+    covered = scores.gather(-1, index).cummax(-1).values  # [1 or layers, B, T, k]
     rises = covered.diff(dim=-1, prepend=worst) * held.token_weight.unsqueeze(-1)
     return rises.nan_to_num(nan=0.0).sum(2).expand_as(chosen)
 

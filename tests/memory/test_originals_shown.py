@@ -13,7 +13,8 @@ from test_coverage import covering, random_keys, spoken
 
 from memflow.memory import MemoryConfig, Prompt
 from memflow.memory.held import _sources
-from memflow.memory.recall import _shared_out
+from memflow.memory.policies import Held
+from memflow.memory.recall import _shared_out, originals
 
 
 def of_originals(scores: list[list[float]], frames: list[int]) -> list[list[float]]:
@@ -122,6 +123,10 @@ def test_heads_that_choose_have_all_places_to_choose_from(chooses):
 )
 def test_heads_that_attend_to_all_of_it_see_what_they_see_without_a_choice(chooses):
     assert shown(recall="originals", bank_frames=5, **chooses) == shown(recall="originals", bank_frames=5)
+    few = MemoryDriver(MemoryConfig(policy="archive", recall="originals", bank_frames=5, top_k=6), frame_keys=drawn)
+    for _ in range(7):
+        few.chunk(says(ELSE))
+    assert few.memory.shown[0, 0].tolist() == [-1, -1, 9, 9, 9], "three of the sink and three places of the bank"
     one_less = {"top_k": 7} if "top_k" in chooses else {"activated": 15, "activation_block": 1}
     assert len(set(shown(recall="originals", bank_frames=5, **one_less))) == 5
 
@@ -139,6 +144,17 @@ def test_heads_that_attend_to_all_of_it_see_what_they_see_without_a_choice(choos
 def test_places_are_shared_out_by_what_each_adds(added, places):
     chosen = torch.tensor([[[7, 3, 9, 1]]]).expand(2, 3, 4)
     assert _shared_out(chosen, torch.tensor(added).expand(2, 3, 4)).tolist() == [[places] * 3] * 2
+
+
+def test_what_says_nothing_shares_out_no_places():
+    """A token that is NaN for every frame, and padding with any scores."""
+    scores = torch.tensor([[9.0, 0.0, 0.0, 0.0], [0.0, 5.0, 0.0, 0.0], [0.0, 0.0, 99.0, 0.0], [torch.nan] * 4])
+    held = Held(
+        torch.arange(4)[None, None], None, lambda: torch.zeros(1, 1, 4), None, None,
+        token_relevance=lambda: scores[None, None], token_weight=torch.tensor([[0.3, 0.3, 0.0, 0.3]]),
+    )  # fmt: skip
+    assert originals(held, 4)[0, 0].tolist() == [0, 1, 0, 0]
+    assert sorted(originals(held._replace(all_seen=False), 4)[0, 0].tolist()) == [0, 1, 2, 3]
 
 
 def test_a_frame_that_is_shown_twice_is_copied_once_more_and_then_stays():
