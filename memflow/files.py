@@ -1,5 +1,5 @@
-"""Files that are whole or not there: written under no name or another one, then put in place in one step. And the
-folder of what can be made again."""
+"""Files that are whole or not there: written under no name or another one, then put in place in one step. Also the
+header of a safetensors file, and the folder of what can be made again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
-
-import psutil
 
 _PREFIX, _SUFFIX = ".memflow-", ".partial"
 _STALE = 3600.0  # seconds after which a file under such a name belongs to a process that is gone
@@ -123,7 +121,15 @@ def _is_orphan(name: str) -> bool:
     """Whether a process of this host gave a file this name and is gone."""
     host, _, rest = name.removeprefix(_PREFIX).partition("-")
     pid = rest.partition("-")[0]
-    return host == _host() and pid.isdecimal() and not psutil.pid_exists(int(pid))
+    if host != _host() or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is another user's, whom /proc, which psutil asks, need not show
+        return False
+    return False
 
 
 @contextmanager

@@ -28,7 +28,8 @@ class MemoryConfig:
     recall: what the bank shows of more frames than it has places: "relevance" = those that are most relevant to the
         coming prompt, each by itself; "coverage" = a set that covers the tokens of the prompt, so that each token finds
         a frame that answers it well; "originals" = such a set, in which of the frames that answer a token the oldest
-        counts and no later one, which is a copy of it; it may be shown in several places (`memflow.memory.recall`).
+        counts and no later one, which is a copy of it; it may be shown in several places, and others that are held in
+        none (`memflow.memory.recall`).
     scene_frame: which held frames of a scene (the frames between two prompts) are preferred for the bank: "any", or
         the "first", which is no copy of a copy, or the "latest", for stories in which looks are meant to change.
     top_k: candidate frames (bank + sink) that each head attends to; None = all of them.
