@@ -227,9 +227,12 @@ def draw_called(
                 linewidth=2.5,
                 solid_capstyle="butt",
             )
-            text = textwrap.shorten(words, int(_FACE * 20), placeholder="").rstrip(",")
-            style = {"fontsize": 6.5, "va": "top", "color": _INK, "parse_math": False, "family": families(text)}
-            axes.text(left, extent[2] - 0.03 / height, text, **style)
+            style = {"fontsize": 6.5, "va": "top", "color": _INK, "parse_math": False, "family": families(words)}
+            words = words[:40]  # of the narrowest letters there is room for fewer
+            label = axes.text(left, extent[2] - 0.03 / height, words, **style)
+            while label.get_window_extent().width > (_FACE - 0.04) * axes.figure.dpi:  # a word less, or a letter
+                words = words.rpartition(", ")[0] or words[:-1]
+                label.set_text(words)
     note = "as it began\nit was shown,\ncalled for by"
     axes.text(-0.004, 0.5, note, transform=axes.transAxes, fontsize=8, color=_INK, ha="right", va="center")
     axes.set_xlim(limits)
