@@ -104,9 +104,9 @@ class MemoryConfig:
             raise ValueError(f"held_frames must be None with {why}, got {self.held_frames!r}")
         if self.policy == "none":
             object.__setattr__(self, "bank_frames", 0)
-        if self.held_frames is not None:
-            _require_count("held_frames", self.held_frames, max(1, self.bank_frames))
         if not self.keeps_all:
+            if self.held_frames is not None:
+                _require_count("held_frames", self.held_frames, max(1, self.bank_frames))
             return
         if self.bank_frames == 0:
             raise ValueError(

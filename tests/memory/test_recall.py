@@ -270,6 +270,7 @@ def test_resume_is_bit_identical_with_any_store(toy, config, tmp_path):
         ({"held_frames": 2}, "held_frames must be a whole number of at least 3, got 2"),
         ({"held_frames": 3.5}, "held_frames must be a whole number"),
         ({"policy": "archive", "held_frames": 12}, "held_frames must be None with policy='archive'"),
+        ({"policy": "archive", "held_frames": 2}, "held_frames must be None with policy='archive'"),
         ({"policy": "none", "held_frames": 9}, "held_frames must be None with policy='none', which holds nothing"),
         ({"bank_frames": 0, "held_frames": 9}, "held_frames must be None with bank_frames=0, which shows nothing"),
         (
