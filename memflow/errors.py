@@ -44,7 +44,8 @@ def shown(text: object) -> str:
 
 def first_line(error: Exception) -> str:
     """What a library says of an error, in a line of its own; the name of the class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"there is no {said}" if isinstance(error, KeyError) and error.args and " " not in said else said
 
 
 def install_command(extra: str) -> str:

@@ -266,7 +266,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, dict]]:
         index = read_object(folder / "model_index.json")
         configs = {part: read_object(folder / part / "config.json") for part in parts}
     except MemFlowError as error:
-        raise MemFlowError(f"--model {folder}: cannot be read: {error}") from error
+        raise MemFlowError(f"--model {folder}: {error}") from error
     found = [index.get(part, [None, None])[1] for part in parts]
     if found != ["WanTransformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel"]:
         raise MemFlowError(f"--model {folder}: not a Wan model with its VAE and UMT5, but {', '.join(map(str, found))}")

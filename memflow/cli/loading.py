@@ -175,9 +175,8 @@ def _check_weights(folder: Path, **models: torch.nn.Module) -> None:
 def _text_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
     try:
         _, name = read_object(folder / "model_index.json")["text_encoder"]
-        encoder, found = getattr(transformers, name).from_pretrained(
-            folder / "text_encoder", dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        how = {"dtype": dtype, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        encoder, found = getattr(transformers, name).from_pretrained(folder / "text_encoder", **how)
     except (ModuleNotFoundError, MemoryError):
         raise
     except Exception as error:

@@ -74,7 +74,7 @@ def own_provider(spec: str) -> Provider:
     label = getattr(provider, "name", None)
     if not is_line(label) or not label.strip():
         raise ValueError(f"--providers {spec}: {name} needs a `name`, the text of its row, in one line without |")
-    if label.lower().startswith(OURS):
+    if label.strip().lower().startswith(OURS):
         raise ValueError(
             f'--providers {spec}: {label!r}: a name that begins with "{OURS}" is that of a provider of this package'
         )

@@ -42,6 +42,9 @@ class Taken(Broken):
 class Posing(Broken):
     name = "Ours (mine)"
 
+class Slipping(Broken):
+    name = " ours (torch)"
+
 class Stranger:
     name = "stranger"
 
@@ -120,6 +123,7 @@ def test_a_sweep_from_a_case_of_the_package_has_its_base(folder):
         ("broken.py:Nameless", "Nameless needs a `name`"),
         ("broken.py:Idle", "Idle has no method named after a workload: attention, means"),
         ("broken.py:Taken", "there is a provider 'SDPA flash' already"),
+        ("broken.py:Slipping", "' ours (torch)': a name that begins with \"ours\" is that of a provider of"),
         ("broken.py:Posing", "'Ours (mine)': a name that begins with \"ours\" is that of a provider of this package"),
         ("broken.py:Unmade", "cannot be loaded: OSError: no licence"),
         ("nobody", "none of ours (torch)"),

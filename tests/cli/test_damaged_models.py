@@ -101,3 +101,14 @@ def test_a_weight_that_is_missing_is_not_drawn_at_random(model, capsys, file):
     del weights[lost]
     save_file(weights, model / file, metadata={"format": "pt"})
     assert " of its weights are not there" in (said := refused(capsys)) and lost in said
+
+
+def test_weights_of_another_size_are_named(model, capsys):
+    file = model / "text_encoder/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"d_model": 128}))
+    assert "or have another size: encoder.block.0.layer.0.SelfAttention.k.weight" in refused(capsys)
+
+
+def test_an_index_without_a_class_says_what_it_lacks(model, capsys):
+    (model / "model_index.json").write_text("{}")
+    assert refused(capsys).endswith("cannot be loaded: there is no '_class_name'")

@@ -143,7 +143,8 @@ def test_a_damaged_folder_is_one_line(tmp_path, capsys, content):
         (tmp_path / part / "config.json").write_text("{}")
     (tmp_path / "model_index.json").write_text(content)
     code, told, error = doctor(capsys, tmp_path)
-    assert code == 2 and f"--model {tmp_path}: cannot be read" in error and error.count("\n") == 1 and told == ""
+    assert code == 2 and f"--model {tmp_path}: {tmp_path / 'model_index.json'}: " in error and told == ""
+    assert error.count("\n") == 1 and error.count("cannot be read") <= 1
 
 
 @pytest.mark.parametrize(
