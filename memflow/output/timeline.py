@@ -11,6 +11,7 @@ Every colour has one meaning: cold ones are prompts, warm ones relevance, greys 
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -209,7 +210,8 @@ class Timeline:
             side.set_color(_FAINT)
 
     def _legend(self, axes) -> None:
-        """In the upper left corner of the memory, where nothing can be: what is not made yet cannot be remembered."""
+        """In the upper left corner of the memory, where nothing can be: what is not made yet cannot be remembered. Of a
+        resumed story something can: then where it hides least."""
         lines = [
             (_SINK, "sink: the first frames, kept for ever"),
             (_WINDOW, "window: the newest frames"),
@@ -219,8 +221,7 @@ class Timeline:
             lines.append((_HELD, "held, and not shown now"))
         top = 0.8 * len(lines) + 2.6
         height = 0.049 * top
-        late = self._first / self._stop > 0.6  # a report that begins far into its story leaves the lower part free
-        legend = axes.inset_axes((0.012, 0.06 if late else 0.98 - height, 0.30, height), zorder=6)
+        legend = axes.inset_axes((0.012, self._free(height), 0.30, height), zorder=6)
         legend.set(xticks=[], yticks=[])
         for side in legend.spines.values():
             side.set_color(_FAINT)
@@ -237,6 +238,17 @@ class Timeline:
         ):
             legend.text(x, y, text, fontsize=8, va="center", color=_INK)
         legend.set(xlim=(0, 10), ylim=(0, top))
+
+    def _free(self, height: float) -> float:
+        """The lower end of that share of the memory's rows, left in it, of which least was shown, held or new."""
+        weight = np.zeros(self._stop)
+        for entry in self._entries[: 1 + len(self._entries) * 5 // 16]:
+            weight[slice(*entry.window)] += 0.001
+            for held in entry.bank:
+                weight[held.chunk] += 0.01 + held.shown
+        ends = np.linspace(0.98 - height, 0.06, 24)
+        rows = [weight[int(end * self._stop) : math.ceil((end + height) * self._stop)] for end in ends]
+        return ends[np.argmin([part.sum() for part in rows])]
 
     def _prompt_colour(self, number: int) -> tuple:
         """Few prompts have colours of their own; with many, colours follow the film."""
