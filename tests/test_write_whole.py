@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from memflow import files
@@ -55,6 +57,20 @@ def test_a_name_that_a_killed_process_left_is_removed_and_that_of_a_living_one_s
     write_whole(tmp_path / "state", lambda file: file.write(b"new"))
     left = sorted(entry.name.split("-")[1:3] for entry in tmp_path.glob(".memflow-*"))
     assert left == sorted([["another", str(dead.pid)], [files._host(), str(os.getppid())]])
+
+
+def test_a_name_that_a_process_of_another_user_gave_stays(tmp_path, monkeypatch):
+    """It may be hidden (/proc with hidepid=2), but not from a signal."""
+    theirs = tmp_path / f".memflow-{files._host()}-{os.getppid()}-0123456789abcdef.partial"
+    theirs.touch()
+
+    def refuse(pid, number):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: False)
+    write_whole(tmp_path / "file", lambda file: file.write(b"new"))
+    assert theirs.exists()
 
 
 def test_two_writers_and_a_reader_never_meet_a_torn_file(tmp_path):
